@@ -177,10 +177,12 @@ def _requests(count: int) -> list[Ask]:
 def _wanted(model: Any, asked: Sequence[Ask]) -> dict[Ask, Any]:
     """Return what the model draws for each request by itself."""
     from pipelines.inference.pictures import picture
-    from pipelines.inference.request import Sample
+    from pipelines.inference.request import SampleRequest
 
     def alone(ask: Ask) -> Any:
-        return picture(Sample.of(labels=[ask.label], seeds=[ask.seed], sampling={"steps": ask.steps}), model).pixels[0]
+        return picture(
+            SampleRequest.of(labels=[ask.label], seeds=[ask.seed], sampling={"steps": ask.steps}), model
+        ).pixels[0]
 
     return {ask: alone(ask) for ask in asked}
 

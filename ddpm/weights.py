@@ -100,7 +100,7 @@ class P2(Settings):
 
 
 @dataclass(frozen=True)
-class EDM(Settings):
+class EDMWeight(Settings):
     """EDM's weight (Karras et al. 2022, table 1): (k^2 + s^2) / (k s)^2 on the x_0 error, with k = sigma_t / alpha_t.
 
     That is 1 / s^2 + SNR. It gives an output the same weight at every level where that output is the paper's: 1 for v
@@ -140,5 +140,5 @@ def _skip_share(alpha_bar: Tensor) -> Tensor:
 
 
 WEIGHTS: Choices[type[Weight]] = Choices(
-    "weight of the loss", "ddpm.weights", {"uniform": Uniform, "min_snr": MinSNR, "p2": P2, "edm": EDM}
+    "weight of the loss", "ddpm.weights", {"uniform": Uniform, "min_snr": MinSNR, "p2": P2, "edm": EDMWeight}
 )

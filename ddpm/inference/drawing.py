@@ -14,7 +14,7 @@ from ddpm.generate import Sampling, to_uint8
 from ddpm.guidance import Guides
 from ddpm.inference.checks import check_condition, check_count, check_steps
 from ddpm.inference.noise import Noise
-from ddpm.inference.tasks import Batch, FromNoise, Task
+from ddpm.inference.tasks import FromNoise, Task, TaskBatch
 from ddpm.model import Model
 from ddpm.prediction import Denoiser
 from ddpm.samplers import Sample, last
@@ -206,7 +206,7 @@ def paint(
             None if given is None else given[span].to(device) for given in (drawing.cond, drawing.negative)
         )
         guides = replace(painter.guides, negative=negative)
-        batch = Batch(
+        batch = TaskBatch(
             painter.denoiser, painter.schedule, sampling, guides, cond, noise.initial(shape), noise.steps(shape)
         )
         reel = _Reel(each, drawing.film)

@@ -43,7 +43,7 @@ def method_name(method: Inpainter | None) -> str:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TaskBatch:
     """A batch that a task draws.
 
     Attributes:
@@ -93,7 +93,7 @@ class Task(Protocol):
     def evaluations(self, sampling: Sampling, schedule: NoiseSchedule) -> int:
         """Return the number of samples that a batch yields."""
 
-    def __call__(self, batch: Batch) -> Iterator[Sample]:
+    def __call__(self, batch: TaskBatch) -> Iterator[Sample]:
         """Yield one `Sample` per step; the last one is the pictures."""
 
 
@@ -121,7 +121,7 @@ class FromNoise:
         """See `Task`."""
         return sampling.sampler.steps
 
-    def __call__(self, batch: Batch) -> Iterator[Sample]:
+    def __call__(self, batch: TaskBatch) -> Iterator[Sample]:
         """See `Task`."""
         yield from batch.sampling.sampler(batch.guided, batch.schedule, batch.x_T, batch.cond, noise=batch.noise)
 
@@ -179,7 +179,7 @@ class Inpainting:
         )
         return sum(s < t for t, s in itertools.pairwise(levels))
 
-    def __call__(self, batch: Batch) -> Iterator[Sample]:
+    def __call__(self, batch: TaskBatch) -> Iterator[Sample]:
         """See `Task`."""
         if self.method is not None:
             yield from self.method(
@@ -238,7 +238,7 @@ class Editing:
         """See `Task`."""
         return max(1, math.ceil(self.strength * sampling.sampler.steps))
 
-    def __call__(self, batch: Batch) -> Iterator[Sample]:
+    def __call__(self, batch: TaskBatch) -> Iterator[Sample]:
         """See `Task`."""
         if self.strength == 0:
             yield Sample(self.images, self.images, 0.0)
@@ -292,7 +292,7 @@ class Inverting(Editing):
         """See `Task`."""
         return 2 * super().evaluations(sampling, schedule)
 
-    def __call__(self, batch: Batch) -> Iterator[Sample]:
+    def __call__(self, batch: TaskBatch) -> Iterator[Sample]:
         """See `Task`."""
         if self.strength == 0:
             yield from super().__call__(batch)

@@ -163,7 +163,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Stage(nn.Module):
+class UNetStage(nn.Module):
     """The residual blocks of one level, each followed by attention where the level has it."""
 
     def __init__(self, config: BlockConfig, widths: list[tuple[int, int]], time_dim: int, attends: bool) -> None:

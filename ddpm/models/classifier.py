@@ -12,14 +12,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from ddpm.conditioning import Conditioning
 from ddpm.gaussian import q_sample
-from ddpm.models.unet import Encoder, UNetConfig
+from ddpm.models.unet import UNetConfig, UNetEncoder
 from ddpm.schedule import NoiseSchedule
 
 SAME_TEXT = 1 - 1e-5
 """Cosine above which two embeddings are of the same text: equal texts differ by their rounding."""
 
 
-class NoisyClassifier(Encoder):
+class NoisyClassifier(UNetEncoder):
     """The encoder half of the UNet and a linear head on the mean over positions.
 
     One network serves classes and text: the head gives a score per class, or a direction that is compared with that of

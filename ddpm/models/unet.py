@@ -24,15 +24,15 @@ from ddpm.models.blocks import (
     Downsample,
     MidBlock,
     ResnetBlock,
-    Stage,
     Text,
     TimestepEmbedding,
+    UNetStage,
     Upsample,
     timestep_embedding,
 )
 from ddpm.settings import setting
 
-__all__ = ["Encoder", "UNet", "UNetConfig", "timestep_embedding"]
+__all__ = ["UNet", "UNetConfig", "UNetEncoder", "timestep_embedding"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class UNetConfig(BlockConfig):
         return extend_first_layer(self, weights, "conv_in.weight")
 
 
-class Encoder(nn.Module):
+class UNetEncoder(nn.Module):
     """The way down: first convolution, time embedding, residual blocks of every level, middle block.
 
     Attributes:
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
         self.skip_widths, width = [widths[0]], widths[0]
         for level, out in enumerate(widths):
             pairs = [(width if i == 0 else out, out) for i in range(config.layers_per_block)]
-            stage = Stage(config, pairs, time_dim, config.attention[level])
+            stage = UNetStage(config, pairs, time_dim, config.attention[level])
             self.skip_widths += [out] * config.layers_per_block
             if level < len(widths) - 1:
                 stage.downsamplers = nn.ModuleList([Downsample(config, out)])
@@ -138,7 +138,7 @@ class Encoder(nn.Module):
         """What the middle block makes of the input of the first convolution, and the skips."""
         x = self.conv_in(x)
         skips = [x]
-        for stage in cast("Iterable[Stage]", self.down_blocks):
+        for stage in cast("Iterable[UNetStage]", self.down_blocks):
             for i in range(len(stage.resnets)):
                 x = stage.block(i, x, activated_time, text)
                 skips.append(x)
@@ -148,7 +148,7 @@ class Encoder(nn.Module):
         return self.mid_block(x, activated_time, text), skips
 
 
-class UNet(Encoder):
+class UNet(UNetEncoder):
     """Maps (x_t [B, C, H, W], table index [B], condition) to an output [B, out_channels, H, W].
 
     H and W must be multiples of `config.downsampling`.
@@ -171,7 +171,7 @@ class UNet(Encoder):
             for _ in range(config.layers_per_block + 1):
                 pairs.append((width + skips.pop(), out))
                 width = out
-            stage = Stage(config, pairs, time_dim, config.attention[level])
+            stage = UNetStage(config, pairs, time_dim, config.attention[level])
             if level > 0:
                 stage.upsamplers = nn.ModuleList([Upsample(out)])
             self.up_blocks.append(stage)
@@ -204,7 +204,7 @@ class UNet(Encoder):
         emb = F.silu(emb)
 
         x, skips = self.encode(with_context(self.config, x_t, cond), emb, text)
-        for stage in cast("Iterable[Stage]", self.up_blocks):
+        for stage in cast("Iterable[UNetStage]", self.up_blocks):
             for i in range(len(stage.resnets)):
                 x = stage.block(i, torch.cat([x, skips.pop()], dim=1), emb, text)
             if stage.upsamplers is not None:

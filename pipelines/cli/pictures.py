@@ -19,10 +19,19 @@ from pipelines.cli.common import (
     new_folder,
     terminal,
 )
-from pipelines.inference.request import Edit, Inpaint, Option, Request, Sample, options, plain_value, read_fields
+from pipelines.inference.request import (
+    EditRequest,
+    InpaintRequest,
+    Option,
+    Request,
+    SampleRequest,
+    options,
+    plain_value,
+    read_fields,
+)
 
 if TYPE_CHECKING:
-    from pipelines.inference.files import Source
+    from pipelines.inference.files import PictureSource
     from pipelines.inference.pictures import Pictures
 
 Reference = Annotated[str, typer.Argument(help=MODEL)]
@@ -121,15 +130,16 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 
 sample = _verb(
-    Sample,
+    SampleRequest,
     "Draw images. Example: ddpm sample models:/digits@champion --labels 0,1,2 --guidance 2 --steps 50 --out samples",
 )
 inpaint = _verb(
-    Inpaint,
+    InpaintRequest,
     "Fill what a mask hides. Example: ddpm inpaint models:/digits@champion seven.png --mask half:left --out filled",
 )
 edit = _verb(
-    Edit, "Draw images anew from noised ones. Example: ddpm edit models:/digits@champion 3.png --labels 8 --out edited"
+    EditRequest,
+    "Draw images anew from noised ones. Example: ddpm edit models:/digits@champion 3.png --labels 8 --out edited",
 )
 
 
@@ -169,7 +179,7 @@ def likelihood(
 
 def _drawn_here(
     model: str, request: Callable[[Sequence[str]], Request], out: Path, overrides: list[str] | None
-) -> tuple[Pictures, Source]:
+) -> tuple[Pictures, PictureSource]:
     """Return the pictures of a request to a model, and who drew them; each batch is written as soon as it is drawn.
 
     Args:
@@ -178,7 +188,7 @@ def _drawn_here(
     first = request(())
     config = connect_for_model(model, overrides, first.sampling.values())
 
-    from pipelines.inference.files import Source, written_as_drawn
+    from pipelines.inference.files import PictureSource, written_as_drawn
     from pipelines.inference.pictures import encoder_of, open_model, picture
     from pipelines.storage import Storage
 
@@ -193,12 +203,12 @@ def _drawn_here(
             notice=lambda text: terminal.stage("note", text),
             finished=written_as_drawn(out),
         )
-    return pictures, Source.of(resolved)
+    return pictures, PictureSource.of(resolved)
 
 
 def _drawn_by(
     url: str, token: str | None, model: str, request: Callable[[Sequence[str]], Request]
-) -> tuple[Pictures, Source]:
+) -> tuple[Pictures, PictureSource]:
     """Return the pictures of a request to a server, and who drew them; see `_drawn_here`."""
     if not url.startswith(("http://", "https://")):
         raise typer.BadParameter(f"{url}: write the address of a server, http://HOST:PORT", param_hint="--url")

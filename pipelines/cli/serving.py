@@ -13,7 +13,7 @@ from pipelines.cli.common import MODEL, SERVICES, Json, answer_json, compose, co
 
 if TYPE_CHECKING:
     from pipelines.config import Config
-    from pipelines.serving.service import Service
+    from pipelines.serving.service import ModelService
 
 Arguments = Annotated[
     list[str], typer.Argument(help=f"MODEL, or several side by side ({MODEL}); and overrides, KEY=VALUE")
@@ -50,7 +50,7 @@ def serve(
     needs = {"ray", *(["s3"] if "runs" in kinds else []), *(["mlflow"] if kinds & {"runs", "models"} else [])}
     config = connect(config, [service for service in SERVICES if service in needs])
 
-    from pipelines.serving.service import Service
+    from pipelines.serving.service import ModelService
     from pipelines.serving.token import server_token
     from pipelines.stack import default_home
     from pipelines.storage import Storage
@@ -60,7 +60,7 @@ def serve(
         lookup.check_exists(model, config.tracking.uri)
     token = None if no_token else server_token(config.serving.token_file, default_home())
     connect_ray(config, Storage.of(config))
-    service = Service(models, config, lambda text: terminal.stage("serve", text))
+    service = ModelService(models, config, lambda text: terminal.stage("serve", text))
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell has its background processes ignore the first one
         signal.signal(number, signal.default_int_handler)
     try:
@@ -85,7 +85,7 @@ def serve(
     terminal.stage("serve", "ended")
 
 
-def _add_page(service: Service, config: Config, token_digest: str | None) -> str:
+def _add_page(service: ModelService, config: Config, token_digest: str | None) -> str:
     """Start the page of what is served, and return its address."""
     from pipelines.serving.limits import Limits
     from pipelines.serving.page import page_application

@@ -36,13 +36,13 @@ FROM_DATA = ("in_channels", "out_channels", "num_classes", "context_channels")
 """Settings of a network that are determined by the data and the task."""
 
 
-class Section(pydantic.BaseModel):
+class ConfigSection(pydantic.BaseModel):
     """A section of the configuration: frozen, and rejecting unknown fields."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class ScheduleSection(Section):
+class ScheduleSection(ConfigSection):
     """The fields of every noise schedule."""
 
     num_steps: PositiveInt = Field(1000, description="number of noising steps, T")
@@ -50,7 +50,7 @@ class ScheduleSection(Section):
     log_snr_shift: float = Field(0.0, description="constant added to the log-SNR at every step; below 0 is more noise")
 
 
-class ModelSection(Section):
+class ModelSection(ConfigSection):
     """The fields of every network; its input and output channels and classes come from the data."""
 
     class_conditional: bool = Field(True, description="give the network the class of the image that it denoises")
@@ -58,7 +58,7 @@ class ModelSection(Section):
     learned_variance: bool = Field(False, description="learn the reverse variance, with objective.loss hybrid or vlb")
 
 
-class GuidanceSection(Section):
+class GuidanceSection(ConfigSection):
     """Guidance in sampling: by the model's null condition, a classifier of noisy images, or a weaker model."""
 
     kind: str
@@ -79,7 +79,7 @@ class GuidanceSection(Section):
         return self
 
 
-class ObjectiveSection(Section):
+class ObjectiveSection(ConfigSection):
     """The network's parameterization and training loss."""
 
     label_drop: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -115,8 +115,13 @@ def _fields(settings: Iterable[Setting], prefix: str = "") -> dict[str, Any]:
 
 
 def _variants(
-    choices: Mapping[str, Any], base: type[Section], suffix: str, *, beside: Any = (), without: Collection[str] = ()
-) -> dict[str, type[Section]]:
+    choices: Mapping[str, Any],
+    base: type[ConfigSection],
+    suffix: str,
+    *,
+    beside: Any = (),
+    without: Collection[str] = (),
+) -> dict[str, type[ConfigSection]]:
     """Return one pydantic model per choice of a list, with the fields of `base` and the kind's settings.
 
     Args:
@@ -148,7 +153,7 @@ def _variants(
     return found
 
 
-def _union(variants: Mapping[str, type[Section]], default: str | None = None) -> Any:
+def _union(variants: Mapping[str, type[ConfigSection]], default: str | None = None) -> Any:
     """Return the union type of these models, discriminated by `kind`."""
     kinds: Any = Union[tuple(variants.values())]  # noqa: UP007
     union: Any = Annotated[kinds, Field(discriminator="kind")]
@@ -172,9 +177,9 @@ def _prefixed(choices: Mapping[str, Any]) -> dict[str, Any]:
 _GUIDANCE_SETTINGS = {setting.name: setting for cls in GUIDANCE.values() for setting in settings_of(cls)}
 _OF_ALL_SAMPLERS = [setting for cls in OF_ALL_KINDS for setting in settings_of(cls)]
 
-VARIANTS: dict[str, dict[str, type[Section]]] = {
+VARIANTS: dict[str, dict[str, type[ConfigSection]]] = {
     "schedule": _variants(SCHEDULES, ScheduleSection, "Schedule"),
-    "sampler": _variants(SAMPLERS, Section, "Sampler", beside=_OF_ALL_SAMPLERS),
+    "sampler": _variants(SAMPLERS, ConfigSection, "Sampler", beside=_OF_ALL_SAMPLERS),
     "model": _variants(NETWORKS, ModelSection, "Model", without=FROM_DATA),
 }
 """Section -> kind -> pydantic model."""

@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from pipelines.config.choices import Section
+from pipelines.config.choices import ConfigSection
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
 """Of an object in Kubernetes."""
 SPOT_LABEL = r"^[A-Za-z0-9./_-]+:[A-Za-z0-9._-]+$"
 
 
-class Launch(Section):
+class Launch(ConfigSection):
     """What clusters of every kind are told."""
 
     stop_wait_s: PositiveInt = Field(120, description="how long a stopped command may take to write its checkpoint")

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from ddpm.models import NETWORKS, UNNAMED_NETWORK, UNetConfig
 from ddpm.timesteps import TIMESTEPS
-from pipelines.config.choices import Section
+from pipelines.config.choices import ConfigSection
 from pipelines.config.launch import LaunchConfig
 from pipelines.config.sections import (
     CheckpointConfig,
@@ -63,7 +63,7 @@ FORMER_DEFAULTS = {"objective.prediction": "eps"}
 """Defaults of earlier releases that are others now, among what decides a run's loss trace."""
 
 
-class Config(Section):
+class Config(ConfigSection):
     """One run, complete and frozen."""
 
     name: Name = Field(description="name of the run; a second training of the same name resumes it")

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipelines.config.choices import Section
+from pipelines.config.choices import ConfigSection
 from pipelines.presentation.errors import ConfigError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -35,7 +35,7 @@ Geometry = Literal["crop", "resize", "keep"]
 Encoding = Literal["png", "jpg", "webp", "npy"]
 
 
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     """The dataset and how it is read."""
 
     source: str | None = Field(
@@ -70,7 +70,7 @@ class DataConfig(Section):
     prefetch_batches: PositiveInt = Field(4, description="batches that a worker reads ahead of the training")
 
 
-class OptimConfig(Section):
+class OptimConfig(ConfigSection):
     """Optimizer, learning rate by images seen, and the average of the weights."""
 
     kind: Literal["adamw", "radam", "muon"] = Field(
@@ -130,7 +130,7 @@ class OptimConfig(Section):
         return self
 
 
-class ClusterConfig(Section):
+class ClusterConfig(ConfigSection):
     """What the run asks of Ray."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
@@ -183,7 +183,7 @@ class ClusterConfig(Section):
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
-class StorageConfig(Section):
+class StorageConfig(ConfigSection):
     """Where data, checkpoints and artifacts are."""
 
     root: str = Field(description="s3://BUCKET[/PREFIX], file:///PATH or the address of another registered storage")
@@ -203,7 +203,7 @@ class StorageConfig(Section):
         return self
 
 
-class TrackingConfig(Section):
+class TrackingConfig(ConfigSection):
     """MLflow, and what else receives a run's curves."""
 
     uri: str | None = Field(
@@ -237,7 +237,7 @@ class TrackingConfig(Section):
         return self.uri
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(ConfigSection):
     """How often state is saved, in images."""
 
     every: PositiveInt = Field(description="images between checkpoints: most that is trained again after a crash")
@@ -255,7 +255,7 @@ class CheckpointConfig(Section):
     )
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(ConfigSection):
     """How samples are scored."""
 
     n: Annotated[int, Field(ge=2)] | None = Field(
@@ -312,7 +312,7 @@ class EvaluationConfig(Section):
         return self
 
 
-class RegistryConfig(Section):
+class RegistryConfig(ConfigSection):
     """Under which name a model is registered, which alias the gate guards, who signs and who is believed."""
 
     model: str = Field(description="name under which the model is registered; unless set, the name of the run")
@@ -358,7 +358,7 @@ class RegistryConfig(Section):
         return alias
 
 
-class ServingConfig(Section):
+class ServingConfig(ConfigSection):
     """How `ddpm serve` answers: where, with how many replicas of a model, and how much it accepts."""
 
     name: Name = Field(

@@ -46,7 +46,7 @@ class FlowResult:
 
 
 @dataclass(frozen=True)
-class Preview:
+class StagePreview:
     """What a walk would do with a stage.
 
     Attributes:
@@ -188,7 +188,7 @@ class _Walk:
 
 def preview(
     stages: Sequence[Stage[Any]], site: Site, first: str | None = None, last: str | None = None
-) -> tuple[Preview, ...]:
+) -> tuple[StagePreview, ...]:
     """Return what `walk` would do with each stage; nothing is started or written.
 
     Raises:
@@ -202,10 +202,10 @@ def preview(
         missing = given.missing(stage.spec)
         if missing:
             reason = f"it is made from the {missing[0]}, which is not there yet"
-            found.append(Preview(stage.name, True, reason, stage.output, {}))
+            found.append(StagePreview(stage.name, True, reason, stage.output, {}))
             continue
         status = stage.look(site, given)
-        found.append(Preview(stage.name, status.result is None, status.reason, stage.output, status.inputs))
+        found.append(StagePreview(stage.name, status.result is None, status.reason, stage.output, status.inputs))
         if status.result is not None:
             given = given.having(stage.spec, status.result)
     running = [stage for stage, row in zip(chosen, found, strict=True) if row.runs]

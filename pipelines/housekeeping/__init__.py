@@ -1,7 +1,7 @@
 """What is stored and recorded of runs: their list, the removal of one, and of what nothing names any more."""
 
 from pipelines.housekeeping.folders import Folder, folders
-from pipelines.housekeeping.garbage import GRACE_S, Stored, Verdict, collect, find_garbage, judge
+from pipelines.housekeeping.garbage import GRACE_S, GarbageVerdict, Stored, collect, find_garbage, judge
 from pipelines.housekeeping.runs import (
     Removal,
     RemovalError,
@@ -18,11 +18,11 @@ from pipelines.housekeeping.runs import (
 __all__ = [
     "GRACE_S",
     "Folder",
+    "GarbageVerdict",
     "Removal",
     "RemovalError",
     "RunSummary",
     "Stored",
-    "Verdict",
     "collect",
     "find_garbage",
     "find_removal",

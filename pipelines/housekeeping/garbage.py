@@ -47,7 +47,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GarbageVerdict:
     """Whether a folder is garbage, and why or why not."""
 
     folder: Folder
@@ -55,7 +55,9 @@ class Verdict:
     why: str
 
 
-def judge(stored: Sequence[Stored], named: Mapping[str, str], now: float, grace_s: float = GRACE_S) -> list[Verdict]:
+def judge(
+    stored: Sequence[Stored], named: Mapping[str, str], now: float, grace_s: float = GRACE_S
+) -> list[GarbageVerdict]:
     """Decide about folders: what is named stays, and so does what it rests on, over any number of steps.
 
     Args:
@@ -81,11 +83,12 @@ def judge(stored: Sequence[Stored], named: Mapping[str, str], now: float, grace_
                 stay[other.folder.address] = f"{one.folder.address} rests on it"
                 todo.append(other)
     return [
-        Verdict(one.folder, one.folder.address not in stay, stay.get(one.folder.address, one.why)) for one in stored
+        GarbageVerdict(one.folder, one.folder.address not in stay, stay.get(one.folder.address, one.why))
+        for one in stored
     ]
 
 
-def find_garbage(config: Config, storage: Storage, grace_s: float = GRACE_S) -> list[Verdict]:
+def find_garbage(config: Config, storage: Storage, grace_s: float = GRACE_S) -> list[GarbageVerdict]:
     """Return published checkpoints, studies, evaluators, samples and features that nothing names.
 
     Raises:
@@ -105,7 +108,7 @@ def find_garbage(config: Config, storage: Storage, grace_s: float = GRACE_S) -> 
     return [verdict for verdict in verdicts if verdict.garbage]
 
 
-def collect(verdict: Verdict, storage: Storage) -> None:
+def collect(verdict: GarbageVerdict, storage: Storage) -> None:
     """Delete a folder that nothing names: `state.json` first, without which no checkpoint looks complete.
 
     The origin of a checkpoint is in its `model.json`, which goes last: a repeat decides alike after an interruption.

@@ -19,8 +19,8 @@ from pipelines.checkpoints.references import Resolved
 from pipelines.environment.lineage import code_lineage
 from pipelines.evaluation.plots import class_grid, label_grid, side_by_side
 from pipelines.evaluation.scoring import digest_of
-from pipelines.inference.pictures import Finished, Pictures, Row, encoder_of, picture
-from pipelines.inference.request import MANIFEST, Sample
+from pipelines.inference.pictures import Finished, PictureRow, Pictures, encoder_of, picture
+from pipelines.inference.request import MANIFEST, SampleRequest
 from pipelines.shards.read import spread_positions
 
 NAME_BYTES = 200
@@ -59,7 +59,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Source:
+class PictureSource:
     """Who drew pictures.
 
     Attributes:
@@ -77,7 +77,7 @@ class Source:
     versions: Mapping[str, Any]
 
     @classmethod
-    def of(cls, resolved: Resolved) -> Source:
+    def of(cls, resolved: Resolved) -> PictureSource:
         """Return what there is to say of a model that draws in this process."""
         device = next(resolved.model.network.parameters()).device
         version = resolved.version
@@ -101,10 +101,10 @@ def write_samples(resolved: Resolved, out: Path, count: int, prompts: Sequence[s
     Returns:
         The path of the grid.
     """
-    request = Sample.of(count=count, prompts=prompts or None)
+    request = SampleRequest.of(count=count, prompts=prompts or None)
     encode, finished = encoder_of(resolved, request), written_as_drawn(out)
     pictures = picture(request, resolved.model, encode=encode, finished=finished)
-    return write(pictures, out, Source.of(resolved), as_drawn=True).grid
+    return write(pictures, out, PictureSource.of(resolved), as_drawn=True).grid
 
 
 def written_as_drawn(out: Path) -> Finished:
@@ -114,7 +114,7 @@ def written_as_drawn(out: Path) -> Finished:
     manifest says that all are there: `write` makes it, and the grid.
     """
 
-    def write_batch(first: int, rows: Sequence[Row], pixels: NDArray[np.uint8]) -> None:
+    def write_batch(first: int, rows: Sequence[PictureRow], pixels: NDArray[np.uint8]) -> None:
         if first == 0:
             out.mkdir(parents=True, exist_ok=True)
             (out / MANIFEST).unlink(missing_ok=True)
@@ -124,7 +124,7 @@ def written_as_drawn(out: Path) -> Finished:
     return write_batch
 
 
-def write(pictures: Pictures, out: Path, source: Source, *, as_drawn: bool = False) -> Written:
+def write(pictures: Pictures, out: Path, source: PictureSource, *, as_drawn: bool = False) -> Written:
     """Write pictures into a folder, which is made if it is missing.
 
     Args:
@@ -167,12 +167,12 @@ def animate(path: Path, frames: list[NDArray[np.uint8]]) -> None:
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0, lossless=True)
 
 
-def _paths(out: Path, rows: Sequence[Row], first: int = 0) -> list[Path]:
+def _paths(out: Path, rows: Sequence[PictureRow], first: int = 0) -> list[Path]:
     """Return the files of pictures, of which the first has a number."""
     return [out / _name(i, row) for i, row in enumerate(rows, first)]
 
 
-def _name(number: int, row: Row) -> str:
+def _name(number: int, row: PictureRow) -> str:
     named = row.label if row.label is not None else row.prompt
     return f"{number:05d}" + (f"-{file_name(named)}" if named else "") + ".png"
 
@@ -203,7 +203,7 @@ def grid_of(pictures: Pictures) -> NDArray[np.uint8]:
 
 
 def _interpolates(pictures: Pictures) -> bool:
-    return isinstance(pictures.request, Sample) and pictures.request.interpolate is not None
+    return isinstance(pictures.request, SampleRequest) and pictures.request.interpolate is not None
 
 
 def _column_names(pictures: Pictures) -> tuple[str, ...]:
@@ -262,7 +262,7 @@ def _rows_as_frames(pictures: Pictures) -> list[NDArray[np.uint8]]:
 
 
 def _manifest(
-    pictures: Pictures, source: Source, files: list[Path], inputs: dict[str, list[Path]], out: Path
+    pictures: Pictures, source: PictureSource, files: list[Path], inputs: dict[str, list[Path]], out: Path
 ) -> dict[str, Any]:
     """Return what was drawn, by which model and which code."""
     request = pictures.request.model_dump(mode="json")

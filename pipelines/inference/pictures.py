@@ -33,7 +33,7 @@ from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config
 from pipelines.evaluation.devices import task_device
 from pipelines.inference.inputs import read_images, read_mask
-from pipelines.inference.request import Edit, Inpaint, Request, RequestError, Sample
+from pipelines.inference.request import EditRequest, InpaintRequest, Request, RequestError, SampleRequest
 from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
 from pipelines.shards.text import TextEncoder
 from pipelines.storage import Storage
@@ -42,12 +42,12 @@ Encode = Callable[[Sequence[str]], Conditioning]
 """Maps texts to their embeddings."""
 FRAMES = 48
 """States that a film keeps."""
-Finished = Callable[[int, Sequence["Row"], NDArray[np.uint8]], None]
+Finished = Callable[[int, Sequence["PictureRow"], NDArray[np.uint8]], None]
 """Takes some pictures as soon as they are drawn: the index of the first, their rows, and uint8 [B, H, W, C]."""
 
 
 @dataclass(frozen=True)
-class Row:
+class PictureRow:
     """Where one picture comes from.
 
     Attributes:
@@ -82,7 +82,7 @@ class Pictures:
     """
 
     pixels: NDArray[np.uint8]
-    rows: tuple[Row, ...]
+    rows: tuple[PictureRow, ...]
     columns: int
     request: Request
     originals: NDArray[np.uint8] | None = None
@@ -115,7 +115,7 @@ class Prepared:
     """
 
     drawing: Drawing
-    rows: tuple[Row, ...]
+    rows: tuple[PictureRow, ...]
     columns: int
     request: Request
     originals: NDArray[np.uint8] | None = None
@@ -215,15 +215,15 @@ class _Resolving:
 
     def __init__(self, request: Request, model: Model, encode: Encode | None, notice: Notice) -> None:
         self.request, self.model, self.spec, self.encode, self.notice = request, model, model.spec, encode, notice
-        self.images: tuple[Any, ...] = request.images if isinstance(request, Inpaint | Edit) else ()
+        self.images: tuple[Any, ...] = request.images if isinstance(request, InpaintRequest | EditRequest) else ()
         labels = request.labels
-        if labels is None and isinstance(request, Sample) and request.prompts is None and self.spec.classes:
+        if labels is None and isinstance(request, SampleRequest) and request.prompts is None and self.spec.classes:
             labels = tuple(range(len(self.spec.classes)))
         self.labels = None if labels is None else class_indices(labels, self.spec.classes)
-        source = request.source_labels if isinstance(request, Edit) else None
+        source = request.source_labels if isinstance(request, EditRequest) else None
         self.source_labels = None if source is None else class_indices(source, self.spec.classes, "source_labels")
         self.columns = self._columns()
-        if isinstance(request, Inpaint) and len(self.images) == 1:
+        if isinstance(request, InpaintRequest) and len(self.images) == 1:
             self.images *= len(request.masks)  # one image with several masks is an image for each of them
 
     @property
@@ -243,12 +243,12 @@ class _Resolving:
         more: dict[str, Any] = {}
         originals = np.stack([image.pixels for image in images]) if images else None
         columns["image"] = None if originals is None else [torch.from_numpy(pixels) for pixels in originals]
-        if isinstance(request, Inpaint):
+        if isinstance(request, InpaintRequest):
             pairs = zip(self._one_each(request.masks), images, strict=True)
             hidden = np.stack([read_mask(mask, image, self.spec.shape) for mask, image in pairs])
             columns["mask"] = [torch.from_numpy(mask[..., None] * np.uint8(255)) for mask in hidden]
             more = {"method": request.method, "settings": request.method_settings}
-        elif isinstance(request, Edit):
+        elif isinstance(request, EditRequest):
             columns |= {"strength": [request.strength], "source_label": self.source_labels}
             more = {"invert": request.invert}
         ((_, drawing),) = row_drawings(
@@ -270,7 +270,7 @@ class _Resolving:
             "labels": self.labels,
             "prompts": request.prompts,
             "images": self.images or None,
-            "masks": request.masks if isinstance(request, Inpaint) else None,
+            "masks": request.masks if isinstance(request, InpaintRequest) else None,
             "source_labels": self.source_labels,
         }
         lengths = {name: len(values) for name, values in given.items() if values is not None}
@@ -286,7 +286,7 @@ class _Resolving:
 
     def _noise(self) -> Noise:
         request, columns = self.request, self.columns
-        if isinstance(request, Sample) and request.interpolate is not None:
+        if isinstance(request, SampleRequest) and request.interpolate is not None:
             return Noise.between(*request.interpolate, request.frames).map(lambda t: t.repeat_interleave(columns))
         if request.seeds is not None:
             return Noise.of(request.seeds).map(lambda t: t.repeat_interleave(columns))
@@ -306,13 +306,13 @@ class _Resolving:
     def _one_each(self, values: Sequence[Any]) -> list[Any]:
         return list(values) * (len(self.images) if len(values) == 1 else 1)
 
-    def _rows(self, noise: Noise) -> tuple[Row, ...]:
+    def _rows(self, noise: Noise) -> tuple[PictureRow, ...]:
         request = self.request
         labels = None if self.labels is None else self._spread([self.spec.classes[i] for i in self.labels])
         prompts = None if request.prompts is None else self._spread(request.prompts)
         images = self._spread(range(len(self.images))) if self.images else None
         return tuple(
-            Row(
+            PictureRow(
                 None if labels is None else labels[i],
                 None if prompts is None else prompts[i],
                 int(noise.seeds[i]),

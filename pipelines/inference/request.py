@@ -103,7 +103,7 @@ class Request(pydantic.BaseModel):
         return self.count if self.seeds is None else len(self.seeds)
 
 
-class Sample(Request):
+class SampleRequest(Request):
     """Pictures from noise; a model with classes and neither labels nor prompts draws every class."""
 
     task: ClassVar[str] = "sample"
@@ -123,7 +123,7 @@ class Sample(Request):
         return super().draws if self.interpolate is None else self.frames
 
 
-class Inpaint(Request):
+class InpaintRequest(Request):
     """Images whose hidden pixels are filled; the others stay exactly as they are."""
 
     task: ClassVar[str] = "inpaint"
@@ -161,7 +161,7 @@ class Inpaint(Request):
         return self
 
 
-class Edit(Request):
+class EditRequest(Request):
     """Other pictures from images: those that are noised and sampled from there (SDEdit), or inverted."""
 
     task: ClassVar[str] = "edit"
@@ -313,7 +313,7 @@ def plain_value(name: str, text: str) -> Any:
         raise RequestError(f"{name}: its value cannot be read: {error}") from error
 
 
-TASKS: dict[str, type[Request]] = {kind.task: kind for kind in (Sample, Inpaint, Edit)}
+TASKS: dict[str, type[Request]] = {kind.task: kind for kind in (SampleRequest, InpaintRequest, EditRequest)}
 
 
 def read_request(manifest: Path) -> Request:

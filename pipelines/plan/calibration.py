@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, Posit
 FILE = Path(__file__).with_name("calibration.json")
 
 
-class Measured(BaseModel):
+class MeasuredConstants(BaseModel):
     """Constants that were measured together.
 
     Attributes:
@@ -27,7 +27,7 @@ class Measured(BaseModel):
     written_by: str
 
 
-class StageTimes(Measured):
+class StageTimes(MeasuredConstants):
     """Fixed costs of the stages of `ddpm flow`, in seconds.
 
     Attributes:
@@ -47,7 +47,7 @@ class StageTimes(Measured):
     scores_s: PositiveFloat
 
 
-class WorkerSpeed(Measured):
+class WorkerSpeed(MeasuredConstants):
     """Speed of parallel workers on one machine.
 
     Attributes:
@@ -58,7 +58,7 @@ class WorkerSpeed(Measured):
     shared_speed: PositiveFloat
 
 
-class Exchange(Measured):
+class Exchange(MeasuredConstants):
     """Costs of a worker beyond its bare steps.
 
     Trainings of 1.6 to 1.8 million parameters in batches of 16 and 32 took 0.77 to 1.15 times as long as this and
@@ -74,7 +74,7 @@ class Exchange(Measured):
     seconds_per_million: PositiveFloat
 
 
-class JudgingCosts(Measured):
+class JudgingCosts(MeasuredConstants):
     """Costs of judging a model.
 
     Attributes:
@@ -91,7 +91,7 @@ class JudgingCosts(Measured):
     least_passes: PositiveInt
 
 
-class NetworkNeeds(Measured):
+class NetworkNeeds(MeasuredConstants):
     """Training of the networks that plans choose from.
 
     Attributes:
@@ -104,7 +104,7 @@ class NetworkNeeds(Measured):
     learning_rates: Mapping[str, PositiveFloat]
 
 
-class SamplingDefaults(Measured):
+class SamplingDefaults(MeasuredConstants):
     """How plans draw samples.
 
     Attributes:

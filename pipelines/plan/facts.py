@@ -162,7 +162,7 @@ class MachineFacts:
 
 
 @dataclass(frozen=True)
-class Line:
+class PlanLine:
     """One choice of a plan.
 
     Attributes:
@@ -192,7 +192,7 @@ class Plan:
     """
 
     budget_s: float
-    lines: tuple[Line, ...]
+    lines: tuple[PlanLine, ...]
     seconds: Mapping[str, float]
     images: int
     network: str
@@ -243,14 +243,14 @@ class UserOverrides:
         own = {f"model.{name}" for name in conditions}
         return any(key == "model" or (key.startswith("model.") and key not in own) for key in self.settings)
 
-    def line(self, title: str, settings: Mapping[str, Any], value: str, reason: str) -> Line:
+    def line(self, title: str, settings: Mapping[str, Any], value: str, reason: str) -> PlanLine:
         """Return a line of the plan without what the user has set, and saying so."""
         own = {key: it for key, it in settings.items() if not self.sets(key)}
         if len(own) == len(settings):
-            return Line(title, own, value, reason)
+            return PlanLine(title, own, value, reason)
         chosen = {key: it for key, it in self.settings.items() if key in settings or key in _groups(settings)}
         text = ", ".join(f"{key}={override_value(it)}" for key, it in chosen.items())
-        return Line(title, own, text if not own else f"{value}; {text}", "set by hand")
+        return PlanLine(title, own, text if not own else f"{value}; {text}", "set by hand")
 
 
 def _groups(settings: Mapping[str, Any]) -> set[str]:

@@ -13,7 +13,7 @@ import yaml
 
 from pipelines.config import Config
 from pipelines.plan.budget import format_duration
-from pipelines.plan.facts import Line, MachineFacts, Plan, SourceFacts
+from pipelines.plan.facts import MachineFacts, Plan, PlanLine, SourceFacts
 from pipelines.storage import NotFoundError, Storage, join, layout
 
 
@@ -44,7 +44,7 @@ class StoredPlan:
         try:
             plain = json.loads(text)
             plan = plain["plan"]
-            lines = tuple(Line(**line) for line in plan.pop("lines"))
+            lines = tuple(PlanLine(**line) for line in plan.pop("lines"))
             warnings = tuple(plan.pop("warnings"))
             return cls(
                 plain["key"],

@@ -14,7 +14,7 @@ from pipelines.plan import clock
 from pipelines.plan.budget import format_duration, written
 from pipelines.plan.calibration import CALIBRATION
 from pipelines.plan.choose import MOST_PASSES, PIECE, SAMPLING, Basis, drawing_precision, methods, most_images
-from pipelines.plan.facts import Line, MachineFacts, SourceFacts, UserOverrides
+from pipelines.plan.facts import MachineFacts, PlanLine, SourceFacts, UserOverrides
 from pipelines.plan.networks import candidates, native_size
 from pipelines.storage import layout
 
@@ -32,7 +32,7 @@ DECISIVE = ("data.image_size", "data.channels", "data.geometry", "data.text_enco
 """What tells datasets of the same source apart."""
 
 
-def data_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> list[Line]:
+def data_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> list[PlanLine]:
     """Return the lines about the data."""
     size, name = basis.candidate.size, source_name(source.source)
     low, usual, high = source.shorter_sides
@@ -88,7 +88,7 @@ def mirrored(source: SourceFacts) -> tuple[bool, str]:
     return True, f"{told}, hardly more than by guessing"
 
 
-def network_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> list[Line]:
+def network_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> list[PlanLine]:
     """Return the lines about the network, its conditions, the objective and the schedule."""
     candidate, millions = basis.candidate, basis.speed.parameters / 1e6
     larger = next(
@@ -104,7 +104,7 @@ def network_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> lis
     if candidate.network == "hand":
         given = {key: value for key, value in user.settings.items() if key.partition(".")[0] == "model"}
         text = ", ".join(f"{key}={override_value(value)}" for key, value in given.items())
-        network = Line("network", {}, f"{text}: {millions:.1f} M parameters", "set by hand")
+        network = PlanLine("network", {}, f"{text}: {millions:.1f} M parameters", "set by hand")
     return [
         network,
         _condition_line(source, basis, user),
@@ -120,7 +120,7 @@ def network_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> lis
     ]
 
 
-def _condition_line(source: SourceFacts, basis: Basis, user: UserOverrides) -> Line:
+def _condition_line(source: SourceFacts, basis: Basis, user: UserOverrides) -> PlanLine:
     """Return the line about what the network is conditioned on."""
     settings: dict[str, Any] = {"model.class_conditional": basis.labels}
     parts = [f"{len(source.class_counts)} classes"] if basis.labels else []
@@ -138,7 +138,7 @@ def _condition_line(source: SourceFacts, basis: Basis, user: UserOverrides) -> L
     return user.line("conditions", settings, " and ".join(parts) or "none", why)
 
 
-def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, user: UserOverrides) -> list[Line]:
+def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, user: UserOverrides) -> list[PlanLine]:
     """Return the lines about the optimization."""
     images, batch = basis.images, basis.batch
     rate = CALIBRATION.networks.learning_rates[basis.candidate.network] * math.sqrt(min(batch, 512) / 128)
@@ -181,7 +181,7 @@ def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, user: 
     ]
 
 
-def _batch_line(machine: MachineFacts, basis: Basis, user: UserOverrides) -> Line:
+def _batch_line(machine: MachineFacts, basis: Basis, user: UserOverrides) -> PlanLine:
     """Return the line about the images of a step; a GPU computes no more of them at once than it was tried with."""
     settings, why = {"batch_size": basis.batch}, f"{max(1, basis.images // basis.batch):,} steps"
     if machine.gpus and math.ceil(basis.batch / basis.workers) > PIECE["cuda"]:
@@ -190,7 +190,7 @@ def _batch_line(machine: MachineFacts, basis: Basis, user: UserOverrides) -> Lin
     return user.line("batch", settings, str(basis.batch), why)
 
 
-def machine_lines(machine: MachineFacts, basis: Basis, user: UserOverrides) -> list[Line]:
+def machine_lines(machine: MachineFacts, basis: Basis, user: UserOverrides) -> list[PlanLine]:
     """Return the lines about the workers and what is stored on the way."""
     images, batch = basis.images, basis.batch
     marks = 4 if basis.training_s < 1_800 else 12
@@ -237,7 +237,7 @@ def _why_workers(machine: MachineFacts, basis: Basis) -> str:
 
 def judging_lines(
     source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s: float, user: UserOverrides
-) -> list[Line]:
+) -> list[PlanLine]:
     """Return the lines about sampling, scores and the registered model."""
     judging, name = basis.judging, source_name(source.source)
     precision = drawing_precision(machine.precision, user)
@@ -273,7 +273,7 @@ def judging_lines(
     ]
 
 
-def name_line(run: str, model: str, user: UserOverrides) -> Line:
+def name_line(run: str, model: str, user: UserOverrides) -> PlanLine:
     """Return the line about the names of the run and of the registered model."""
     return user.line(
         NAME,

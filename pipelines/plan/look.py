@@ -32,7 +32,7 @@ COLOUR = 6
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedImage:
     """What was seen of one image.
 
     Attributes:
@@ -91,10 +91,10 @@ def look(source: str, storage: Storage, *, test_fraction: float = 0.1, encoder: 
     )
 
 
-def _open_some(images: Sequence[SourceImage], storage: Storage) -> tuple[list[Opened], int]:
+def _open_some(images: Sequence[SourceImage], storage: Storage) -> tuple[list[OpenedImage], int]:
     """Open images from the beginning of a list, for some seconds; return them, and how many cannot be opened."""
     began, unreadable = time.monotonic(), 0
-    opened: list[Opened] = []
+    opened: list[OpenedImage] = []
     for image in images[:OPENED]:
         if time.monotonic() - began > LOOKING_S and len(opened) + unreadable >= LEAST_OPENED:
             break
@@ -105,17 +105,17 @@ def _open_some(images: Sequence[SourceImage], storage: Storage) -> tuple[list[Op
     return opened, unreadable
 
 
-def _opened(image: SourceImage, storage: Storage) -> Opened:
+def _opened(image: SourceImage, storage: Storage) -> OpenedImage:
     """Open an image."""
     picture = open_image(image.read(storage), reduced_to=4 * SIDE)
     rgb = picture.image.convert("RGB")
     pixels = np.asarray(rgb.resize((4 * SIDE, 4 * SIDE), Image.Resampling.BOX), dtype=np.int16)
     spread = pixels.max(-1) - pixels.min(-1)
     small = np.asarray(rgb.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.uint8)
-    return Opened(picture.size, bool((spread > COLOUR).mean() > 0.001), small, image.label)
+    return OpenedImage(picture.size, bool((spread > COLOUR).mean() > 0.001), small, image.label)
 
 
-def _mirror(opened: Sequence[Opened]) -> Mirror:
+def _mirror(opened: Sequence[OpenedImage]) -> Mirror:
     """Return whether the images can be told from their mirror images."""
     if len(opened) < 2 * LEAST_OPENED:
         return Mirror(0.5, 0)

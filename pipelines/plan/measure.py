@@ -43,7 +43,7 @@ fast as the next smaller one, ends its size: it is not measured."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class MachineMeasurement:
     """What one process measures; the fields are those of `MachineFacts`."""
 
     speeds: dict[str, Speed]
@@ -69,7 +69,7 @@ class Measurement:
     budget_s: float
     workers: int
 
-    def __call__(self) -> Measured:
+    def __call__(self) -> MachineMeasurement:
         """Return what was measured."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -80,7 +80,7 @@ class Measurement:
                 gc.collect()
                 torch.cuda.empty_cache()
 
-    def _measured(self, device: torch.device) -> Measured:
+    def _measured(self, device: torch.device) -> MachineMeasurement:
         began = time.monotonic()
         speeds: dict[str, Speed] = {}
         judge: dict[int, float] = {}
@@ -110,7 +110,7 @@ class Measurement:
             if self._hopeless(speeds, of_size[0]):
                 break
         together = 1.0 if device.type == "cuda" else speed_together(whole_cores(), precision)
-        return Measured(speeds, judge, precision, together, time.monotonic() - began)
+        return MachineMeasurement(speeds, judge, precision, together, time.monotonic() - began)
 
     def _reaches(self, candidate: Candidate, speed: Speed) -> bool:
         """Return whether at this speed a candidate would see enough images in the whole budget to be worth a try."""

@@ -14,7 +14,7 @@ from pipelines.registry.guard import Guard, Logs, watch
 from pipelines.registry.package import RegistryError, bundled_encoder, register, write_version
 from pipelines.registry.promote import Gate
 from pipelines.registry.scored import find_version, is_candidate, register_once, register_scored
-from pipelines.registry.verdict import Row, Verdict, VerdictLog
+from pipelines.registry.verdict import Verdict, VerdictLog, VerdictRow
 from pipelines.registry.verify import Verification, verify
 from pipelines.signing import SignatureError, Signer, Trust, check_signing
 
@@ -25,12 +25,12 @@ __all__ = [
     "Guard",
     "Logs",
     "RegistryError",
-    "Row",
     "SignatureError",
     "Signer",
     "Trust",
     "Verdict",
     "VerdictLog",
+    "VerdictRow",
     "Verification",
     "bundled_encoder",
     "check_signing",

@@ -9,7 +9,7 @@ from ddpm.generate import Sampling
 from ddpm.model import read_spec
 from pipelines.registry.envelope import differing_envelope, model_folder, signature_file
 from pipelines.registry.evidence import Evidence, EvidenceError
-from pipelines.registry.verdict import Row
+from pipelines.registry.verdict import VerdictRow
 from pipelines.signing import SignatureError, Trust
 from pipelines.storage import layout
 
@@ -17,7 +17,9 @@ SHOWN = 5
 """Differences that a row names; of the others it gives the number."""
 
 
-def check_version(folder: Path, tags: Mapping[str, str] | None, trust: Trust) -> tuple[Evidence | None, list[Row]]:
+def check_version(
+    folder: Path, tags: Mapping[str, str] | None, trust: Trust
+) -> tuple[Evidence | None, list[VerdictRow]]:
     """Look at the files of a version, and at its tags; nothing of it is run.
 
     Args:
@@ -34,9 +36,9 @@ def check_version(folder: Path, tags: Mapping[str, str] | None, trust: Trust) ->
     try:
         evidence = Evidence.read(inside)
     except EvidenceError as error:
-        return None, [signature, Row("evidence", str(error), "there", False)]
+        return None, [signature, VerdictRow("evidence", str(error), "there", False)]
     digest = evidence.model_digest[:12]
-    rows = [signature, Row("evidence", f"of model {digest}, scored on {evidence.dataset_uri}", "there", True)]
+    rows = [signature, VerdictRow("evidence", f"of model {digest}, scored on {evidence.dataset_uri}", "there", True)]
     if tags is not None:
         differing = [_tag(name, evidence.tags()[name], tags) for name in evidence.differing_tags(tags)]
         rows.append(_row("tags", differing, f"{len(evidence.tags())} tags are equal", "as in the evidence"))
@@ -50,12 +52,12 @@ def check_version(folder: Path, tags: Mapping[str, str] | None, trust: Trust) ->
     return evidence if signature.passed else None, rows
 
 
-def _signature(folder: Path, trust: Trust) -> Row:
+def _signature(folder: Path, trust: Trust) -> VerdictRow:
     bound = "by somebody who is trusted"
     try:
-        return Row("signature", trust.check_folder(model_folder(folder), signature_file(folder)), bound, True)
+        return VerdictRow("signature", trust.check_folder(model_folder(folder), signature_file(folder)), bound, True)
     except SignatureError as error:
-        return Row("signature", str(error), bound, False)
+        return VerdictRow("signature", str(error), bound, False)
 
 
 def _differing_settings(inside: Path, evidence: Evidence) -> list[str]:
@@ -72,12 +74,12 @@ def _differing_settings(inside: Path, evidence: Evidence) -> list[str]:
     ]
 
 
-def _row(name: str, differing: Sequence[str], equal: str, bound: str) -> Row:
+def _row(name: str, differing: Sequence[str], equal: str, bound: str) -> VerdictRow:
     """Return the row of what has to be equal."""
     if not differing:
-        return Row(name, equal, bound, True)
+        return VerdictRow(name, equal, bound, True)
     more = f", and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-    return Row(name, ", ".join(differing[:SHOWN]) + more, bound, False)
+    return VerdictRow(name, ", ".join(differing[:SHOWN]) + more, bound, False)
 
 
 def _tag(name: str, wanted: str, tags: Mapping[str, str]) -> str:

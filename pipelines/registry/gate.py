@@ -10,7 +10,7 @@ from statistics import NormalDist
 from pipelines.evaluation.paired import level, paired_test
 from pipelines.evaluation.scores import Scores
 from pipelines.registry.comparison import Compared
-from pipelines.registry.verdict import Row
+from pipelines.registry.verdict import VerdictRow
 
 POWER = 0.9
 """Chance with which the difference that a number of samples is said to tell is told."""
@@ -34,7 +34,7 @@ class Decision:
 
     passed: bool
     reason: str
-    rows: tuple[Row, ...]
+    rows: tuple[VerdictRow, ...]
 
 
 def decide(compared: Compared, attempt: int, champion: str, margin: float | None = None) -> Decision:
@@ -54,11 +54,11 @@ def decide(compared: Compared, attempt: int, champion: str, margin: float | None
     asked = f"better than {champion}" if margin is None else f"not worse than {champion} by {margin:g}"
     if not math.isfinite(difference.value) or not error > 0:
         why = "a distance that is not a number" if not math.isfinite(difference.value) else "the same samples"
-        row = Row(asked, distances, "a difference that can be measured", passed=False)
+        row = VerdictRow(asked, distances, "a difference that can be measured", passed=False)
         return Decision(False, f"the two versions give {why}: {distances}", (row,))
     z, _ = paired_test(difference, margin or 0.0)
     bound = f"z >= {needed:.2f} (attempt {attempt}, level {level(attempt):.3g})"
-    rows = [Row(asked, f"{distances}: z = {z:.2f}", bound, z >= needed), *_accuracy(compared, champion)]
+    rows = [VerdictRow(asked, f"{distances}: z = {z:.2f}", bound, z >= needed), *_accuracy(compared, champion)]
     failed = [row for row in rows[1:] if not row.passed]
     if z < needed:
         return Decision(False, _not_passed(ours.n, difference.value, error, needed, distances, rows[1:]), tuple(rows))
@@ -69,7 +69,7 @@ def decide(compared: Compared, attempt: int, champion: str, margin: float | None
     return Decision(True, f"{word}: {distances}, {by}", tuple(rows))
 
 
-def _not_passed(n: int, gain: float, error: float, needed: float, distances: str, more: Sequence[Row]) -> str:
+def _not_passed(n: int, gain: float, error: float, needed: float, distances: str, more: Sequence[VerdictRow]) -> str:
     """Return why a version does not pass: it is worse, or the difference is too small for this many samples.
 
     Args:
@@ -85,28 +85,28 @@ def _not_passed(n: int, gain: float, error: float, needed: float, distances: str
     )
 
 
-def _accuracy(compared: Compared, champion: str) -> list[Row]:
+def _accuracy(compared: Compared, champion: str) -> list[VerdictRow]:
     """Return the line of the table that a better distance is not bought with accuracy; none without classes."""
     ours, theirs = compared.candidate_accuracy, compared.champion_accuracy
     if ours is None and theirs is None:
         return []
     name = f"accuracy not below that of {champion}"
     if ours is None or theirs is None:
-        return [Row(name, "known of one of them only", "known of both", passed=False)]
+        return [VerdictRow(name, "known of one of them only", "known of both", passed=False)]
     least = theirs.value - ACCURACY_Z * (theirs - ours).standard_error
     bound = f"at least {least:.4f}: {theirs.value:.4f} less {ACCURACY_Z:.2f} standard errors of the paired difference"
-    return [Row(name, f"{ours.value:.4f}", bound, ours.value >= least)]
+    return [VerdictRow(name, f"{ours.value:.4f}", bound, ours.value >= least)]
 
 
-def comparable(ours: Scores, theirs: Scores, champion: str) -> list[Row]:
+def comparable(ours: Scores, theirs: Scores, champion: str) -> list[VerdictRow]:
     """Return the lines of the table that say whether the same evaluator scored two versions on the same data."""
     names = {"evaluator_digest": "same evaluator", "stream_digest": "same data with quarantine", "n": SAMPLES}
     rows = []
     for field, words in names.items():
         mine, its = getattr(ours, field), getattr(theirs, field)
         short = [str(value)[:12] or "not known" for value in (mine, its)]
-        rows.append(Row(words, short[0], f"{short[1]}, as {champion}", bool(mine) and mine == its))
+        rows.append(VerdictRow(words, short[0], f"{short[1]}, as {champion}", bool(mine) and mine == its))
     if ours.prompts is not None or theirs.prompts is not None:
         mine, its = ((scores.prompts or {}).get("captions_digest", "none") for scores in (ours, theirs))
-        rows.append(Row("same prompts", mine[:12], f"{its[:12]}, as {champion}", mine == its))
+        rows.append(VerdictRow("same prompts", mine[:12], f"{its[:12]}, as {champion}", mine == its))
     return rows

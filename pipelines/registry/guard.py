@@ -127,7 +127,7 @@ class Logs:
 
 
 @dataclass
-class Refused:
+class Refusals:
     """A context that goes on where MLflow refuses something, as it may for one model of many, and remembers that.
 
     Attributes:
@@ -177,7 +177,7 @@ class Guard:
                 from being corrected.
         """
         for _ in range(ROUNDS):
-            known, refused = set(self.guarded), Refused()
+            known, refused = set(self.guarded), Refusals()
             wrong = self._look(refused)
             for each in wrong:
                 with refused:
@@ -187,7 +187,7 @@ class Guard:
             if not wrong and self.guarded == known:
                 return
 
-    def _look(self, refused: Refused) -> list[Correction]:
+    def _look(self, refused: Refusals) -> list[Correction]:
         """Return what is wrong with the aliases that were known before; learn of further ones."""
         known = sorted(self.guarded)
         aliases: dict[str, dict[str, str]] = {}

@@ -83,7 +83,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ProbeComparison:
     """Two drawings of the same pictures.
 
     Attributes:
@@ -122,7 +122,7 @@ class Comparison:
         return f"within {TOLERANCE} grey level, at most 1 pixel in {1 / SHARE:,.0f}"
 
 
-def redraw(pyfunc: Path, folder: Path, probe: dict[str, Any]) -> Comparison:
+def redraw(pyfunc: Path, folder: Path, probe: dict[str, Any]) -> ProbeComparison:
     """Draw the pictures of a version again, in a new process and with the code that lies in its pyfunc.
 
     That runs the code, and what is compiled of it: look at its digests, and that nothing else lies there, first.
@@ -166,7 +166,7 @@ def redraw(pyfunc: Path, folder: Path, probe: dict[str, Any]) -> Comparison:
     return compare(drawn, load_file(folder / layout.PROBE)["images"], probe, machine(threads))
 
 
-def compare(drawn: Tensor, recorded: Tensor, probe: dict[str, Any], here: dict[str, Any]) -> Comparison:
+def compare(drawn: Tensor, recorded: Tensor, probe: dict[str, Any], here: dict[str, Any]) -> ProbeComparison:
     """Compare two drawings, uint8 of the same shape.
 
     Args:
@@ -181,7 +181,7 @@ def compare(drawn: Tensor, recorded: Tensor, probe: dict[str, Any], here: dict[s
     distance = (drawn.int() - recorded.int()).abs()
     elsewhere = [f"{name} {probe.get(name)} -> {here[name]}" for name in SAME_MACHINE if probe.get(name) != here[name]]
     farthest = int(distance.max()) if distance.numel() else 0
-    return Comparison(distance.numel(), int((distance > 0).sum()), farthest, tuple(elsewhere))
+    return ProbeComparison(distance.numel(), int((distance > 0).sum()), farthest, tuple(elsewhere))
 
 
 def _processor() -> str:

@@ -23,7 +23,7 @@ from pipelines.registry.envelope import model_folder
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.gate import SAMPLES, comparable, decide
 from pipelines.registry.package import RegistryError
-from pipelines.registry.verdict import Row, Verdict, VerdictLog, now, standing
+from pipelines.registry.verdict import Verdict, VerdictLog, VerdictRow, now, standing
 from pipelines.registry.verify import check_data
 from pipelines.signing import Signer, Trust, check_signing
 from pipelines.storage import Storage
@@ -31,7 +31,7 @@ from pipelines.tracking import ModelVersion
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedVersion:
     """A version whose folder is on this machine.
 
     Attributes:
@@ -43,7 +43,7 @@ class Opened:
 
     version: ModelVersion
     evidence: Evidence | None
-    rows: tuple[Row, ...]
+    rows: tuple[VerdictRow, ...]
     folder: Path
     spec: ModelSpec | None
 
@@ -53,7 +53,7 @@ class Opened:
         return self.evidence is not None and self.wrong is None
 
     @property
-    def wrong(self) -> Row | None:
+    def wrong(self) -> VerdictRow | None:
         """The first line of the table that does not pass; None where all do, and then there is evidence."""
         return next((row for row in self.rows if not row.passed), None)
 
@@ -213,7 +213,7 @@ class Gate:
         self._settle(version, held[-3] if len(held) > 2 else None)
         return verdict
 
-    def _wrong(self, version: ModelVersion) -> Row | None:
+    def _wrong(self, version: ModelVersion) -> VerdictRow | None:
         """Return the first line about the files and tags of a version that does not pass; None where all do."""
         with self._opened(version) as opened:
             return opened.wrong
@@ -237,7 +237,7 @@ class Gate:
         same = found is not None and found.tags.get("served_digest", "") == verdict.served_digest
         return found if same else None
 
-    def _record(self, verdict: Verdict, opened: Opened) -> None:
+    def _record(self, verdict: Verdict, opened: OpenedVersion) -> None:
         """Write a decision onto its version, for whoever reads its page, and its model card anew."""
         tags = {f"gate.{self.alias}": str(verdict), f"gate.{self.alias}.table": tracking.to_json(verdict.to_plain())}
         tracking.set_version_tags(self.uri, self.model, verdict.version, tags)
@@ -258,7 +258,7 @@ class Gate:
         margin: float | None,
         first: str,
         dry_run: bool,
-    ) -> tuple[Opened, Verdict]:
+    ) -> tuple[OpenedVersion, Verdict]:
         """Return a version and the decision about it; one made before with as many samples is found again.
 
         Args:
@@ -289,10 +289,10 @@ class Gate:
 
     def _against(
         self,
-        candidate: Opened,
-        champion: Opened,
+        candidate: OpenedVersion,
+        champion: OpenedVersion,
         verdict: Verdict,
-        rows: list[Row],
+        rows: list[VerdictRow],
         verdicts: Sequence[Verdict],
         margin: float | None,
         dry_run: bool,
@@ -306,7 +306,7 @@ class Gate:
         else:
             wrong = champion.wrong
             assert wrong is not None
-            unlike = [Row(f"{name}: {wrong.name}", wrong.figure, wrong.bound, passed=False)]
+            unlike = [VerdictRow(f"{name}: {wrong.name}", wrong.figure, wrong.bound, passed=False)]
         if not all(row.passed for row in unlike):
             present = _content_digest(champion, verdicts)
             if verdict.content_digest == present:
@@ -343,7 +343,7 @@ class Gate:
         return replace(verdict, passed=found.passed, reason=found.reason, attempt=attempt, rows=(*rows, *found.rows))
 
     @contextmanager
-    def _opened(self, version: ModelVersion) -> Iterator[Opened]:
+    def _opened(self, version: ModelVersion) -> Iterator[OpenedVersion]:
         """Give a version whose folder is on this machine, with what can be said of it without drawing."""
         with tempfile.TemporaryDirectory(prefix="version-", dir=scratch_folder()) as scratch:
             folder = tracking.download_version(self.uri, version, Path(scratch))
@@ -351,7 +351,7 @@ class Gate:
             inside, spec = model_folder(folder), None
             with suppress(ValueError):
                 spec = read_spec(inside)
-            yield Opened(version, evidence, tuple(rows), inside, spec)
+            yield OpenedVersion(version, evidence, tuple(rows), inside, spec)
 
 
 def _is(version: ModelVersion, other: ModelVersion | None) -> bool:
@@ -359,7 +359,7 @@ def _is(version: ModelVersion, other: ModelVersion | None) -> bool:
     return other is not None and other.version == version.version
 
 
-def _other_settings(candidate: Opened, champion: Opened) -> list[str]:
+def _other_settings(candidate: OpenedVersion, champion: OpenedVersion) -> list[str]:
     """Return the overrides with which the champion is scored as a candidate was; none of what is alike already."""
     assert candidate.evidence is not None
     ours, theirs = candidate.evidence.scores, None if champion.evidence is None else champion.evidence.scores
@@ -373,13 +373,13 @@ def _other_settings(candidate: Opened, champion: Opened) -> list[str]:
     return settings
 
 
-def _refused(verdict: Verdict, rows: Sequence[Row]) -> Verdict:
+def _refused(verdict: Verdict, rows: Sequence[VerdictRow]) -> Verdict:
     """Return the verdict that names the first line of the table that does not pass."""
     wrong = next(row for row in rows if not row.passed)
     return replace(verdict, reason=f"{wrong.name}: {wrong.figure}; asked for: {wrong.bound}", rows=tuple(rows))
 
 
-def _judged_before(verdicts: Sequence[Verdict], verdict: Verdict, alike: Sequence[Row]) -> Verdict | None:
+def _judged_before(verdicts: Sequence[Verdict], verdict: Verdict, alike: Sequence[VerdictRow]) -> Verdict | None:
     """Return the decision that was made about the same model against the same champion with as many samples.
 
     Args:
@@ -396,7 +396,7 @@ def _judged_before(verdicts: Sequence[Verdict], verdict: Verdict, alike: Sequenc
     return None
 
 
-def _content_digest(champion: Opened, verdicts: Sequence[Verdict]) -> str | None:
+def _content_digest(champion: OpenedVersion, verdicts: Sequence[Verdict]) -> str | None:
     """Return what somebody who is trusted has signed of the files of the present version; None without any.
 
     Its own folder says nothing where it is not believed: it may have been made to look like another one's.

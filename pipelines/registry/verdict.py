@@ -24,7 +24,7 @@ FIELD = "verdict"
 
 
 @dataclass(frozen=True)
-class Row:
+class VerdictRow:
     """One line of the gate's table.
 
     Attributes:
@@ -76,7 +76,7 @@ class Verdict:
     margin: float | None = None
     rollback: bool = False
     content_digest: str = ""
-    rows: tuple[Row, ...] = ()
+    rows: tuple[VerdictRow, ...] = ()
     at: str = ""
 
     def __str__(self) -> str:
@@ -96,7 +96,7 @@ class Verdict:
     def from_plain(cls, plain: dict[str, Any]) -> Verdict:
         """Read what `to_plain` gave."""
         known = {f.name: plain[f.name] for f in fields(cls) if f.name in plain}
-        return cls(**{**known, "rows": tuple(Row(**row) for row in plain["rows"])})
+        return cls(**{**known, "rows": tuple(VerdictRow(**row) for row in plain["rows"])})
 
 
 def verdict_blocks(verdict: Verdict) -> list[Block]:

@@ -19,7 +19,7 @@ from pipelines.registry.envelope import model_folder
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import RegistryError
 from pipelines.registry.probe import ProbeError, redraw
-from pipelines.registry.verdict import Row
+from pipelines.registry.verdict import VerdictRow
 from pipelines.shards.index import read_dataset
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.signing import Trust
@@ -39,7 +39,7 @@ class Verification:
     """
 
     model: str
-    rows: tuple[Row, ...]
+    rows: tuple[VerdictRow, ...]
 
     @property
     def passed(self) -> bool:
@@ -77,7 +77,7 @@ def verify(
         evidence, rows = check_version(folder, tags, trust)
         if evidence is None:
             told = "not looked at: nobody who is trusted says what it has to be"
-            rows += [Row(name, told, "as in the evidence", False) for name in ("data", "pictures")]
+            rows += [VerdictRow(name, told, "as in the evidence", False) for name in ("data", "pictures")]
         else:
             rows += check_data(evidence, storage)
             sound = all(row.passed for row in rows if row.name in ("weights", "code"))
@@ -85,7 +85,7 @@ def verify(
     return Verification(reference, tuple(rows))
 
 
-def check_data(evidence: Evidence, storage: Storage) -> list[Row]:
+def check_data(evidence: Evidence, storage: Storage) -> list[VerdictRow]:
     """Return whether the data that a version was scored on is where it was, and the same, with its quarantine.
 
     That compares the digests of the index; `ddpm check` reads every byte.
@@ -95,20 +95,24 @@ def check_data(evidence: Evidence, storage: Storage) -> list[Row]:
     try:
         storage.exists(join(uri, layout.DATASET), patience_s=PATIENCE_S)
     except StorageError as error:
-        return [Row("data", f"cannot be reached: {error}", wanted, False)]
+        return [VerdictRow("data", f"cannot be reached: {error}", wanted, False)]
     try:
         dataset = read_dataset(uri, storage)
-        rows = [Row("data", f"digest {dataset.digest[:12]} at {uri}", wanted, dataset.digest == scores.dataset_digest)]
+        rows = [
+            VerdictRow(
+                "data", f"digest {dataset.digest[:12]} at {uri}", wanted, dataset.digest == scores.dataset_digest
+            )
+        ]
         quarantine = read_quarantine(uri, storage)
     except PipelineError as error:
-        return [Row("data", str(error), wanted, False)]
+        return [VerdictRow("data", str(error), wanted, False)]
     stream = stream_digest(dataset, quarantine)
     left_out = "no quarantine" if quarantine is None else f"{len(quarantine.excluded)} quarantined"
     figure = f"digest {stream[:12]}, {left_out}"
-    return [*rows, Row("stream", figure, f"digest {scores.stream_digest[:12]}", stream == scores.stream_digest)]
+    return [*rows, VerdictRow("stream", figure, f"digest {scores.stream_digest[:12]}", stream == scores.stream_digest)]
 
 
-def check_pictures(folder: Path, evidence: Evidence, notice: Notice = no_notice) -> Row:
+def check_pictures(folder: Path, evidence: Evidence, notice: Notice = no_notice) -> VerdictRow:
     """Return whether a version draws the pictures that it drew when it was made; this runs the code in its folder.
 
     Args:
@@ -118,12 +122,12 @@ def check_pictures(folder: Path, evidence: Evidence, notice: Notice = no_notice)
     try:
         found = redraw(folder, model_folder(folder), evidence.probe)
     except ProbeError as error:
-        return Row("pictures", str(error), "as recorded", False)
-    return Row("pictures", found.figure, found.bound, found.passed)
+        return VerdictRow("pictures", str(error), "as recorded", False)
+    return VerdictRow("pictures", found.figure, found.bound, found.passed)
 
 
-def _not_drawn() -> Row:
-    return Row("pictures", "not drawn: weights or code are not those of the evidence", "as recorded", False)
+def _not_drawn() -> VerdictRow:
+    return VerdictRow("pictures", "not drawn: weights or code are not those of the evidence", "as recorded", False)
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from pipelines.report.facts import Facts
 from pipelines.report.make import ARTIFACT, Report, make
 from pipelines.report.page import page
 from pipelines.report.sections import sections
-from pipelines.report.subject import Subject, SubjectError, find_subject
+from pipelines.report.subject import ReportSubject, SubjectError, find_subject
 
 __all__ = [
     "ARTIFACT",
     "Facts",
     "Report",
-    "Subject",
+    "ReportSubject",
     "SubjectError",
     "find_subject",
     "make",

@@ -26,13 +26,13 @@ from pipelines.evaluation.plots import label_grid
 from pipelines.inference.files import film_strip
 from pipelines.inference.likelihood import Data, read_data
 from pipelines.inference.pictures import encoder_of, picture
-from pipelines.inference.request import Sample
+from pipelines.inference.request import SampleRequest
 from pipelines.presentation.charts import Point
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.images import Picture
 from pipelines.presentation.progress import Notice, no_notice
-from pipelines.report.facts import Facts, Film, Levels
-from pipelines.report.subject import Subject
+from pipelines.report.facts import Facts, FilmStrip, Levels
+from pipelines.report.subject import ReportSubject
 from pipelines.shards.read import spread_positions
 from pipelines.storage import Storage
 
@@ -46,7 +46,9 @@ MOST_STEPS = 50
 """Steps of a sampler; one that has more draws with these."""
 
 
-def ask_model(facts: Facts, subject: Subject, config: Config, storage: Storage, notice: Notice = no_notice) -> Facts:
+def ask_model(
+    facts: Facts, subject: ReportSubject, config: Config, storage: Storage, notice: Notice = no_notice
+) -> Facts:
     """Return the facts with what the model itself can show; what it cannot is named among the notes.
 
     Args:
@@ -81,7 +83,7 @@ def ask_model(facts: Facts, subject: Subject, config: Config, storage: Storage, 
     return replace(facts, **found, notes=tuple(notes))
 
 
-def film(resolved: Resolved, prompts: list[str] | None) -> Film:
+def film(resolved: Resolved, prompts: list[str] | None) -> FilmStrip:
     """Return the film of some pictures, of different classes or prompts where the model has them.
 
     Args:
@@ -90,7 +92,7 @@ def film(resolved: Resolved, prompts: list[str] | None) -> Film:
     spec = resolved.model.spec
     sampling = _short(spec.sampling)
     some = spread_positions(len(spec.classes), FILMED).tolist()
-    request = Sample.of(
+    request = SampleRequest.of(
         labels=[spec.classes[i] for i in some] or None,
         prompts=prompts[: len(some) or FILMED] if prompts and spec.network.text_dim else None,
         count=1 if some or (prompts and spec.network.text_dim) else FILMED,
@@ -99,7 +101,7 @@ def film(resolved: Resolved, prompts: list[str] | None) -> Film:
     )
     drawn = picture(request, resolved.model, encode=encoder_of(resolved, request))
     assert drawn.film is not None
-    return Film(Picture.of_pixels(film_strip(drawn.film)), _words(sampling))
+    return FilmStrip(Picture.of_pixels(film_strip(drawn.film)), _words(sampling))
 
 
 def levels(model: Model, data: Data, seed: int = 0) -> Levels:
@@ -142,7 +144,7 @@ def inpainting(model: Model, data: Data, seed: int = 0) -> Picture:
     return Picture.of_pixels(label_grid(rows.reshape(-1, *original.shape[1:]), len(original)))
 
 
-def _resolve(facts: Facts, subject: Subject, config: Config, storage: Storage) -> Resolved:
+def _resolve(facts: Facts, subject: ReportSubject, config: Config, storage: Storage) -> Resolved:
     """Return the model that is shown."""
     asked = subject.reference.startswith("models:/")
     reference = subject.reference if asked else f"runs:/{subject.tracker.run_id}/{facts.images_seen}"

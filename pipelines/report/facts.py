@@ -43,7 +43,7 @@ class Levels:
 
 
 @dataclass(frozen=True)
-class Film:
+class FilmStrip:
     """The way from noise to pictures.
 
     Attributes:
@@ -106,7 +106,7 @@ class Facts:
     verdicts: Sequence[Verdict] = ()
     samples: Picture | None = None
     growth: Sequence[tuple[int, Picture]] = ()
-    film: Film | None = None
+    film: FilmStrip | None = None
     levels: Levels | None = None
     bound: Sequence[Point] = ()
     tried: Sequence[Tried] = ()

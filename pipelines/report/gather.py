@@ -30,7 +30,7 @@ from pipelines.registry import Verdict
 from pipelines.registry.card import PICTURES, parameters
 from pipelines.registry.gate import comparable
 from pipelines.report.facts import Facts, Tried
-from pipelines.report.subject import Subject
+from pipelines.report.subject import ReportSubject
 from pipelines.search.space import get_value
 from pipelines.search.study import StudyStore, TrialRecord
 from pipelines.shards.index import read_dataset
@@ -66,7 +66,7 @@ SETTINGS = {
 """What a setting is called in a report -> its place in a configuration."""
 
 
-def gather(subject: Subject, config: Config, storage: Storage, notice: Notice = no_notice) -> Facts:
+def gather(subject: ReportSubject, config: Config, storage: Storage, notice: Notice = no_notice) -> Facts:
     """Return what is recorded of a run and its model.
 
     Args:
@@ -81,7 +81,7 @@ def gather(subject: Subject, config: Config, storage: Storage, notice: Notice = 
 class _Reader:
     """Reads the parts, and keeps what several of them need."""
 
-    subject: Subject
+    subject: ReportSubject
     config: Config
     storage: Storage
     notice: Notice

@@ -19,7 +19,7 @@ class SubjectError(PipelineError):
 
 
 @dataclass(frozen=True)
-class Subject:
+class ReportSubject:
     """A run, and the version that a report shows of it.
 
     Attributes:
@@ -32,7 +32,7 @@ class Subject:
     version: ModelVersion | None
 
 
-def find_subject(reference: str, config: Config) -> Subject:
+def find_subject(reference: str, config: Config) -> ReportSubject:
     """Return the run that a reference names.
 
     Args:
@@ -48,11 +48,11 @@ def find_subject(reference: str, config: Config) -> Subject:
     uri = config.tracking.server
     if reference.startswith("models:/"):
         version = lookup.find_registered(reference, uri)
-        return Subject(reference, _run_of(version, uri), version)
+        return ReportSubject(reference, _run_of(version, uri), version)
     tracker = _find_run(reference, uri, config.tracking.experiment)
     of_run = [version for version in tracking.all_versions(uri) if version.run_id == tracker.run_id]
     newest = max(of_run, key=lambda version: (_seen(version), int(version.version)), default=None)
-    return Subject(reference, tracker, newest)
+    return ReportSubject(reference, tracker, newest)
 
 
 def _find_run(reference: str, uri: str, experiment: str) -> Tracker:

@@ -67,7 +67,7 @@ TRAINED = (
 
 
 @dataclass(frozen=True)
-class Page:
+class StudyPage:
     """The page of a study.
 
     Attributes:

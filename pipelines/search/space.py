@@ -15,7 +15,7 @@ from pydantic import Field, PositiveFloat, SerializerFunctionWrapHandler, model_
 from ddpm.guidance import GUIDANCE
 from ddpm.settings import settings_of
 from pipelines.config import Config, ConfigError, from_dict, suggest
-from pipelines.config.choices import VARIANTS, Section
+from pipelines.config.choices import VARIANTS, ConfigSection
 
 if TYPE_CHECKING:
     from optuna.trial import BaseTrial
@@ -26,7 +26,7 @@ Params = Mapping[str, Value]
 DISTRIBUTIONS = {"uniform", "log", "int", "choice"}
 
 
-class Parameter(Section):
+class Parameter(ConfigSection):
     """What values a parameter can take, by exactly one distribution of Optuna's, and when it exists.
 
     Attributes:

@@ -19,7 +19,7 @@ from pipelines.presentation.progress import Silent, StageNotice
 from pipelines.search.confirmation import DEFAULT, Confirmed, decide, winner_of
 from pipelines.search.judge import Reference
 from pipelines.search.observer import Observer, OnChange
-from pipelines.search.page import Page, png
+from pipelines.search.page import StudyPage, png
 from pipelines.search.space import Params
 from pipelines.search.study import (
     StudyStore,
@@ -195,7 +195,7 @@ class Search(ABC):
         self.store.record_confirmation({**found, "after": ended(records)})
         seconds, command = time.monotonic() - began, self.COMMAND.format(search=self)
         notes = [*notes, f"{seconds:,.0f} s for this call."]
-        page = Page(self.name, self.study, self.subject, records, confirmed, pictures, seeds, command, notes)
+        page = StudyPage(self.name, self.study, self.subject, records, confirmed, pictures, seeds, command, notes)
         text, where = page.html(), join(self.store.uri, layout.STUDY_PAGE)
         self.storage.write(where, text.encode())
         with tracking.recording(f"has not got all of the study's page, which is {where}"):

@@ -11,7 +11,7 @@ import pydantic
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from pipelines.config import Config, ConfigError, compose, conf_dir, suggest
-from pipelines.config.choices import Section
+from pipelines.config.choices import ConfigSection
 from pipelines.config.compose import parse_overrides
 from pipelines.config.sections import NAME
 from pipelines.search.space import Parameter, Value, apply, get_value
@@ -43,7 +43,7 @@ MOST_DRAWS = 512
 """Random trials in none of which a parameter exists: it never does."""
 
 
-class StudyConfig(Section):
+class StudyConfig(ConfigSection):
     """The settings of a study: what it searches, for how long, and how trials are judged.
 
     Attributes:

@@ -28,7 +28,7 @@ from pipelines.inference.request import RequestError
 from pipelines.serving.bodies import known_names
 from pipelines.serving.follow import Follower
 from pipelines.serving.http import make_app
-from pipelines.serving.limits import Limits, Refused
+from pipelines.serving.limits import Limits, RefusedRequest
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.served import Served, load
 from pipelines.storage import Storage
@@ -76,7 +76,7 @@ class ModelReplica:
         try:
             return {"answer": await self._follower.current.ask(body)}
         except RequestError as error:
-            return {"status": error.status if isinstance(error, Refused) else 422, "refused": str(error)}
+            return {"status": error.status if isinstance(error, RefusedRequest) else 422, "refused": str(error)}
 
     async def invoke(
         self, body: Mapping[str, Any], content_type: str
@@ -133,7 +133,7 @@ class Front:
         with self._admitted(reference):
             found = await self._call(reference, "ask", dict(body))
         if "refused" in found:
-            raise Refused(found["status"], found["refused"])
+            raise RefusedRequest(found["status"], found["refused"])
         answer: dict[str, Any] = found["answer"]
         self._metrics.drawn(reference, len(answer["images"]), [answer["batch"]])
         return answer
@@ -166,19 +166,21 @@ class Front:
         """Return the reference that a request's name of a model stands for.
 
         Raises:
-            Refused: there is no such model.
+            RefusedRequest: there is no such model.
         """
         if name is None:
             return next(iter(self._models))
         found = self._names.get(name) if isinstance(name, str) else None
         if found is None:
-            raise Refused(404, f"there is no model {name!r}; served are: {', '.join(self._names)}")
+            raise RefusedRequest(404, f"there is no model {name!r}; served are: {', '.join(self._names)}")
         return found
 
     @contextmanager
     def _admitted(self, reference: str) -> Iterator[None]:
         if self._open[reference] >= self._limits.max_queue:
-            raise Refused(429, f"{self._limits.max_queue} requests wait already, which is the most: ask again later")
+            raise RefusedRequest(
+                429, f"{self._limits.max_queue} requests wait already, which is the most: ask again later"
+            )
         self._open[reference] += 1
         try:
             yield
@@ -202,7 +204,7 @@ class Front:
                 with attempt:
                     return await getattr(self._models[reference], method).remote(*arguments)
         except (RayActorError, DeploymentUnavailableError) as error:
-            raise Refused(503, f"no process that holds {reference} stays alive: ask again later") from error
+            raise RefusedRequest(503, f"no process that holds {reference} stays alive: ask again later") from error
 
 
 async def ask_front(front: Any, body: Mapping[str, Any]) -> dict[str, Any]:

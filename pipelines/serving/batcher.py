@@ -34,11 +34,11 @@ class Waiting:
 
     drawing: Drawing
     arrived: float
-    answer: asyncio.Future[Share]
+    answer: asyncio.Future[BatchShare]
 
 
 @dataclass(frozen=True)
-class Batch:
+class DrawnBatch:
     """A network batch that was drawn.
 
     Attributes:
@@ -53,7 +53,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchShare:
     """A request's part of a batch.
 
     Attributes:
@@ -63,7 +63,7 @@ class Share:
     """
 
     drawn: Drawn
-    batch: Batch
+    batch: DrawnBatch
     first: bool
 
 
@@ -125,7 +125,7 @@ class Batcher:
         """The number of requests that wait for their batch."""
         return len(self._queue)
 
-    async def __call__(self, drawing: Drawing) -> Share:
+    async def __call__(self, drawing: Drawing) -> BatchShare:
         """Return the pictures of a drawing; cancelling it takes it out of the queue.
 
         Raises:
@@ -168,7 +168,7 @@ class Batcher:
         """Draw a batch and give each request its part."""
         loop = asyncio.get_running_loop()
         counts = [len(waiting.drawing) for waiting in batch]
-        done = Batch(sum(counts), len(batch), loop.time() - batch[0].arrived)
+        done = DrawnBatch(sum(counts), len(batch), loop.time() - batch[0].arrived)
         try:
             joined = await loop.run_in_executor(self.executor, join, [waiting.drawing for waiting in batch])
             drawn = await loop.run_in_executor(self.executor, self.draw, joined)
@@ -181,4 +181,4 @@ class Batcher:
             return
         for i, (waiting, part) in enumerate(zip(batch, cut(drawn, counts), strict=True)):
             if not waiting.answer.done():
-                waiting.answer.set_result(Share(part, done, first=i == 0))
+                waiting.answer.set_result(BatchShare(part, done, first=i == 0))

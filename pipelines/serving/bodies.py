@@ -23,9 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm.inference import Film
-from pipelines.inference.files import Source, grid_of
+from pipelines.inference.files import PictureSource, grid_of
 from pipelines.inference.inputs import DRAWN, read_file
-from pipelines.inference.pictures import Pictures, Row
+from pipelines.inference.pictures import PictureRow, Pictures
 from pipelines.inference.request import TASKS, Request, RequestError, check_fields
 from pipelines.serving.limits import Limits
 from pipelines.shards.ingest.encode import as_png
@@ -70,7 +70,7 @@ def answer_format(body: Mapping[str, Any]) -> str:
     return wanted
 
 
-def write_answer(pictures: Pictures, source: Source, batch: Mapping[str, Any]) -> dict[str, Any]:
+def write_answer(pictures: Pictures, source: PictureSource, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Return the answer to a request.
 
     Args:
@@ -94,7 +94,7 @@ def write_answer(pictures: Pictures, source: Source, batch: Mapping[str, Any]) -
     }
 
 
-def model_of(source: Source) -> dict[str, Any]:
+def model_of(source: PictureSource) -> dict[str, Any]:
     """Return what answers say of a model: its registered name and version, if any, and where it came from."""
     name, _, number = (source.version or "").removeprefix("models:/").rpartition("/")
     return {**asdict(source), "name": name or source.reference, "version": number or None, "uri": source.version}
@@ -138,7 +138,7 @@ def write_body(request: Request) -> dict[str, Any]:
     return {"task": request.task, **fields}
 
 
-def read_answer(answer: Mapping[str, Any]) -> tuple[Pictures, Source]:
+def read_answer(answer: Mapping[str, Any]) -> tuple[Pictures, PictureSource]:
     """Return the pictures of an answer, and who drew them.
 
     Raises:
@@ -151,7 +151,7 @@ def read_answer(answer: Mapping[str, Any]) -> tuple[Pictures, Source]:
         names = {name: [f"{name}-{i}.png" for i in range(len(pictures))] for name, pictures in given.items()}
         pictures = Pictures(
             np.stack([decode_png(text) for text in answer["images"]]),
-            tuple(Row(**row) for row in answer["rows"]),
+            tuple(PictureRow(**row) for row in answer["rows"]),
             int(answer["columns"]),
             kind.of(**{**fields, **names}),
             np.stack(given["images"]) if "images" in given else None,
@@ -159,7 +159,7 @@ def read_answer(answer: Mapping[str, Any]) -> tuple[Pictures, Source]:
             None if answer["film"] is None else _read_film(answer["film"]),
         )
         told = answer["model"]
-        source = Source(told["reference"], told["digest"], told["uri"], told["lineage"], told["versions"])
+        source = PictureSource(told["reference"], told["digest"], told["uri"], told["lineage"], told["versions"])
     except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f"that is no answer of `ddpm serve`: {error!r}") from error
     return pictures, source

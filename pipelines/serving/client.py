@@ -15,7 +15,7 @@ from tenacity import RetryCallState as Attempt
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay
 
 from pipelines.environment.loopback import bypass_proxies
-from pipelines.inference.files import Source
+from pipelines.inference.files import PictureSource
 from pipelines.inference.pictures import Pictures
 from pipelines.inference.request import Request, RequestError
 from pipelines.presentation.errors import PipelineError
@@ -58,7 +58,7 @@ class Client:
     patience_s: float = PATIENCE_S
     notice: Callable[[str], object] = field(default=no_notice, compare=False)
 
-    def draw(self, request: Request, *, model: str | None = None) -> tuple[Pictures, Source]:
+    def draw(self, request: Request, *, model: str | None = None) -> tuple[Pictures, PictureSource]:
         """Return the pictures of a request, and who drew them.
 
         Args:

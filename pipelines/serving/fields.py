@@ -11,7 +11,7 @@ import gradio as gr
 from ddpm.generate import Sampling
 from ddpm.samplers import SAMPLERS
 from ddpm.samplers.repaint import RePaint
-from pipelines.inference.request import Inpaint, Option, Request, options
+from pipelines.inference.request import InpaintRequest, Option, Request, options
 from pipelines.serving.forms import ELSEWHERE, OWN, write_form
 from pipelines.serving.limits import Limits
 
@@ -42,7 +42,7 @@ class Form:
         there = {option.name: option for option in options(kind) if option.name not in ELSEWHERE}
         sampling = Sampling.from_json(told["sampling"])
         self._most_steps = min(told["num_steps"], limits.max_steps)
-        steps = RePaint().steps if kind is Inpaint and not told["inpainting"] else sampling.sampler.steps
+        steps = RePaint().steps if kind is InpaintRequest and not told["inpainting"] else sampling.sampler.steps
         self._own = {name: option.default for name, option in there.items()} | {
             "sampler": OWN,
             "steps": min(steps, told["num_steps"]),

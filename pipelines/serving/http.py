@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.inference.request import TASKS, RequestError
 from pipelines.serving.bodies import FORMATS, answer_format, one_picture
-from pipelines.serving.limits import Limits, Refused
+from pipelines.serving.limits import Limits, RefusedRequest
 from pipelines.serving.metrics import CONTENT_TYPE, Metrics
 from pipelines.serving.token import is_allowed
 
@@ -41,7 +41,7 @@ LONGEST_MESSAGE = 2_000
 """Characters of a message: it may quote what was sent."""
 
 
-class Backend(Protocol):
+class ModelBackend(Protocol):
     """Who answers."""
 
     async def ask(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Backend(Protocol):
         """Return the models that do not answer now."""
 
 
-def make_app(backend: Backend, limits: Limits, token_digest: str | None, metrics: Metrics) -> FastAPI:
+def make_app(backend: ModelBackend, limits: Limits, token_digest: str | None, metrics: Metrics) -> FastAPI:
     """Return the application.
 
     Args:
@@ -70,7 +70,7 @@ def make_app(backend: Backend, limits: Limits, token_digest: str | None, metrics
 
     async def allowed(request: Request, _: object = Depends(bearer)) -> None:
         if token_digest is not None and not is_allowed(request.headers.get("authorization"), token_digest):
-            raise Refused(401, "a bearer token is needed: send the header Authorization: Bearer TOKEN")
+            raise RefusedRequest(401, "a bearer token is needed: send the header Authorization: Bearer TOKEN")
 
     app = FastAPI(title="ddpm serve", description="Pictures from diffusion models.", version="1", redoc_url=None)
     app.add_middleware(_Counted, metrics=metrics)
@@ -109,7 +109,7 @@ def make_app(backend: Backend, limits: Limits, token_digest: str | None, metrics
     async def health() -> Response:
         """Say that every model answers."""
         if silent := await backend.silent():
-            raise Refused(503, f"{', '.join(silent)} does not answer now: ask again later")
+            raise RefusedRequest(503, f"{', '.join(silent)} does not answer now: ask again later")
         return Response("\n", media_type="application/json")
 
     @app.get("/version")
@@ -134,7 +134,7 @@ def refusal(status: int, message: str) -> JSONResponse:
 
 
 async def _refusal(_: Request, error: Exception) -> Response:
-    return refusal(error.status if isinstance(error, Refused) else 422, str(error))
+    return refusal(error.status if isinstance(error, RefusedRequest) else 422, str(error))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -148,12 +148,12 @@ async def _read(request: Request, limits: Limits) -> bytes:
     """Return the body of a request.
 
     Raises:
-        Refused: it is of another type, too large, or does not arrive in time.
+        RefusedRequest: it is of another type, too large, or does not arrive in time.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise Refused(415, f"content-type {kind or 'is missing'}: allowed is application/json")
-    too_large = Refused(413, f"the body is too large: at most {limits.max_body:,} bytes are allowed")
+        raise RefusedRequest(415, f"content-type {kind or 'is missing'}: allowed is application/json")
+    too_large = RefusedRequest(413, f"the body is too large: at most {limits.max_body:,} bytes are allowed")
     announced = request.headers.get("content-length", "0")
     if not announced.isdecimal() or int(announced) > limits.max_body:
         raise too_large
@@ -165,7 +165,7 @@ async def _read(request: Request, limits: Limits) -> bytes:
                 if len(data) > limits.max_body:
                     raise too_large
     except TimeoutError as error:
-        raise Refused(408, f"the body did not arrive within {limits.body_s:g} s, which is allowed") from error
+        raise RefusedRequest(408, f"the body did not arrive within {limits.body_s:g} s, which is allowed") from error
     return bytes(data)
 
 
@@ -173,7 +173,7 @@ def _parse_json(data: bytes, limits: Limits) -> dict[str, Any]:
     """Return the object of a JSON text.
 
     Raises:
-        Refused: it is none, or has too many values: all requests wait while one is parsed.
+        RefusedRequest: it is none, or has too many values: all requests wait while one is parsed.
     """
     limits.check_values(data)
     try:
@@ -181,9 +181,11 @@ def _parse_json(data: bytes, limits: Limits) -> dict[str, Any]:
         # Halves of surrogate pairs, which JSON may hold, are no text that an answer or a tokenizer can write.
         json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is no JSON text: {error}") from error
+        raise RefusedRequest(400, f"the body is no JSON text: {error}") from error
     if not isinstance(body, dict):
-        raise Refused(400, f'the body is a JSON {type(body).__name__}: send an object, such as {{"labels": ["3"]}}')
+        raise RefusedRequest(
+            400, f'the body is a JSON {type(body).__name__}: send an object, such as {{"labels": ["3"]}}'
+        )
     return body
 
 

@@ -33,7 +33,7 @@ COUNTED = ("labels", "prompts", "seeds", *PICTURES, "source_labels")
 """Fields whose entries are of a picture each."""
 
 
-class Refused(RequestError):  # noqa: N818 - what has happened to the request
+class RefusedRequest(RequestError):  # noqa: N818 - what has happened to the request
     """A request that is not answered.
 
     Attributes:
@@ -44,9 +44,9 @@ class Refused(RequestError):  # noqa: N818 - what has happened to the request
         super().__init__(message)
         self.status = status
 
-    def __reduce__(self) -> tuple[type[Refused], tuple[int, str]]:
+    def __reduce__(self) -> tuple[type[RefusedRequest], tuple[int, str]]:
         """Pickle it with its status, on the way from a replica."""
-        return Refused, (self.status, str(self))
+        return RefusedRequest, (self.status, str(self))
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,17 @@ class Limits:
         """Check how many values a JSON text has, before it is parsed: each has a mark of its own, pictures have one.
 
         Raises:
-            Refused: they are too many.
+            RefusedRequest: they are too many.
         """
         values = sum(map(data.count, (b",", b"[", b"{")))
         if values > VALUES:
-            raise Refused(413, f"the body has about {values:,} values: at most {VALUES:,} are allowed")
+            raise RefusedRequest(413, f"the body has about {values:,} values: at most {VALUES:,} are allowed")
 
     def check_body(self, body: Mapping[str, Any]) -> None:
         """Check the size of every part of a body, before any of it is used.
 
         Raises:
-            Refused: a list, a text or a number is too large, or they are nested too deeply.
+            RefusedRequest: a list, a text or a number is too large, or they are nested too deeply.
         """
         for name, value in body.items():
             self._check_names(name)
@@ -102,11 +102,13 @@ class Limits:
                 elif isinstance(part, list | dict):
                     self._check_length(name, len(part))
                 elif isinstance(part, int) and abs(part) >= LARGEST:
-                    raise Refused(422, f"{name} has a number of more than 20 digits, which nothing here needs")
+                    raise RefusedRequest(422, f"{name} has a number of more than 20 digits, which nothing here needs")
         for name in ("count", "frames"):
             value = body.get(name)
             if isinstance(value, int) and value > self.max_pictures:
-                raise Refused(422, f"{name} = {value:,}: at most {self.max_pictures} pictures a request are allowed")
+                raise RefusedRequest(
+                    422, f"{name} = {value:,}: at most {self.max_pictures} pictures a request are allowed"
+                )
         for name in ("sampling", "method_settings"):
             self.check_settings(name, body.get(name))
 
@@ -114,20 +116,20 @@ class Limits:
         """Check the numbers of settings, of which some say how much is computed.
 
         Raises:
-            Refused: one is larger than any of them may be.
+            RefusedRequest: one is larger than any of them may be.
         """
         for setting, value in settings.items() if isinstance(settings, dict) else ():
             if isinstance(value, int | float) and not abs(value) <= self.max_steps:
-                raise Refused(422, f"{name}.{setting} = {value}: at most {self.max_steps:,} is allowed")
+                raise RefusedRequest(422, f"{name}.{setting} = {value}: at most {self.max_steps:,} is allowed")
 
     def check_count(self, count: int) -> None:
         """Check how many pictures a request asks for.
 
         Raises:
-            Refused: they are too many.
+            RefusedRequest: they are too many.
         """
         if count > self.max_pictures:
-            raise Refused(
+            raise RefusedRequest(
                 422,
                 f"{count:,} pictures: at most {self.max_pictures} a request are allowed; ask for parts, by seeds",
             )
@@ -136,20 +138,20 @@ class Limits:
         """Check how much a request has the network compute, and how much it is answered.
 
         Raises:
-            Refused: it is too much.
+            RefusedRequest: it is too much.
         """
         evaluations = drawing.evaluations(model)
         if not (isinstance(drawing.task, Inpainting) and drawing.task.method is not None):  # which has steps of its own
             evaluations *= inner_steps(drawing.sampling.to_json())
         if evaluations > self.max_steps:
-            raise Refused(
+            raise RefusedRequest(
                 422,
                 f"{evaluations:,} network evaluations for each picture: at most {self.max_steps:,} are allowed; "
                 "use fewer steps",
             )
         answered = len(drawing) * math.prod(model.spec.shape) * (1 + 2 * drawing.film)
         if answered > self.max_answer:
-            raise Refused(
+            raise RefusedRequest(
                 422,
                 f"the answer would hold {answered / MIB:,.1f} MiB of pixels: at most {self.max_answer / MIB:,.1f} are "
                 "allowed; ask for fewer pictures" + (", or for no film" if drawing.film else ""),
@@ -159,10 +161,10 @@ class Limits:
         """Check how many pixels all pictures and masks of a request have.
 
         Raises:
-            Refused: they are too many.
+            RefusedRequest: they are too many.
         """
         if pixels > self.max_total_pixels:
-            raise Refused(
+            raise RefusedRequest(
                 413,
                 f"the pictures and masks have {pixels:,} pixels together: at most {self.max_total_pixels:,} are "
                 "allowed; ask for parts",
@@ -185,7 +187,7 @@ class Limits:
             formats: that it may have, as Pillow calls them; None for any.
 
         Raises:
-            Refused: it is no picture of such a format, or too large.
+            RefusedRequest: it is no picture of such a format, or too large.
         """
         try:
             with warnings.catch_warnings():
@@ -193,38 +195,40 @@ class Limits:
                 with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=formats) as image:
                     width, height = image.size
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise Refused(413, f"{name} has too many pixels: at most {self.max_pixels:,} are allowed") from error
+            raise RefusedRequest(413, f"{name} has too many pixels: at most {self.max_pixels:,} are allowed") from error
         except (OSError, ValueError, SyntaxError) as error:
             # The message of the first kind shows an object of Python.
             why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
             wrong = (
                 f"cannot be read as a picture{why}" if formats is None else f"is no PNG file{why}: send one, in base64"
             )
-            raise Refused(422, f"{name} {wrong}") from error
+            raise RefusedRequest(422, f"{name} {wrong}") from error
         if width * height > self.max_pixels:
-            raise Refused(413, f"{name} has {width:,} x {height:,} pixels: at most {self.max_pixels:,} are allowed")
+            raise RefusedRequest(
+                413, f"{name} has {width:,} x {height:,} pixels: at most {self.max_pixels:,} are allowed"
+            )
         if size is not None and (width, height) != size:
-            raise Refused(
+            raise RefusedRequest(
                 422, f"{name} is {width}x{height} pixels, the model's images are {size[0]}x{size[1]}: resize it"
             )
         return width * height
 
     def _check_names(self, name: str) -> None:
         if len(name) > SETTING:
-            raise Refused(422, f"a field has a name of {len(name):,} characters: at most {SETTING} are allowed")
+            raise RefusedRequest(422, f"a field has a name of {len(name):,} characters: at most {SETTING} are allowed")
 
     def _check_length(self, name: str, length: int) -> None:
         # The longest setting has an entry for each pair of steps: the weights of a generalized solver.
         most = self.max_pictures if name in COUNTED else self.max_steps * (self.max_steps + 3) // 2
         if length > most:
-            raise Refused(422, f"{name} has {length:,} entries: at most {most:,} are allowed")
+            raise RefusedRequest(422, f"{name} has {length:,} entries: at most {most:,} are allowed")
 
     def _check_text(self, name: str, text: str) -> None:
         if name in PICTURES and not (name == "masks" and text.startswith(DRAWN)):
             return  # the body's size bounds it
         most = self.max_prompt if name in PROMPTS else SETTING
         if len(text) > most:
-            raise Refused(422, f"a text of {name} has {len(text):,} characters: at most {most:,} are allowed")
+            raise RefusedRequest(422, f"a text of {name} has {len(text):,} characters: at most {most:,} are allowed")
 
 
 def inner_steps(settings: Mapping[str, Any]) -> int:
@@ -237,10 +241,10 @@ def _leaves(value: Any, name: str, depth: int = 0) -> Iterator[Any]:
     """Yield a value of JSON and everything in it, names included.
 
     Raises:
-        Refused: it is nested too deeply.
+        RefusedRequest: it is nested too deeply.
     """
     if depth > DEPTH:
-        raise Refused(422, f"{name} is nested more than {DEPTH} deep")
+        raise RefusedRequest(422, f"{name} is nested more than {DEPTH} deep")
     yield value
     if isinstance(value, dict):
         for key, inner in value.items():

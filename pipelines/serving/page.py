@@ -19,7 +19,7 @@ import numpy as np
 from fastapi import FastAPI
 from ray import serve
 
-from pipelines.inference.request import Edit, Inpaint, RequestError, Sample
+from pipelines.inference.request import EditRequest, InpaintRequest, RequestError, SampleRequest
 from pipelines.serving.application import ask_front
 from pipelines.serving.bodies import decode_base64
 from pipelines.serving.fields import Form
@@ -31,7 +31,7 @@ from pipelines.serving.forms import (
     film,
     picture_and_mask,
 )
-from pipelines.serving.limits import Limits, Refused
+from pipelines.serving.limits import Limits, RefusedRequest
 from pipelines.serving.login import Login
 
 Ask = Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]]
@@ -53,7 +53,7 @@ FONTS = ["system-ui", "sans-serif"]
 """Fonts that are there without a network."""
 
 
-class Page:
+class ModelPage:
     """The deployment of the page: one process, because it keeps what its visitors have uploaded.
 
     Args:
@@ -78,8 +78,8 @@ class Page:
 
 
 def page_application(front: Any, models: Sequence[Mapping[str, Any]], limits: Limits, token_digest: str | None) -> Any:
-    """Return the Ray Serve application of the page; the arguments are those of `Page`."""
-    deployment = serve.deployment(serve.ingress()(Page), num_replicas=1, ray_actor_options={"num_cpus": 0})
+    """Return the Ray Serve application of the page; the arguments are those of `ModelPage`."""
+    deployment = serve.deployment(serve.ingress()(ModelPage), num_replicas=1, ray_actor_options={"num_cpus": 0})
     return deployment.bind(front, list(models), limits, token_digest)
 
 
@@ -158,7 +158,7 @@ def _check_upload(limits: Limits, given: Any) -> None:
         if isinstance(given, bytes) or url.startswith("data:"):
             data = given if isinstance(given, bytes) else decode_base64("the image", url.partition(",")[2])
             if len(data) > limits.max_body:
-                raise Refused(413, f"the image has {len(data):,} bytes: at most {limits.max_body:,} are allowed")
+                raise RefusedRequest(413, f"the image has {len(data):,} bytes: at most {limits.max_body:,} are allowed")
             limits.check_picture("the image", data, formats=None)
         elif given.path:
             limits.check_picture("the image", Path(given.path), formats=None)
@@ -173,11 +173,11 @@ class _Panel:
     def build(self) -> None:
         """Add the forms to the page that is being made."""
         gr.Markdown(f"# {self.told['id']}")
-        with gr.Tab("Sample"):
+        with gr.Tab("SampleRequest"):
             last = self._sample()
-        with gr.Tab("Inpaint"):
+        with gr.Tab("InpaintRequest"):
             self._inpaint(last)
-        with gr.Tab("Edit"):
+        with gr.Tab("EditRequest"):
             self._edit(last)
         with gr.Tab("Film"):
             self._film()
@@ -186,8 +186,8 @@ class _Panel:
 
     def _sample(self) -> gr.State:
         """Add the form of samples, and return the first picture of the last ones."""
-        form = Form(Sample, self.told, self.limits, many=True)
-        button = gr.Button("Sample", variant="primary")
+        form = Form(SampleRequest, self.told, self.limits, many=True)
+        button = gr.Button("SampleRequest", variant="primary")
         pictures, last = gr.HTML(), gr.State(None)
 
         async def draw(*values: Any) -> tuple[str, str]:
@@ -212,7 +212,7 @@ class _Panel:
             height=400,
         )
         filled = gr.Radio([BRUSH, *HALVES], value=BRUSH, label="Fill")
-        form = Form(Inpaint, self.told, self.limits)
+        form = Form(InpaintRequest, self.told, self.limits)
         button = gr.Button("Fill", variant="primary")
         pictures = gr.HTML()
 
@@ -229,7 +229,7 @@ class _Panel:
         take = gr.Button("Take the first sampled picture", size="sm")
         # Not as an array: that of a GIF file has no colours, but indices of them.
         given = gr.Image(label="Picture", type="pil", image_mode="RGBA", sources=["upload", "clipboard"], height=320)
-        form = Form(Edit, self.told, self.limits, first=("strength",))
+        form = Form(EditRequest, self.told, self.limits, first=("strength",))
         button = gr.Button("Draw anew", variant="primary")
         pictures = gr.HTML()
 
@@ -247,7 +247,7 @@ class _Panel:
 
     def _film(self) -> None:
         gr.Markdown("From noise to a picture: above x_t, below the x_0 that the model predicts from it.")
-        form = Form(Sample, self.told, self.limits)
+        form = Form(SampleRequest, self.told, self.limits)
         button = gr.Button("Show the way", variant="primary")
         shown = gr.HTML()
 

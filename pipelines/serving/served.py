@@ -27,12 +27,12 @@ from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config
 from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.devices import task_device
-from pipelines.inference.files import Source
+from pipelines.inference.files import PictureSource
 from pipelines.inference.pictures import Encode, Prepared, as_request_error, count_pictures, prepare
 from pipelines.inference.request import RequestError
 from pipelines.serving.batcher import Batcher
 from pipelines.serving.bodies import decode_base64, model_of, read_body, write_answer
-from pipelines.serving.limits import Limits, Refused
+from pipelines.serving.limits import Limits, RefusedRequest
 from pipelines.shards.ingest.encode import ImageFormat, decode_grey, encode_image
 from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.shards.text import TextEncoder
@@ -55,7 +55,7 @@ class Served:
     """
 
     resolved: Resolved
-    source: Source
+    source: PictureSource
     limits: Limits
     batcher: Batcher
     encode: Encode | None
@@ -148,11 +148,13 @@ class Served:
             try:
                 request = read_body(body, Path(folder), self.limits)
                 if request.text_encoder not in (None, self.model.spec.lineage.get("text_encoder")):
-                    raise Refused(422, "text_encoder: a server embeds texts by the encoder of its model; leave it out")
+                    raise RefusedRequest(
+                        422, "text_encoder: a server embeds texts by the encoder of its model; leave it out"
+                    )
                 self._check_settings(request.sampling)
                 self.limits.check_count(count_pictures(request, self.model))
                 prepared = prepare(request, self.model, encode=self.encode)
-            except Refused:
+            except RefusedRequest:
                 raise
             except RequestError as error:  # names files that are ours
                 raise RequestError(str(error).replace(f"{folder}/", "")) from error
@@ -193,9 +195,11 @@ class Served:
         own = {s.name: getattr(guidance, s.name) for s in settings_of(type(guidance)) if s.reference}
         for name in ("classifier", "weak"):
             if settings.get(name) not in (None, own.get(name)):
-                raise Refused(422, f"sampling.{name}: a server draws with the networks of its model only; leave it out")
+                raise RefusedRequest(
+                    422, f"sampling.{name}: a server draws with the networks of its model only; leave it out"
+                )
         if settings.get("compile") and not self.model.spec.sampling.arithmetic.compile:
-            raise Refused(422, "sampling.compile: others would wait for it; register the model with it")
+            raise RefusedRequest(422, "sampling.compile: others would wait for it; register the model with it")
 
 
 def load(reference: str, config: Config, storage: Storage, executor: Executor) -> Served:
@@ -225,7 +229,7 @@ def load(reference: str, config: Config, storage: Storage, executor: Executor) -
     channels, height, width = model.spec.shape
     scoring = Scoring(COLUMNS, np.zeros((1, height, width, channels), np.uint8), parameters())
     card, encode = _card(resolved, config.tracking.uri), _encoder(resolved)
-    return Served(resolved, Source.of(resolved), Limits.of(serving), batcher, encode, scoring, card)
+    return Served(resolved, PictureSource.of(resolved), Limits.of(serving), batcher, encode, scoring, card)
 
 
 def _some_condition(model: Model, count: int) -> Conditioning | None:

@@ -34,7 +34,7 @@ class ServingError(PipelineError):
 
 
 @dataclass
-class Service:
+class ModelService:
     """An application of models on Ray Serve.
 
     Attributes:

@@ -58,7 +58,7 @@ class FlawError(PipelineError):
 
 
 @dataclass(frozen=True)
-class Form:
+class SampleFormat:
     """The properties that every sample of a dataset has; None where a property is not known and not checked.
 
     Attributes:
@@ -296,7 +296,7 @@ def decode_label(data: bytes) -> int:
     return int(text)
 
 
-def examine(members: Mapping[str, bytes], form: Form, others: Collection[str] = ()) -> Examined:
+def examine(members: Mapping[str, bytes], form: SampleFormat, others: Collection[str] = ()) -> Examined:
     """Check all known members of a sample.
 
     Args:
@@ -323,7 +323,7 @@ def examine(members: Mapping[str, bytes], form: Form, others: Collection[str] = 
     return Examined(pixels, label, (*flaws, *_check_texts(members)))
 
 
-def _check_pixels(pixels: NDArray[np.uint8], form: Form) -> list[Flaw]:
+def _check_pixels(pixels: NDArray[np.uint8], form: SampleFormat) -> list[Flaw]:
     """Return the flaws of an image's size and channels."""
     height, width, channels = pixels.shape
     flaws = []
@@ -349,7 +349,7 @@ def _check_png(members: Mapping[str, bytes]) -> None:
         raise FlawError("decode", f"png is damaged: {error}") from error
 
 
-def _check_label(label: int | None, form: Form) -> list[Flaw]:
+def _check_label(label: int | None, form: SampleFormat) -> list[Flaw]:
     """Return the flaws of a label, or of a missing one."""
     if label is None:
         return [Flaw("label", "has no cls member, other samples of the dataset do")] if form.labelled else []

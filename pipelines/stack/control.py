@@ -12,7 +12,7 @@ from pipelines.environment.loopback import bypass_proxies
 from pipelines.presentation.progress import StageNotice, no_stage_notice
 from pipelines.stack.home import StackError, default_home, ensure_credentials, locked
 from pipelines.stack.private import choose_private, credentials_file, read_private
-from pipelines.stack.processes import Service, alive_services, end, read_services, write_services
+from pipelines.stack.processes import StartedService, alive_services, end, read_services, write_services
 from pipelines.stack.services import (
     BUCKET,
     SERVICES,
@@ -99,7 +99,7 @@ def up(
         for name, service in read_services(home).items():
             if name not in running:
                 end(service)  # its leader has ended; processes left in its session would hold ports and files
-        started: dict[str, Service] = {}
+        started: dict[str, StartedService] = {}
         recording = threading.Lock()
 
         def record() -> None:
@@ -185,7 +185,7 @@ def read_state(home: Path | None = None) -> StackState | None:
     return _state(home, running) if running else None
 
 
-def _state(home: Path, running: dict[str, Service]) -> StackState:
+def _state(home: Path, running: dict[str, StartedService]) -> StackState:
     """Return the addresses of running services."""
     s3, mlflow, ray = (running.get(name) for name in SERVICES)
     return StackState(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipelines.stack.home import StackError
 from pipelines.stack.private import read_private
-from pipelines.stack.processes import Service, choose_ports, launch
+from pipelines.stack.processes import StartedService, choose_ports, launch
 
 ORCHESTRATOR = ("dagster", "dagster-daemon")
 DEFINITIONS = "pipelines.flow.orchestrate.definitions"
@@ -98,7 +98,7 @@ def prepare(home: Path) -> None:
             file.write_text(text)
 
 
-def start_webserver(home: Path, running: dict[str, Service]) -> Service:
+def start_webserver(home: Path, running: dict[str, StartedService]) -> StartedService:
     """Start Dagster's webserver on loopback."""
     prepare(home)
     port = choose_ports(home, "dagster", ["port"])["port"]
@@ -107,14 +107,14 @@ def start_webserver(home: Path, running: dict[str, Service]) -> Service:
     return _launch("dagster", [*command, "--module-name", DEFINITIONS], home, url, (f"{url}/server_info",))
 
 
-def start_daemon(home: Path, running: dict[str, Service]) -> Service:
+def start_daemon(home: Path, running: dict[str, StartedService]) -> StartedService:
     """Start Dagster's daemon, which takes runs from the queue and evaluates sensors and schedules."""
     prepare(home)
     command = [sys.executable, "-m", "dagster._daemon", "run", "--module-name", DEFINITIONS]
     return _launch("dagster-daemon", command, home, "", ())
 
 
-def _launch(name: str, command: list[str], home: Path, url: str, probes: tuple[str, ...]) -> Service:
+def _launch(name: str, command: list[str], home: Path, url: str, probes: tuple[str, ...]) -> StartedService:
     """Start a process of Dagster in the folder of this one, to which paths of sources are relative."""
     environment = orchestrator_environment(home)
     return launch(name, command, home, environment, url, url, probes, folder=Path(os.getcwd()))

@@ -19,7 +19,7 @@ from pipelines.stack.home import StackError
 
 
 @dataclass(frozen=True)
-class Service:
+class StartedService:
     """The record of a started service in `stack.json`.
 
     Attributes:
@@ -49,7 +49,7 @@ def launch(
     probes: tuple[str, ...],
     private: bool = False,
     folder: Path | None = None,
-) -> Service:
+) -> StartedService:
     """Start a service in its own session, which Ctrl-C in the terminal does not reach, and return its record.
 
     Args:
@@ -68,10 +68,10 @@ def launch(
             env={**inherited, **environment},
             umask=0o077 if name == "s3" else -1,  # Ray shares a folder with those of other users
         )
-    return Service(process.pid, psutil.Process(process.pid).create_time(), url, address, probes, private)
+    return StartedService(process.pid, psutil.Process(process.pid).create_time(), url, address, probes, private)
 
 
-def find_process(service: Service) -> psutil.Process | None:
+def find_process(service: StartedService) -> psutil.Process | None:
     """Return the recorded process, or None where it has ended or its ID belongs to another process now."""
     try:
         process = psutil.Process(service.pid)
@@ -81,7 +81,7 @@ def find_process(service: Service) -> psutil.Process | None:
         return None
 
 
-def end(service: Service, grace_s: float = 8) -> None:
+def end(service: StartedService, grace_s: float = 8) -> None:
     """Terminate a service with all its processes, and kill those that are left after a grace period.
 
     Its processes are its descendants and those in its session. A session outlives its leader, and the system does not
@@ -106,7 +106,7 @@ def end(service: Service, grace_s: float = 8) -> None:
     psutil.wait_procs(remaining, timeout=5)
 
 
-def read_services(home: Path) -> dict[str, Service]:
+def read_services(home: Path) -> dict[str, StartedService]:
     """Return every recorded service by name, whether it still runs or not.
 
     Raises:
@@ -114,7 +114,7 @@ def read_services(home: Path) -> dict[str, Service]:
     """
     try:
         recorded = json.loads((home / "stack.json").read_text())
-        return {name: Service(**{**plain, "probes": tuple(plain["probes"])}) for name, plain in recorded.items()}
+        return {name: StartedService(**{**plain, "probes": tuple(plain["probes"])}) for name, plain in recorded.items()}
     except FileNotFoundError:
         return {}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -123,12 +123,12 @@ def read_services(home: Path) -> dict[str, Service]:
         ) from error
 
 
-def write_services(home: Path, services: Mapping[str, Service]) -> None:
+def write_services(home: Path, services: Mapping[str, StartedService]) -> None:
     """Record services by name, in place of those that were recorded."""
     write_private(home / "stack.json", json.dumps({name: asdict(s) for name, s in services.items()}, indent=1))
 
 
-def alive_services(home: Path) -> dict[str, Service]:
+def alive_services(home: Path) -> dict[str, StartedService]:
     """Return the recorded services whose process is still there, by name."""
     return {name: service for name, service in read_services(home).items() if find_process(service) is not None}
 

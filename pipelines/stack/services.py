@@ -16,7 +16,7 @@ from pipelines.environment.loopback import bypass_proxies
 from pipelines.stack.home import StackError, ray_folder
 from pipelines.stack.orchestrator import start_daemon, start_webserver
 from pipelines.stack.private import client_context, mlflow_environment, read_private
-from pipelines.stack.processes import Service, choose_ports, find_process, launch
+from pipelines.stack.processes import StartedService, choose_ports, find_process, launch
 from pipelines.storage import layout
 
 SERVICES = ("s3", "mlflow", "ray")
@@ -46,7 +46,7 @@ def find_weed() -> str | None:
     return shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
-def _start_s3(home: Path, running: dict[str, Service]) -> Service:
+def _start_s3(home: Path, running: dict[str, StartedService]) -> StartedService:
     """Start SeaweedFS with one bucket."""
     weed = find_weed()
     if weed is None:
@@ -66,7 +66,7 @@ def _start_s3(home: Path, running: dict[str, Service]) -> Service:
     return launch("s3", command, home, {}, url, url, (url, bucket, volumes), private)
 
 
-def _start_mlflow(home: Path, running: dict[str, Service]) -> Service:
+def _start_mlflow(home: Path, running: dict[str, StartedService]) -> StartedService:
     """Start an MLflow server that keeps its artifacts in the local S3."""
     port = choose_ports(home, "mlflow", ["port"])["port"]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
@@ -81,7 +81,7 @@ def _start_mlflow(home: Path, running: dict[str, Service]) -> Service:
     return launch("mlflow", command, home, environment, url, url, (f"{url}/health",), private)
 
 
-def _start_ray(home: Path, running: dict[str, Service]) -> Service:
+def _start_ray(home: Path, running: dict[str, StartedService]) -> StartedService:
     """Start a Ray head that listens on loopback only."""
     options = ["port", "dashboard-port", "node-manager-port", "object-manager-port", "dashboard-agent-listen-port"]
     options += ["dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port", "ray-client-server-port"]
@@ -109,7 +109,7 @@ def _start_ray(home: Path, running: dict[str, Service]) -> Service:
     return launch("ray", command, home, environment, url, address, (f"{url}/api/version",), read_private(home))
 
 
-STARTERS: dict[str, Callable[[Path, dict[str, Service]], Service]] = {
+STARTERS: dict[str, Callable[[Path, dict[str, StartedService]], StartedService]] = {
     "s3": _start_s3,
     "mlflow": _start_mlflow,
     "ray": _start_ray,
@@ -121,7 +121,7 @@ TOGETHER = (("s3",), ("mlflow", "ray", "dagster"), ("dagster-daemon",))
 """Services that start at the same time, after those before them; Dagster's two would both make its database."""
 
 
-def answers(service: Service, home: Path, timeout_s: float = PROBE_S) -> bool:
+def answers(service: StartedService, home: Path, timeout_s: float = PROBE_S) -> bool:
     """Return whether every probe of a service answers."""
     return all(_url_answers(url, home, timeout_s) for url in service.probes)
 
@@ -139,7 +139,7 @@ def _url_answers(url: str, home: Path, timeout_s: float) -> bool:
         return False
 
 
-def await_healthy(name: str, service: Service, home: Path, timeout_s: float) -> None:
+def await_healthy(name: str, service: StartedService, home: Path, timeout_s: float) -> None:
     """Wait until a service answers.
 
     Raises:
@@ -152,7 +152,7 @@ def await_healthy(name: str, service: Service, home: Path, timeout_s: float) -> 
         raise StackError(f"{name} {why}; its log {log} ends with:\n{tail}\nFix the cause, then run `ddpm up` again")
 
 
-def answers_within(service: Service, home: Path, timeout_s: float, probe_s: float = PROBE_S) -> bool:
+def answers_within(service: StartedService, home: Path, timeout_s: float, probe_s: float = PROBE_S) -> bool:
     """Return whether a service answers in time; False at once where its process has ended.
 
     Args:
@@ -166,7 +166,7 @@ def answers_within(service: Service, home: Path, timeout_s: float, probe_s: floa
     return True
 
 
-def s3_environment(home: Path, running: dict[str, Service]) -> dict[str, str]:
+def s3_environment(home: Path, running: dict[str, StartedService]) -> dict[str, str]:
     """Return the environment variables that lead processes of the stack to the local S3: paths and URLs, no secrets."""
     if "s3" not in running:
         return {}

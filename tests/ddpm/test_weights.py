@@ -6,7 +6,7 @@ import torch
 from ddpm.gaussian import q_sample
 from ddpm.prediction import PARAMETERIZATIONS, SIGMA_DATA, from_output, target
 from ddpm.schedule import make_schedule
-from ddpm.weights import EDM, P2, WEIGHTS, Uniform
+from ddpm.weights import P2, WEIGHTS, EDMWeight, Uniform
 
 SCHEDULE = make_schedule("cosine")
 T = torch.tensor([1, 10, 300, 700, 999])
@@ -41,10 +41,10 @@ def test_the_same_error_weighs_the_same_in_every_parameterization(name):
 def test_edms_weight_is_the_papers_formula_and_one_where_the_output_is_the_papers():
     """lambda(sigma) = (sigma^2 + s^2) / (sigma s)^2 = 1 / c_out^2 on the error of D (Karras et al. 2022, table 1)."""
     sigma = SCHEDULE.ratio(T)
-    torch.testing.assert_close(EDM(sigma_data=0.7)(SCHEDULE, T, "x0"), (sigma**2 + 0.49) / (sigma * 0.7) ** 2)
+    torch.testing.assert_close(EDMWeight(sigma_data=0.7)(SCHEDULE, T, "x0"), (sigma**2 + 0.49) / (sigma * 0.7) ** 2)
     one = torch.ones(len(T), dtype=torch.float64)
-    torch.testing.assert_close(EDM(sigma_data=1.0)(SCHEDULE, T, "v"), one)
-    torch.testing.assert_close(EDM()(SCHEDULE, T, "x0_skip"), one / SIGMA_DATA**2)
+    torch.testing.assert_close(EDMWeight(sigma_data=1.0)(SCHEDULE, T, "v"), one)
+    torch.testing.assert_close(EDMWeight()(SCHEDULE, T, "x0_skip"), one / SIGMA_DATA**2)
 
 
 def test_p2_is_finite_where_there_is_no_signal():

@@ -17,7 +17,7 @@ from pipelines.cli.common import read_arguments
 from pipelines.cli.serving import is_override
 from pipelines.config import Config, compose, groups
 from pipelines.config.fields import config_fields
-from pipelines.flow.orchestrate.settings import Settings
+from pipelines.flow.orchestrate.settings import OrchestrateSettings
 from pipelines.launch import overrides_of
 from pipelines.search.study_config import StudyConfig, compose_study
 from tests.docs import terminal
@@ -139,7 +139,7 @@ def test_what_a_page_has_dagster_train_composes():
     ]
     assert len(blocks) == 2
     for block in blocks:
-        for overrides in Settings.model_validate(yaml.safe_load(block)).partitions.values():
+        for overrides in OrchestrateSettings.model_validate(yaml.safe_load(block)).partitions.values():
             compose(overrides)
 
 

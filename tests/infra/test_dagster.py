@@ -14,7 +14,7 @@ import yaml
 
 from pipelines.config import KubeRayLaunch, compose
 from pipelines.flow.orchestrate.on_kubernetes import command_of
-from pipelines.flow.orchestrate.settings import VARIABLE, Settings
+from pipelines.flow.orchestrate.settings import VARIABLE, OrchestrateSettings
 from pipelines.launch.kuberay import rayjob
 from pipelines.launch.pods import SIGNING_FOLDER
 from pipelines.stack.orchestrator import DEFINITIONS, INSTANCE
@@ -129,7 +129,7 @@ def test_dagster_takes_the_instance(tmp_path):
 def test_a_stage_of_every_experiment_becomes_a_rayjob_in_the_namespace(monkeypatch):
     for variable, address in named("ConfigMap", "ddpm-services")["data"].items():
         monkeypatch.setenv(variable, address)
-    settings = Settings.read(FOLDER / "config/orchestrate.yaml")
+    settings = OrchestrateSettings.read(FOLDER / "config/orchestrate.yaml")
     for overrides in settings.partitions.values():
         command = command_of("train", overrides, settings.launch, compose(overrides))
         job = rayjob(command)

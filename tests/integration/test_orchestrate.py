@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from pipelines import stack
 from pipelines.flow import GRAPH
-from pipelines.flow.orchestrate.settings import Settings
+from pipelines.flow.orchestrate.settings import OrchestrateSettings
 from tests.integration.conftest import Shell
 from tests.integration.workers import forked
 from tests.networks import TINY_UNET
@@ -71,7 +71,7 @@ def test_webserver_and_daemon_serve_the_assets_on_loopback_and_end_together(tmp_
         assets = {
             node["assetKey"]["path"][0]: node["partitionKeys"] for node in found["repositoryOrError"]["assetNodes"]
         }
-        assert assets == {place.gives: list(Settings().partitions) for place in GRAPH}
+        assert assets == {place.gives: list(OrchestrateSettings().partitions) for place in GRAPH}
         assert found["repositoryOrError"]["sensors"] == [{"name": "new_data", "sensorState": {"status": "STOPPED"}}]
         assert found["repositoryOrError"]["schedules"] == [{"name": "retrain"}]
         assert "dagster/partition" in found["instance"]["runQueueConfig"]["tagConcurrencyLimitsYaml"]
@@ -99,7 +99,7 @@ def test_the_digits_graph_is_materialised_once_and_then_skipped(shell: Shell, lo
     for name in ("DDPM_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, shell.environment[name])
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    job = make_definitions(Settings(partitions={"short": SHORT}, retries=0)).resolve_job_def(JOB)
+    job = make_definitions(OrchestrateSettings(partitions={"short": SHORT}, retries=0)).resolve_job_def(JOB)
     client = MlflowClient(tracking_uri=local_stack.tracking_uri)
     found = []
     for _ in range(2):
@@ -211,7 +211,7 @@ def test_a_daemon_that_is_killed_in_a_training_goes_on_with_it_and_what_it_has_m
     assert (again["status"] == "SUCCESS") == ("champion" in client.get_registered_model("restarted").aliases)
 
     # By digest: what another run of the same graph finds, which knows nothing of that daemon, is not made again.
-    job = make_definitions(Settings(partitions={"short": tuple(overrides)}, retries=0)).resolve_job_def(JOB)
+    job = make_definitions(OrchestrateSettings(partitions={"short": tuple(overrides)}, retries=0)).resolve_job_def(JOB)
     result = job.execute_in_process(partition_key="short", raise_on_error=False)
     found = {
         e.asset_key.to_user_string(): e.materialization.metadata for e in result.get_asset_materialization_events()

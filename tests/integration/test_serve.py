@@ -32,7 +32,7 @@ from ddpm.model import Model, load_model
 from pipelines import tracking
 from pipelines.checkpoints.references import Resolved
 from pipelines.inference.pictures import picture
-from pipelines.inference.request import Sample
+from pipelines.inference.request import SampleRequest
 from pipelines.registry import Signer, register
 from pipelines.serving.client import Client
 from pipelines.serving.forms import OWN
@@ -149,7 +149,7 @@ def pixels(answer: dict[str, Any]) -> np.ndarray:
 
 
 def drawn(model: Model, label: str, seed: int, steps: int) -> np.ndarray:
-    return picture(Sample.of(labels=[label], seeds=[seed], sampling={"steps": steps}), model).pixels
+    return picture(SampleRequest.of(labels=[label], seeds=[seed], sampling={"steps": steps}), model).pixels
 
 
 def until(happened: Callable[[], bool], within_s: float) -> None:
@@ -244,7 +244,7 @@ def test_requests_of_all_kinds_at_once_are_batched_and_none_is_mixed_up(server, 
         body = {"labels": [label], "seed": seed, "count": count, "sampling": {"steps": steps}}
         found = server.ask(model=CHAMPION if version == "1" else f"models:/{NAME}/2", **body)
         assert found["model"]["version"] == version
-        return near(pixels(found), picture(Sample.of(**body), versions.models[version]).pixels)
+        return near(pixels(found), picture(SampleRequest.of(**body), versions.models[version]).pixels)
 
     with ThreadPoolExecutor(40) as pool:
         assert all(pool.map(one, range(120)))

@@ -24,7 +24,7 @@ from ddpm.inference import COLUMNS, parameters
 from ddpm.model import load_model
 from pipelines.config import compose
 from pipelines.inference.pictures import picture
-from pipelines.inference.request import Edit, Inpaint, Sample
+from pipelines.inference.request import EditRequest, InpaintRequest, SampleRequest
 from pipelines.serving.served import load
 from pipelines.shards.ingest.encode import ImageFormat, encode_image
 from pipelines.storage import Storage
@@ -71,19 +71,21 @@ def near(one, other):
 def test_labels_go_by_index_or_name_and_settings_by_their_names(served, monkeypatch):
     monkeypatch.setattr(prediction, "computes_bf16", lambda device: True)
     pyfunc, model = served["classes"]
-    wanted = picture(Sample.of(labels=["square", "7"], seed=3, sampling={"steps": 6, "scale": 3.0}), model).pixels
+    wanted = picture(
+        SampleRequest.of(labels=["square", "7"], seed=3, sampling={"steps": 6, "scale": 3.0}), model
+    ).pixels
     params = {"steps": 6, "scale": 3.0, "seed": 3}
     for labels in ([1, "7"], ["square", "7"]):
         assert near(pyfunc.predict(pandas.DataFrame({"label": labels}), params=params), wanted)
     own = pyfunc.predict(pandas.DataFrame({"label": ["square", "7"]}))
-    assert near(own, picture(Sample.of(labels=["square", "7"]), model).pixels)
+    assert near(own, picture(SampleRequest.of(labels=["square", "7"]), model).pixels)
     limited = {"interval": [0.2, 0.6], "kind": "dpm_solver"}
     other = pyfunc.predict(pandas.DataFrame({"label": ["square", "7"]}), params=limited)
-    assert near(other, picture(Sample.of(labels=["square", "7"], sampling=limited), model).pixels)
+    assert near(other, picture(SampleRequest.of(labels=["square", "7"], sampling=limited), model).pixels)
     assert not near(other, own)
     half = pyfunc.predict(pandas.DataFrame({"label": ["square", "7"]}), params={"precision": "bf16"})
     assert np.array_equal(
-        half, picture(Sample.of(labels=["square", "7"], sampling={"precision": "bf16"}), model).pixels
+        half, picture(SampleRequest.of(labels=["square", "7"], sampling={"precision": "bf16"}), model).pixels
     )
     assert not np.array_equal(half, own)
 
@@ -93,12 +95,14 @@ def test_a_row_with_a_seed_is_the_same_wherever_it_is(served):
     rows = pandas.DataFrame({"label": [0, 1, 1], "seed": [5, 6, 5]})
     drawn = pyfunc.predict(rows)
     assert near(drawn[1:], pyfunc.predict(rows[1:]))
-    assert near(drawn[2:], picture(Sample.of(labels=[1], seeds=[5]), model).pixels)
+    assert near(drawn[2:], picture(SampleRequest.of(labels=[1], seeds=[5]), model).pixels)
 
 
 def test_rows_of_a_model_without_classes_are_counted(served):
     pyfunc, model = served["plain"]
-    assert near(pyfunc.predict(pandas.DataFrame({"label": [0, 0, 0]})), picture(Sample.of(count=3), model).pixels)
+    assert near(
+        pyfunc.predict(pandas.DataFrame({"label": [0, 0, 0]})), picture(SampleRequest.of(count=3), model).pixels
+    )
 
 
 def test_prompts_are_embedded_by_the_encoder_that_the_model_records(tmp_path):
@@ -106,7 +110,7 @@ def test_prompts_are_embedded_by_the_encoder_that_the_model_records(tmp_path):
     encoder = str(Path(packaged.__file__).parent / "model")
     pyfunc, model = serve(tmp_path, classes=(), text_dim=384, text_encoder=encoder)
     prompts, negative = ["a red heart", "one blue circle on a table", "a red heart"], "a photo of a dog"
-    wanted = picture(Sample.of(prompts=prompts, negative_prompt=negative), model)
+    wanted = picture(SampleRequest.of(prompts=prompts, negative_prompt=negative), model)
     rows = pandas.DataFrame({"prompt": prompts})
     assert near(pyfunc.predict(rows, params={"negative_prompt": negative}), wanted.pixels)
     assert not near(pyfunc.predict(rows), wanted.pixels)
@@ -120,7 +124,7 @@ def test_prompts_are_embedded_by_the_encoder_that_the_model_carries_and_by_no_ot
     options = {"classes": (), "text_dim": 384}
     carried, model = serve(tmp_path / "carried", text_encoder="/gone/model", **options)
     rows = pandas.DataFrame({"prompt": ["a red heart", "one blue circle"]})
-    wanted = picture(Sample.of(prompts=list(rows["prompt"]), text_encoder=str(encoder)), model)
+    wanted = picture(SampleRequest.of(prompts=list(rows["prompt"]), text_encoder=str(encoder)), model)
     assert near(carried.predict(rows), wanted.pixels)
     other, _ = serve(tmp_path / "other", text_encoder=str(encoder), text_encoder_digest="0" * 64, **options)
     with pytest.raises(MlflowException, match="is another one than the one that embedded the training data"):
@@ -147,7 +151,7 @@ def test_masks_are_filled_as_by_a_request(served, image, tmp_path, name):
     pyfunc, model = served[name]
     mask = save_picture(tmp_path / "mask.png", seed=1)
     settings = {} if name == "painter" else {"steps": 5, "resamplings": 2}
-    request = Inpaint.of(images=[image], masks=[str(mask)], count=2, method_settings=settings)
+    request = InpaintRequest.of(images=[image], masks=[str(mask)], count=2, method_settings=settings)
     wanted = picture(request, model)
     row = {"image": [image.read_bytes()] * 2, "mask": [mask.read_bytes()] * 2}
     assert near(pyfunc.predict(pandas.DataFrame(row), params=settings), wanted.pixels)
@@ -160,7 +164,7 @@ def test_each_row_has_a_strength_of_its_own(served, image):
     rows = {"image": [image.read_bytes()] * 3, "strength": [0.0, 0.8, 0.4], "label": [1, 1, 2], "seed": [0, 1, 2]}
     drawn = pyfunc.predict(pandas.DataFrame(rows))
     for i in range(3):
-        request = Edit.of(images=[image], strength=rows["strength"][i], labels=[rows["label"][i]], seeds=[i])
+        request = EditRequest.of(images=[image], strength=rows["strength"][i], labels=[rows["label"][i]], seeds=[i])
         assert near(drawn[i : i + 1], picture(request, model).pixels)
 
 
@@ -170,11 +174,11 @@ def test_what_is_transparent_in_an_image_is_white_as_for_an_edit_and_a_mask_has_
     rows = {"image": [image.read_bytes()] * 2, "strength": [0.0, 0.5], "label": [1, 1], "seed": [0, 0]}
     drawn = pyfunc.predict(pandas.DataFrame(rows))
     for i in range(2):
-        request = Edit.of(images=[image], strength=rows["strength"][i], labels=[1], seeds=[0])
+        request = EditRequest.of(images=[image], strength=rows["strength"][i], labels=[1], seeds=[0])
         assert near(drawn[i : i + 1], picture(request, model).pixels)
     mask = save_picture(tmp_path / "mask.png", mode="LA", seed=1)
     settings = {"steps": 5, "resamplings": 2}
-    wanted = picture(Inpaint.of(images=[image], masks=[str(mask)], method_settings=settings), model)
+    wanted = picture(InpaintRequest.of(images=[image], masks=[str(mask)], method_settings=settings), model)
     row = {"image": [image.read_bytes()], "mask": [mask.read_bytes()]}
     assert near(pyfunc.predict(pandas.DataFrame(row), params=settings), wanted.pixels)
 
@@ -239,7 +243,7 @@ def test_the_pyfunc_and_the_server_read_every_kind_of_mask_as_a_request_does(tmp
         drawn["server"] = to_uint8(asyncio.run(server.draw_table(rows, settings))[0]).numpy()
     for i, (name, data) in enumerate(files.items()):
         (tmp_path / "mask.png").write_bytes(data)
-        request = Inpaint.of(
+        request = InpaintRequest.of(
             images=[image], masks=[str(tmp_path / "mask.png")], seeds=[0], method="replacement", sampling={"steps": 2}
         )
         wanted = picture(request, model).pixels

@@ -13,7 +13,7 @@ from typing import Any
 import dagster as dg
 
 from pipelines.flow.orchestrate.child import CHECK
-from pipelines.flow.orchestrate.settings import Settings
+from pipelines.flow.orchestrate.settings import OrchestrateSettings
 from pipelines.flow.stage import GATE, GRAPH, INGEST, TRAIN, StageSpec
 from pipelines.presentation.errors import PipelineError
 
@@ -27,7 +27,9 @@ POOLS = {INGEST: "ingest", TRAIN: "training"}
 backfills, there are at a time; see `pipelines.stack`."""
 
 
-def asset_of(spec: StageSpec, partitions: dg.StaticPartitionsDefinition, settings: Settings) -> dg.AssetsDefinition:
+def asset_of(
+    spec: StageSpec, partitions: dg.StaticPartitionsDefinition, settings: OrchestrateSettings
+) -> dg.AssetsDefinition:
     """Return the asset of the result of a stage, which is made by the stage's own process.
 
     Args:
@@ -59,7 +61,7 @@ def asset_of(spec: StageSpec, partitions: dg.StaticPartitionsDefinition, setting
     return materialise
 
 
-def failure(context: dg.AssetExecutionContext, settings: Settings, text: str, *, retry: bool) -> Exception:
+def failure(context: dg.AssetExecutionContext, settings: OrchestrateSettings, text: str, *, retry: bool) -> Exception:
     """Return what an asset raises whose stage has failed.
 
     Dagster's own retry policy would start a cancelled run anew, and would not try again after a process that has ended
@@ -76,7 +78,7 @@ def failure(context: dg.AssetExecutionContext, settings: Settings, text: str, *,
     return dg.RetryRequested(settings.retries, settings.retry_delay_s * 2**tried)
 
 
-def sensor_of(job: Any, settings: Settings) -> dg.SensorDefinition:
+def sensor_of(job: Any, settings: OrchestrateSettings) -> dg.SensorDefinition:
     """Return the sensor that requests a run for data that no run has seen, once for each state of them."""
 
     @dg.sensor(
@@ -120,7 +122,7 @@ def _look(overrides: Sequence[str]) -> Any:
     return data_change(config, Storage.of(config))
 
 
-def schedule_of(job: Any, settings: Settings) -> dg.ScheduleDefinition:
+def schedule_of(job: Any, settings: OrchestrateSettings) -> dg.ScheduleDefinition:
     """Return the schedule that goes through every experiment; it is stopped until somebody starts it."""
 
     @dg.schedule(
@@ -138,7 +140,7 @@ def schedule_of(job: Any, settings: Settings) -> dg.ScheduleDefinition:
     return retrain
 
 
-def make_definitions(settings: Settings) -> dg.Definitions:
+def make_definitions(settings: OrchestrateSettings) -> dg.Definitions:
     """Return the definitions for the experiments of the settings."""
     partitions = dg.StaticPartitionsDefinition(list(settings.partitions))
     assets = [asset_of(spec, partitions, settings) for spec in GRAPH]
@@ -154,4 +156,4 @@ def make_definitions(settings: Settings) -> dg.Definitions:
     )
 
 
-defs = make_definitions(Settings.of())
+defs = make_definitions(OrchestrateSettings.of())

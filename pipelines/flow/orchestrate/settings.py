@@ -16,7 +16,7 @@ VARIABLE = "DDPM_ORCHESTRATE"
 """Environment variable with the path of the file."""
 
 
-class Settings(BaseModel):
+class OrchestrateSettings(BaseModel):
     """What `definitions` is made from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -36,7 +36,7 @@ class Settings(BaseModel):
     retry_delay_s: NonNegativeFloat = Field(30, description="before the first one; each waits twice as long")
 
     @classmethod
-    def of(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+    def of(cls, environ: Mapping[str, str] = os.environ) -> OrchestrateSettings:
         """Return the settings in the file that the environment names; the defaults where it names none.
 
         Raises:
@@ -46,7 +46,7 @@ class Settings(BaseModel):
         return cls.model_validate({}) if path is None else cls.read(Path(path))
 
     @classmethod
-    def read(cls, path: Path) -> Settings:
+    def read(cls, path: Path) -> OrchestrateSettings:
         """Return the settings in a file.
 
         Raises:

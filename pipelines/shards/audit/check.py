@@ -16,7 +16,7 @@ from pipelines.presentation.progress import Progress, StageNotice, no_progress
 from pipelines.shards.audit.foreign import default_threads, tars
 from pipelines.shards.audit.scan import ByteCounter, ObjectStream, ShardScan, in_threads, scan_shard
 from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, read_dataset
-from pipelines.shards.members import Form
+from pipelines.shards.members import SampleFormat
 from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine, read_quarantine
 from pipelines.storage import Entry, NotFoundError, Storage, join, layout
 
@@ -153,7 +153,7 @@ def _check_shard(
     entry = stored.get(info.name)
     if entry is None:
         return [whole("missing", f"is not there: put it back, {info.bytes:,} bytes with SHA-256 {info.sha256[:12]}…")]
-    form = Form(dataset.image_size, dataset.channels, bool(dataset.classes), len(dataset.classes))
+    form = SampleFormat(dataset.image_size, dataset.channels, bool(dataset.classes), len(dataset.classes))
     try:
         scan = scan_shard(info.name, ObjectStream(entry.uri, entry.size, storage, counter.add), form)
     except NotFoundError:

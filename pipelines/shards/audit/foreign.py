@@ -15,7 +15,7 @@ import numpy as np
 from pipelines.presentation.progress import Progress, no_progress
 from pipelines.shards.audit.scan import ByteCounter, ObjectStream, TarFaultError, in_threads, read_samples, scan_shard
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, read_dataset
-from pipelines.shards.members import MAX_CLASSES, Examined, FlawError, Form, decode_image
+from pipelines.shards.members import MAX_CLASSES, Examined, FlawError, SampleFormat, decode_image
 from pipelines.shards.quarantine import Problem, Quarantine, kept_shards, make_quarantine
 from pipelines.storage import Entry, Storage, join, layout
 
@@ -274,7 +274,7 @@ def _described(uri: str, storage: Storage, replace: bool) -> Dataset | None:
 
 def find_form(
     shards: Sequence[tuple[str, Entry]], storage: Storage, image_size: int | None, classes: int | None
-) -> Form:
+) -> SampleFormat:
     """Return the properties that every sample must have: those of the first sample whose image can be read.
 
     Raises:
@@ -295,7 +295,7 @@ def find_form(
                         f"{name}: {sample.key} is {height}x{width}: images must be square and of one size; unpack and "
                         "ingest them with `ddpm ingest FOLDER`, or give --image-size if this one is the exception"
                     )
-                return Form(image_size or height, None, "cls" in sample.contents, classes)
+                return SampleFormat(image_size or height, None, "cls" in sample.contents, classes)
         except TarFaultError as error:
             problems.append(error.problem(name))
     raise (
@@ -305,7 +305,9 @@ def find_form(
     )
 
 
-def _scan(named: tuple[str, Entry], *, uri: str, storage: Storage, form: Form, counter: ByteCounter) -> _Scanned:
+def _scan(
+    named: tuple[str, Entry], *, uri: str, storage: Storage, form: SampleFormat, counter: ByteCounter
+) -> _Scanned:
     """Scan one shard and write its sidecar, so that only the shards that are being scanned are in memory."""
     name, entry = named
     tally = Tally()
@@ -315,7 +317,7 @@ def _scan(named: tuple[str, Entry], *, uri: str, storage: Storage, form: Form, c
 
 
 def _describe(
-    uri: str, splits: dict[str, list[_Scanned]], form: Form, classes: Sequence[str], described: Dataset | None
+    uri: str, splits: dict[str, list[_Scanned]], form: SampleFormat, classes: Sequence[str], described: Dataset | None
 ) -> Dataset:
     """Return the dataset of the scanned shards."""
     everything = Tally.of([scanned.tally for shards in splits.values() for scanned in shards])

@@ -18,7 +18,7 @@ from typing import IO, TypeVar, cast
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Progress
 from pipelines.shards.index import Member, ShardIndex, split_name
-from pipelines.shards.members import KNOWN_MEMBERS, Examined, Flaw, Form, examine
+from pipelines.shards.members import KNOWN_MEMBERS, Examined, Flaw, SampleFormat, examine
 from pipelines.shards.quarantine import Problem
 from pipelines.storage import Storage
 
@@ -254,7 +254,7 @@ class ShardScan:
 
 
 def scan_shard(
-    name: str, stream: ObjectStream, form: Form, seen: Callable[[Examined], None] = lambda sample: None
+    name: str, stream: ObjectStream, form: SampleFormat, seen: Callable[[Examined], None] = lambda sample: None
 ) -> ShardScan:
     """Read a tar to its end, and check every sample.
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.report import BadImage
-from pipelines.shards.ingest.tables import METADATA, Row, Table, parse_table
+from pipelines.shards.ingest.tables import METADATA, ImageRow, ImageTable, parse_table
 from pipelines.shards.ingest.trees import (
     File,
     InMemory,
@@ -110,7 +110,7 @@ def open_source(source: str, storage: Storage, test_fraction: float = 0.1) -> So
     names = sorted(name for name in tree.files if posixpath.basename(name) in METADATA)
     if names:
         try:
-            table = Table.joined([parse_table(name, tree.files[name].read(storage)) for name in names])
+            table = ImageTable.joined([parse_table(name, tree.files[name].read(storage)) for name in names])
         except UnreadableError as error:
             raise DatasetError(f"{shown(uri)}: {names[0]}: {error}") from error
         return _from_tables(table, tree, test_fraction)
@@ -218,7 +218,7 @@ def _split_folders(tree: Tree) -> dict[str, str]:
     return {"": ""}
 
 
-def _from_tables(table: Table, tree: Tree, test_fraction: float) -> Source:
+def _from_tables(table: ImageTable, tree: Tree, test_fraction: float) -> Source:
     """Return a source of images that are listed in tables."""
     bad = [*table.bad, *(BadImage(name, reason) for name, reason in tree.bad)]
     tops = {row.path.partition("/")[0] for row in table.rows if "/" in row.path}
@@ -253,8 +253,8 @@ def _from_tables(table: Table, tree: Tree, test_fraction: float) -> Source:
 
 
 def _labelled_by_folder(
-    rows: tuple[Row, ...], files: Mapping[str, File], folders: Mapping[str, str]
-) -> tuple[Row, ...]:
+    rows: tuple[ImageRow, ...], files: Mapping[str, File], folders: Mapping[str, str]
+) -> tuple[ImageRow, ...]:
     """Return rows with their class folders as labels, where every image is in one and there are several; else as is.
 
     Args:
@@ -273,7 +273,7 @@ def _labelled_by_folder(
 
 
 def _row_fault(
-    row: Row,
+    row: ImageRow,
     files: Mapping[str, File],
     seen: Mapping[str, str],
     split: str | None,
@@ -292,7 +292,7 @@ def _row_fault(
     return None
 
 
-def _number(rows: Collection[Row]) -> tuple[tuple[str, ...], dict[str, int]]:
+def _number(rows: Collection[ImageRow]) -> tuple[tuple[str, ...], dict[str, int]]:
     """Return class names and the index of each label; decimal labels are indices, names are sorted and numbered.
 
     Raises:

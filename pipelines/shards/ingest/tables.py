@@ -21,7 +21,7 @@ READ = (*PATH, *CAPTION, "label", "split")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ImageRow:
     """One image of a table.
 
     Attributes:
@@ -40,7 +40,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class ImageTable:
     """The content of one or several tables.
 
     Attributes:
@@ -51,12 +51,12 @@ class Table:
     """
 
     names: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ImageRow, ...]
     bad: tuple[BadImage, ...]
     unread_columns: frozenset[str]
 
     @classmethod
-    def joined(cls, tables: Iterable[Table]) -> Table:
+    def joined(cls, tables: Iterable[ImageTable]) -> ImageTable:
         """Return several tables as one; their paths are relative to the same root."""
         listed = list(tables)
         return cls(
@@ -67,7 +67,7 @@ class Table:
         )
 
 
-def parse_table(name: str, data: bytes) -> Table:
+def parse_table(name: str, data: bytes) -> ImageTable:
     """Read a table; paths in it are relative to its folder.
 
     Args:
@@ -95,7 +95,7 @@ def parse_table(name: str, data: bytes) -> Table:
             bad.append(BadImage(where, str(error)))
     if not rows and not bad:
         raise DatasetError(f"{name} has no row: give it a row with `path` for each image, or remove it")
-    return Table((name,), tuple(rows), tuple(bad), frozenset(columns - set(READ)))
+    return ImageTable((name,), tuple(rows), tuple(bad), frozenset(columns - set(READ)))
 
 
 def _csv(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
@@ -133,7 +133,7 @@ def _jsonl(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
         yield where, values if isinstance(values, dict) else f"is not a JSON object but {line.strip()[:40]}"
 
 
-def _row(where: str, values: dict[str, Any], folder: str) -> Row:
+def _row(where: str, values: dict[str, Any], folder: str) -> ImageRow:
     """Return a row from its values.
 
     Raises:
@@ -167,4 +167,4 @@ def _row(where: str, values: dict[str, Any], folder: str) -> Row:
     split = values.get("split")
     if split not in (None, "train", "test"):
         raise ValueError(f"{path} has the split {split!r}: splits are train and test")
-    return Row(where, path, label, (caption or "").strip() or None, split)
+    return ImageRow(where, path, label, (caption or "").strip() or None, split)

@@ -74,7 +74,7 @@ class ShardJob:
 
 
 @dataclass(frozen=True)
-class Settings:
+class IngestSettings:
     """The settings that all shards of an ingest share, pickled once for all tasks."""
 
     uri: str
@@ -107,7 +107,7 @@ class Settings:
 
 def plan_shards(
     images: Sequence[SourceImage],
-    settings: Settings,
+    settings: IngestSettings,
     shard_samples: int,
     recorded: dict[str, ShardRecord] | None = None,
 ) -> list[ShardJob]:
@@ -123,7 +123,7 @@ def plan_shards(
     return jobs
 
 
-def write_shard(job: ShardJob, settings: Settings, tick: Tick = lambda count: None) -> tuple[ShardRecord, bool]:
+def write_shard(job: ShardJob, settings: IngestSettings, tick: Tick = lambda count: None) -> tuple[ShardRecord, bool]:
     """Write one shard, its sidecar and its record, unless all three are there and match the record.
 
     Args:
@@ -163,7 +163,7 @@ def identify(encoder: CaptionEncoder) -> str:
     return f"{name.replace(' ', '_')} {hashlib.sha256(answer).hexdigest()}"
 
 
-def samples_for(shard_bytes: int, images: Sequence[SourceImage], settings: Settings) -> int:
+def samples_for(shard_bytes: int, images: Sequence[SourceImage], settings: IngestSettings) -> int:
     """Return how many samples make a tar of about this size, estimated from the first images that can be read."""
     probe = ShardJob("train-000000.tar", 0, tuple(images[:PROBED]), key="")
     tally = _Tally(PixelSums(0, (), ()))
@@ -186,7 +186,7 @@ def seconds_of_image(images: Sequence[SourceImage], storage: Storage, form: Imag
     return WRITE_S + (time.monotonic() - began) / max(count, 1)
 
 
-def _is_whole(record: ShardRecord, settings: Settings, scratch: Path) -> bool:
+def _is_whole(record: ShardRecord, settings: IngestSettings, scratch: Path) -> bool:
     """Return whether tar and sidecar are at the destination with the recorded checksums."""
     if not record.samples:
         return True
@@ -235,7 +235,7 @@ class _Tally:
         )
 
 
-def _samples(job: ShardJob, settings: Settings, tally: _Tally, tick: Tick) -> Iterator[dict[str, Any]]:
+def _samples(job: ShardJob, settings: IngestSettings, tally: _Tally, tick: Tick) -> Iterator[dict[str, Any]]:
     """Yield the samples of a shard for the WebDataset writer, with embeddings of several captions at a time."""
     plain = _plain_samples(job, settings, tally, tick)
     if settings.text_encoder is None:
@@ -248,7 +248,7 @@ def _samples(job: ShardJob, settings: Settings, tally: _Tally, tick: Tick) -> It
             yield sample | {"emb.npy": data}
 
 
-def _plain_samples(job: ShardJob, settings: Settings, tally: _Tally, tick: Tick) -> Iterator[dict[str, Any]]:
+def _plain_samples(job: ShardJob, settings: IngestSettings, tally: _Tally, tick: Tick) -> Iterator[dict[str, Any]]:
     """Yield the samples of a shard without embeddings, and count them; images that cannot be read are left out."""
     for number, (image, read) in enumerate(_reads(job.images, settings.storage), job.first):
         try:

@@ -24,7 +24,7 @@ from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
 from pipelines.shards.ingest.report import BadImage, IngestReport, ShardRecord, compose_report
 from pipelines.shards.ingest.sources import Source, SourceImage, open_source, source_digest
 from pipelines.shards.ingest.tasks import (
-    Settings,
+    IngestSettings,
     ShardJob,
     plan_shards,
     samples_for,
@@ -120,7 +120,7 @@ def ingest(
     if text_encoder is not None and not listed.captioned:
         raise DatasetError(f"{source} has no captions for the text encoder: add `text` or `caption` to its metadata")
     encoder_id = None if text_encoder is None else identify_encoder(text_encoder)
-    settings = Settings(uri, storage, form, listed.classes, listed.captioned, text_encoder, encoder_id)
+    settings = IngestSettings(uri, storage, form, listed.classes, listed.captioned, text_encoder, encoder_id)
     if shard_bytes is not None:
         shard_samples = samples_for(shard_bytes, listed.images, settings)
     if connect is not None and len(listed.images) * seconds_of_image(listed.images, storage, form) > ALONE_S:
@@ -206,7 +206,7 @@ def _fingerprints(
 
 def _write_shards(
     jobs: Sequence[ShardJob],
-    settings: Settings,
+    settings: IngestSettings,
     meter: _Meter,
     threads: int,
     notice: Notice,
@@ -229,7 +229,7 @@ def _write_shards(
 
 
 def _write_in_threads(
-    jobs: Sequence[ShardJob], settings: Settings, meter: _Meter, threads: int
+    jobs: Sequence[ShardJob], settings: IngestSettings, meter: _Meter, threads: int
 ) -> list[tuple[ShardRecord, bool]]:
     """Write the shards in threads: decoding and encoding of large images release the interpreter's lock.
 
@@ -273,7 +273,7 @@ def _ray_cpus() -> int:
 
 
 def _write_over_ray(
-    jobs: Sequence[ShardJob], settings: Settings, meter: _Meter, notice: Notice
+    jobs: Sequence[ShardJob], settings: IngestSettings, meter: _Meter, notice: Notice
 ) -> list[tuple[ShardRecord, bool]]:
     """Write the shards as Ray tasks, twice as many at a time as the cluster has CPUs; Ray repeats lost tasks.
 
@@ -300,7 +300,7 @@ def _write_over_ray(
 def _publish(
     source: str,
     listed: Source,
-    settings: Settings,
+    settings: IngestSettings,
     jobs: Sequence[ShardJob],
     written: Sequence[tuple[ShardRecord, bool]],
     alike: tuple[str, ...],

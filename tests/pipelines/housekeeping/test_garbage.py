@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines import tracking
 from pipelines.checkpoints import Published, run_folder
-from pipelines.housekeeping import Folder, Stored, Verdict, collect, find_garbage, garbage, judge
+from pipelines.housekeeping import Folder, GarbageVerdict, Stored, collect, find_garbage, garbage, judge
 from pipelines.storage import Storage, StorageError, join
 from pipelines.tracking import ModelVersion, RunRecord, TrackingError
 from tests.pipelines.housekeeping.stored import LEFT, NEW, NOW, OLD, Stubborn, age, folder, store_run
@@ -125,9 +125,9 @@ def test_collecting_begins_with_what_makes_a_checkpoint_complete_and_ends_with_i
     for after, there in ((1, ["model.json", "model.safetensors"]), (2, ["model.json"])):
         LEFT[0] = after
         with pytest.raises(StorageError):
-            collect(Verdict(folder, True, "nothing names it"), Stubborn())
+            collect(GarbageVerdict(folder, True, "nothing names it"), Stubborn())
         assert [entry.uri.rsplit("/", 1)[-1] for entry in Storage().list(address)] == there
-    collect(Verdict(folder, True, "nothing names it"), Storage())
+    collect(GarbageVerdict(folder, True, "nothing names it"), Storage())
     assert Storage().list(address) == []
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pipelines.inference.inputs import check_given, read_images, read_mask
-from pipelines.inference.request import Edit, Inpaint, RequestError
+from pipelines.inference.request import EditRequest, InpaintRequest, RequestError
 
 SHAPE = (3, 8, 8)
 ORIENTATION = 0x0112
@@ -120,9 +120,9 @@ def test_a_file_that_is_no_picture_is_refused_before_there_is_a_model(tmp_path, 
     bad = tmp_path / (content if isinstance(content, str) else "bad.png")
     if isinstance(content, bytes):
         bad.write_bytes(content)
-    request = Inpaint.of(images=[good], masks=[str(bad)]) if as_mask else Edit.of(images=[good, bad])
+    request = InpaintRequest.of(images=[good], masks=[str(bad)]) if as_mask else EditRequest.of(images=[good, bad])
     with pytest.raises(RequestError) as raised:
         check_given(request)
     assert f"the {'mask' if as_mask else 'image'} {bad} {message}" in str(raised.value)
     assert str(raised.value).endswith("half:SIDE") == as_mask
-    check_given(Inpaint.of(images=[good], masks=[str(good), "half:left", "box:0,0,1,1"]))
+    check_given(InpaintRequest.of(images=[good], masks=[str(good), "half:left", "box:0,0,1,1"]))

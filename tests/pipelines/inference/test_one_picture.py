@@ -22,7 +22,7 @@ from pipelines.evaluation.evaluators.classifier import Classifier
 from pipelines.evaluation.images import unpack_samples
 from pipelines.evaluation.samples import Plan
 from pipelines.inference.pictures import picture
-from pipelines.inference.request import Sample
+from pipelines.inference.request import SampleRequest
 from pipelines.search.judge import SampleScorer, Subject
 from pipelines.served_model import DiffusionModel
 from pipelines.serving.bodies import decode_png
@@ -98,7 +98,7 @@ def test_who_judges_shows_and_serves_a_model_draws_the_same_to_the_bit(settings,
         model.denoiser, model.schedule, settings, cond=cond, shape=model.spec.shape, seed=SEED, count=COUNT
     )
     names, asked = [model.spec.classes[label] for label in labels], changed(settings)
-    request = Sample.of(labels=names, seed=SEED, sampling=asked)
+    request = SampleRequest.of(labels=names, seed=SEED, sampling=asked)
     table, params = {"label": names}, {"seed": SEED, **asked}
     pyfunc = DiffusionModel()
     pyfunc.load_context(SimpleNamespace(artifacts={"model": str(EARLIER / "version" / "model")}))

@@ -9,7 +9,7 @@ from pipelines import tracking
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.registry.card import LARGEST, MARK, Origin, below_notes, card, describe, parameters
 from pipelines.registry.evidence import Evidence
-from pipelines.registry.verdict import Row, Verdict
+from pipelines.registry.verdict import Verdict, VerdictRow
 from pipelines.shards.index import ShardInfo, make_dataset
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion, TrackingError
@@ -93,7 +93,7 @@ VERDICT = Verdict(
     "v" * 64,
     attempt=2,
     n=5000,
-    rows=(Row("Frechet distance", "0.87", "< 1.90", True), Row("copies", "12 %", "at most 2 %", False)),
+    rows=(VerdictRow("Frechet distance", "0.87", "< 1.90", True), VerdictRow("copies", "12 %", "at most 2 %", False)),
     at="2026-11-26T03:00:00+00:00",
 )
 

@@ -16,8 +16,8 @@ from pipelines.presentation.progress import Silent
 from pipelines.registry import Gate, Trust, Verdict
 from pipelines.registry.comparison import gate_seed
 from pipelines.registry.gate import SAMPLES, comparable
-from pipelines.registry.promote import Opened, _content_digest, _judged_before, _other_settings
-from pipelines.registry.verdict import Row, VerdictLog
+from pipelines.registry.promote import OpenedVersion, _content_digest, _judged_before, _other_settings
+from pipelines.registry.verdict import VerdictLog, VerdictRow
 from pipelines.signing.keys import public_key
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion
@@ -92,7 +92,7 @@ def test_a_dry_run_does_not_put_an_alias_back_where_it_belongs(world):
 def test_a_version_that_has_the_alias_is_refused_once_its_files_are_not_what_was_signed(world):
     world.gate.promote(world.versions[0])
     world.moved.clear()
-    world.wrong = Row("signature", "model.safetensors is another", "by somebody who is trusted", False)
+    world.wrong = VerdictRow("signature", "model.safetensors is another", "by somebody who is trusted", False)
     assert world.gate.holds(world.versions[0]) is None
     verdict = world.gate.promote(world.versions[0])
     assert (verdict.passed, verdict.reason.startswith("signature: model.safetensors is another")) == (False, True)
@@ -105,9 +105,9 @@ def test_what_a_dry_run_compares_is_drawn_from_other_noise_than_what_decides():
     assert len({*seeds, gate_seed("m", "champion", "e", dry_run=True)}) == 3
 
 
-def present(evidence, *rows: bool, version: str = "1") -> Opened:
-    table = tuple(Row("signature", "", "", passed) for passed in rows)
-    return Opened(ModelVersion("m", version, "r", {}, ()), evidence, table, Path("nowhere"), None)
+def present(evidence, *rows: bool, version: str = "1") -> OpenedVersion:
+    table = tuple(VerdictRow("signature", "", "", passed) for passed in rows)
+    return OpenedVersion(ModelVersion("m", version, "r", {}, ()), evidence, table, Path("nowhere"), None)
 
 
 def test_what_the_present_version_serves_is_known_by_what_is_signed_alone():
@@ -142,11 +142,11 @@ def test_an_earlier_decision_answers_only_where_evaluator_and_data_are_the_same(
     assert _judged_before([EARLIER], replace(asked, n=400), alike) is None
 
 
-def opened(data: str, trained: str | None = "file:///old", **fields) -> Opened:
+def opened(data: str, trained: str | None = "file:///old", **fields) -> OpenedVersion:
     evidence = None if data == "" else SimpleNamespace(scores=scores(**fields), dataset_uri=data)
     spec = None if trained is None else replace(SPEC, lineage={"dataset_uri": trained})
     assert spec is None or isinstance(spec, ModelSpec)
-    return Opened(None, evidence, (Row("signature", "", "", passed=True),), None, spec)
+    return OpenedVersion(None, evidence, (VerdictRow("signature", "", "", passed=True),), None, spec)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from dataclasses import replace
 import pytest
 
 from pipelines.config import RegistryConfig
-from pipelines.registry.verdict import Row, Verdict, VerdictLog, last_passed, standing
+from pipelines.registry.verdict import Verdict, VerdictLog, VerdictRow, last_passed, standing
 from pipelines.signing import Signer, Trust
 from pipelines.storage import Storage
 
-VERDICT = Verdict(True, "better", "digits", "champion", "2", "d2", "1", "d1", 1, 5000, rows=(Row("a", "1", "2", True),))
+VERDICT = Verdict(
+    True, "better", "digits", "champion", "2", "d2", "1", "d1", 1, 5000, rows=(VerdictRow("a", "1", "2", True),)
+)
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from ddpm.generate import Sampling
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.presentation.charts import Point
 from pipelines.presentation.images import Picture
-from pipelines.registry import Row, Verdict
-from pipelines.report.facts import Facts, Film, Levels, Tried
+from pipelines.registry import Verdict, VerdictRow
+from pipelines.report.facts import Facts, FilmStrip, Levels, Tried
 from pipelines.training.goodput import Attempt, Session, measure
 
 SCORES = Scores(
@@ -43,8 +43,8 @@ VERDICT = Verdict(
     attempt=2,
     n=5000,
     rows=(
-        Row("better than version 1", "z = 1.10", "z >= 2.50", passed=False),
-        Row("finite", "all", "all", passed=True),
+        VerdictRow("better than version 1", "z = 1.10", "z >= 2.50", passed=False),
+        VerdictRow("finite", "all", "all", passed=True),
     ),
     at="2026-01-01T00:00:00+00:00",
 )
@@ -81,7 +81,7 @@ FULL = Facts(
     verdicts=(VERDICT,),
     samples=picture(10),
     growth=((0, picture(20)), (500, picture(21)), (1000, picture(22))),
-    film=Film(picture(30), "ddim, 50 steps, guidance scale 1.5"),
+    film=FilmStrip(picture(30), "ddim, 50 steps, guidance scale 1.5"),
     levels=Levels(32, (Point(1, 0.9, 0.8, 1.0), Point(500, 0.1, 0.09, 0.11), Point(1000, 0.01, 0.009, 0.011))),
     bound=(Point(1, 2.0), Point(500, 0.01), Point(1000, 0.001), Point(1000, 0.0001)),
     tried=tuple(

@@ -15,7 +15,7 @@ from pipelines.presentation.images import Picture
 from pipelines.registry import Verdict
 from pipelines.report import Facts, sections
 from pipelines.report import page as page_of
-from pipelines.report.facts import Film, Tried
+from pipelines.report.facts import FilmStrip, Tried
 from tests.pipelines.report.facts import FULL, GOODPUT, SCORES, picture
 
 EVERY = ["training", "time", "curves", "scores", "gate", "samples", "growth", "film", "levels"]
@@ -144,7 +144,7 @@ def test_names_captions_and_reasons_are_escaped_wherever_they_stand(full):
         champion=(EVIL, SCORES),
         champion_note=EVIL,
         verdicts=(Verdict(False, EVIL, EVIL, EVIL, EVIL, champion=EVIL, at=EVIL),),
-        film=Film(picture(3), EVIL),
+        film=FilmStrip(picture(3), EVIL),
         tried=tried[:2],
         copies=EVIL,
         notes=(EVIL,),

@@ -13,7 +13,7 @@ from pipelines.config import compose
 from pipelines.evaluation.recorded import evaluation_pictures, find_artifact
 from pipelines.report.gather import gather
 from pipelines.report.sections import sections
-from pipelines.report.subject import Subject
+from pipelines.report.subject import ReportSubject
 from pipelines.search.study import StudyStore, TrialRecord
 from pipelines.storage import Storage, join
 from pipelines.tracking import ModelVersion
@@ -90,7 +90,7 @@ def read(config, tracker, monkeypatch):
     monkeypatch.setattr(tracking, "version", lambda *_, **__: champion)
     gate = {"gate.champion.table": json.dumps(VERDICT.to_plain())}
     version = ModelVersion("digits", "2", RUN, {"images_seen": "1000", **gate}, ())
-    return lambda: gather(Subject("first", tracker, version), config, storage)
+    return lambda: gather(ReportSubject("first", tracker, version), config, storage)
 
 
 def test_the_samples_shown_are_those_of_the_evaluation_whose_scores_are_shown(read, tracker):

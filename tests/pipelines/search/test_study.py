@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipelines.config import compose
 from pipelines.search.observer import describe_params
-from pipelines.search.page import Page
+from pipelines.search.page import StudyPage
 from pipelines.search.space import Parameter
 from pipelines.search.study import (
     StudyError,
@@ -162,7 +162,7 @@ def test_a_study_may_be_about_anything_that_is_measured():
     past = past_of(about, records)
     assert [d.name for d in past.directions] == ["MAXIMIZE", "MAXIMIZE", "MINIMIZE"]
     assert len(past.best_trials) == 3
-    text = Page("second", about, "a model", records).html()
+    text = StudyPage("second", about, "a model", records).html()
     assert "Precision against network evaluations per image" in text
     assert "no other trial is better in one of precision, recall, network evaluations per image" in text
 

@@ -9,7 +9,7 @@ from typing import Any
 from gradio.components.image_editor import EditorData, ImageEditor
 from gradio.data_classes import FileData, ImageData
 
-from pipelines.serving.limits import Refused
+from pipelines.serving.limits import RefusedRequest
 from pipelines.serving.page import build_page
 from pipelines.serving.served import Served
 
@@ -28,7 +28,7 @@ class Alone:
         if self.failing:
             raise MemoryError("the secret of the house")
         if body.get("model") is not None:
-            raise Refused(404, f"there is no model {body['model']!r}; served are: one")
+            raise RefusedRequest(404, f"there is no model {body['model']!r}; served are: one")
         return await self.served.ask(body)
 
     async def invoke(self, body, content_type, model):

@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError
 from pipelines.config import ConfigError, compose
 from pipelines.serving.application import Front, build, scale
 from pipelines.serving.bodies import known_names
-from pipelines.serving.limits import Limits, Refused
+from pipelines.serving.limits import Limits, RefusedRequest
 from pipelines.storage import Storage
 
 CHAMPION, OTHER = "models:/digits@champion", "models:/shapes/3"
@@ -58,7 +58,7 @@ def test_the_first_model_is_the_default_and_an_unknown_one_is_named_with_those_t
         both = front(Handle(CHAMPION), Handle(OTHER))
         assert (await both.ask({}))["by"] == CHAMPION
         assert (await both.ask({"model": "shapes"}))["by"] == OTHER
-        with pytest.raises(Refused, match="no model 'x'; served are: models:/digits@champion") as refused:
+        with pytest.raises(RefusedRequest, match="no model 'x'; served are: models:/digits@champion") as refused:
             await both.ask({"model": "x"})
         assert refused.value.status == 404
 
@@ -71,7 +71,9 @@ def test_a_request_outlives_the_death_of_replicas_but_not_for_ever():
         assert (await dying.ask({}))["by"] == CHAMPION
         assert b'ddpm_serve_retries_total{model="models:/digits@champion"} 3.0' in dying._metrics.text()
         dead = front(Handle(CHAMPION, deaths=10_000), patience_s=0.3)
-        with pytest.raises(Refused, match="no process that holds models:/digits@champion stays alive") as refused:
+        with pytest.raises(
+            RefusedRequest, match="no process that holds models:/digits@champion stays alive"
+        ) as refused:
             await dead.ask({})
         assert refused.value.status == 503
 
@@ -94,7 +96,7 @@ def test_a_model_is_silent_while_its_replicas_do_not_answer(monkeypatch):
 
 def test_a_refusal_of_a_replica_is_passed_on():
     async def scenario():
-        with pytest.raises(Refused, match="no class 'x'") as refused:
+        with pytest.raises(RefusedRequest, match="no class 'x'") as refused:
             await front(Handle(CHAMPION)).ask({"labels": ["x"]})
         assert refused.value.status == 422
 
@@ -108,7 +110,7 @@ def test_more_requests_than_the_queue_holds_are_told_to_come_again():
         full = front(busy, Handle(OTHER), max_queue=3)
         admitted = [asyncio.create_task(full.ask({})) for _ in range(3)]
         await asyncio.sleep(0.01)
-        with pytest.raises(Refused, match="3 requests wait already, which is the most") as refused:
+        with pytest.raises(RefusedRequest, match="3 requests wait already, which is the most") as refused:
             await full.ask({})
         assert refused.value.status == 429
         assert b'ddpm_serve_queue{model="models:/digits@champion"} 3.0' in full._metrics.text()

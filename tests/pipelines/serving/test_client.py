@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.inference.request import Edit, RequestError
+from pipelines.inference.request import EditRequest, RequestError
 from pipelines.serving.bodies import write_body
 from pipelines.serving.client import Client, ServerError
 from pipelines.shards.ingest.encode import ImageFormat, encode_image
@@ -64,7 +64,7 @@ def test_a_picture_of_any_format_is_sent_as_a_png_of_the_same_pixels(tmp_path, n
         image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
     exif[0x0112] = 6
     image.convert(mode).save(tmp_path / name, exif=exif)
-    (sent,) = write_body(Edit.of(images=[tmp_path / name]))["images"]
+    (sent,) = write_body(EditRequest.of(images=[tmp_path / name]))["images"]
     form = ImageFormat(8, 3)
     wanted = encode_image((tmp_path / name).read_bytes(), form).pixels
     assert np.array_equal(encode_image(base64.b64decode(sent), form).pixels, wanted)
@@ -74,7 +74,7 @@ def test_a_picture_of_any_format_is_sent_as_a_png_of_the_same_pixels(tmp_path, n
 def test_a_file_that_is_no_picture_is_refused_before_it_is_sent(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(RequestError, match=r"text\.png is not an image of a known kind"):
-        write_body(Edit.of(images=[tmp_path / "text.png"]))
+        write_body(EditRequest.of(images=[tmp_path / "text.png"]))
 
 
 DONE = (200, json.dumps({"images": []}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipelines.inference.request import RequestError, Sample
+from pipelines.inference.request import RequestError, SampleRequest
 from pipelines.serving.bodies import decode_png, encode_png
 from pipelines.serving.forms import BRUSH, HALVES, OWN, enlarged, figures, film, picture_and_mask, write_form
 
@@ -22,16 +22,16 @@ def drawing(size: int = 80, brushed: tuple[slice, slice] | None = None) -> dict:
 
 def test_a_form_that_nobody_touched_asks_with_the_models_own_settings():
     given = {"labels": [], "prompts": " ", "sampler": OWN, "steps": 4, "seed": None, "eta": "", "frames": "8"}
-    body = write_form(Sample, "champion", given, {"sampler": OWN, "steps": 4, "frames": "8"})
+    body = write_form(SampleRequest, "champion", given, {"sampler": OWN, "steps": 4, "frames": "8"})
     assert body == {"model": "champion", "task": "sample"}
 
 
 def test_the_body_of_a_form_is_a_request():
     given = {"labels": ["3", "7"], "prompts": " a heart ", "negative_prompt": "", "sampler": "ddim", "steps": 20}
     more = {"guidance": 2.5, "seed": 7.0, "count": 3.0, "interval": "0.2, 0.8", "interpolate": "", "frames": "12"}
-    body = write_form(Sample, "champion", given | more, {})
+    body = write_form(SampleRequest, "champion", given | more, {})
     fields = {name: value for name, value in body.items() if name not in ("model", "task")}
-    request = Sample.of(**fields)
+    request = SampleRequest.of(**fields)
     assert request.labels == ("3", "7")
     assert request.prompts == ("a heart",)
     assert request.seed == 7

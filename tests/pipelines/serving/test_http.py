@@ -21,12 +21,12 @@ from ddpm.samplers import SAMPLERS
 from ddpm.samplers.repaint import RePaint
 from ddpm.settings import settings_of
 from pipelines.config import compose
-from pipelines.inference.files import Source
+from pipelines.inference.files import PictureSource
 from pipelines.inference.pictures import picture
-from pipelines.inference.request import Edit, Inpaint, RequestError, Sample
+from pipelines.inference.request import EditRequest, InpaintRequest, RequestError, SampleRequest
 from pipelines.serving.bodies import read_answer, write_body
 from pipelines.serving.http import make_app
-from pipelines.serving.limits import Limits, Refused
+from pipelines.serving.limits import Limits, RefusedRequest
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.served import Served, load
 from pipelines.serving.token import Token
@@ -88,7 +88,10 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["steps", "scale", "a"]), inner),
     max_leaves=4,
 )
-FIELDS = sorted({"model", "film", "format", *Sample.model_fields, *Inpaint.model_fields, *Edit.model_fields} - {"task"})
+FIELDS = sorted(
+    {"model", "film", "format", *SampleRequest.model_fields, *InpaintRequest.model_fields, *EditRequest.model_fields}
+    - {"task"}
+)
 SETTINGS = sorted({"kind", "guidance", *(setting.name for kind in SAMPLERS.values() for setting in settings_of(kind))})
 
 
@@ -127,10 +130,12 @@ def test_whatever_a_table_holds_it_is_answered_or_refused(client, rows, params, 
 def test_an_answer_is_what_the_same_request_draws_here(client, backend, tmp_path, task, film):
     image = save_picture(tmp_path / "image.png", 10, 12)
     request = {
-        "sample": Sample.of(labels=["3", 7], seeds=[5, 9], sampling={"steps": 3}, film=film),
-        "interpolate": Sample.of(labels=["3"], interpolate=(1, 2), frames=3, film=film),
-        "inpaint": Inpaint.of(images=[image], masks=["half:left"], method_settings={"steps": 3}, count=2, film=film),
-        "edit": Edit.of(images=[image], strength=0.6, labels=["3", "8"], film=film),
+        "sample": SampleRequest.of(labels=["3", 7], seeds=[5, 9], sampling={"steps": 3}, film=film),
+        "interpolate": SampleRequest.of(labels=["3"], interpolate=(1, 2), frames=3, film=film),
+        "inpaint": InpaintRequest.of(
+            images=[image], masks=["half:left"], method_settings={"steps": 3}, count=2, film=film
+        ),
+        "edit": EditRequest.of(images=[image], strength=0.6, labels=["3", "8"], film=film),
     }[task]
     wanted = picture(request, backend.served.model)
     answer = asked(client, write_body(request))
@@ -138,7 +143,7 @@ def test_an_answer_is_what_the_same_request_draws_here(client, backend, tmp_path
     assert near(found.pixels, wanted.pixels)
     assert found.rows == wanted.rows
     assert found.columns == wanted.columns
-    assert source == Source.of(backend.served.resolved)
+    assert source == PictureSource.of(backend.served.resolved)
     for ours, theirs in ((found.originals, wanted.originals), (found.hidden, wanted.hidden)):
         assert (ours is None and theirs is None) or np.array_equal(ours, theirs)
     assert found.request.model_dump(exclude={"images", "masks"}) == wanted.request.model_dump(
@@ -180,7 +185,7 @@ def test_the_inner_steps_of_a_sampler_that_an_inpainting_does_not_use_are_not_co
     known = Inpainting(images, torch.ones(1, 1, *images.shape[2:]), RePaint(steps=5, jump_length=1, resamplings=1))
     drawing = Drawing(Noise.numbered(0, 1), Sampling.of(**langevin), None, known)  # of a model that is drawn so
     backend.served.limits.check_drawing(drawing, model)
-    with pytest.raises(Refused, match="network evaluations"):
+    with pytest.raises(RefusedRequest, match="network evaluations"):
         backend.served.limits.check_drawing(replace(drawing, task=FromNoise()), model)
 
 
@@ -207,7 +212,7 @@ def test_a_table_is_answered_as_mlflow_answers_it(client, backend):
 
 def test_a_transparent_picture_of_a_table_is_edited_as_by_a_request(client, backend, tmp_path):
     image = save_picture(tmp_path / "image.png", mode="RGBA")
-    wanted = picture(Edit.of(images=[image], strength=0.5, labels=["3"], seed=2), backend.served.model)
+    wanted = picture(EditRequest.of(images=[image], strength=0.5, labels=["3"], seed=2), backend.served.model)
     row = {"image": base64.b64encode(image.read_bytes()).decode(), "strength": 0.5, "label": "3", "seed": 2}
     answer = client.post("/invocations", json={"dataframe_records": [row], "params": {}})
     assert answer.status_code == 200, answer.text
@@ -272,7 +277,7 @@ def test_an_answer_of_another_kind_is_no_answer():
 
 def test_a_large_film_is_refused_before_it_is_drawn(backend):
     limits = Limits.of(compose(["serving.max_answer_mib=0.01"]).serving)
-    with pytest.raises(Refused, match=r"0.0 MiB of pixels: at most 0.0 are allowed; .*, or for no film"):
+    with pytest.raises(RefusedRequest, match=r"0.0 MiB of pixels: at most 0.0 are allowed; .*, or for no film"):
         limits.check_drawing(
             Drawing(Noise.numbered(0, 2), backend.served.model.spec.sampling, film=48), backend.served.model
         )

@@ -16,7 +16,7 @@ from PIL import Image
 from ddpm.model import load_model
 from pipelines.config import compose
 from pipelines.inference.pictures import picture
-from pipelines.inference.request import Edit, Inpaint, Sample
+from pipelines.inference.request import EditRequest, InpaintRequest, SampleRequest
 from pipelines.serving.bodies import encode_png
 from pipelines.serving.forms import OWN
 from pipelines.serving.served import load
@@ -59,7 +59,7 @@ def encoded(pictures):
 
 def test_samples_are_those_of_the_request(page, model):
     html = page.predict(*fields(["square", "7"], sampler="ddim", steps=3, seed=5, count=2), api_name="/sample")
-    request = Sample.of(labels=["square", "7"], seed=5, count=2, sampling={"kind": "ddim", "steps": 3})
+    request = SampleRequest.of(labels=["square", "7"], seed=5, count=2, sampling={"kind": "ddim", "steps": 3})
     assert shown(html) == encoded(picture(request, load_model(model)))
     assert "square, seed 5" in html
 
@@ -70,14 +70,14 @@ def test_half_of_a_picture_is_filled_as_by_the_request_in_as_many_steps(page, mo
     path = save_picture(tmp_path / "image.png")
     drawing = {"background": handle_file(str(path)), "layers": [], "composite": None}
     html = page.predict(drawing, "the left half", *fields(["circle"], seed=3, steps=steps), api_name="/inpaint")
-    request = Inpaint.of(images=[path], masks=["half:left"], labels=["circle"], seed=3, sampling=asked)
+    request = InpaintRequest.of(images=[path], masks=["half:left"], labels=["circle"], seed=3, sampling=asked)
     assert shown(html) == encoded(picture(request, load_model(model)))
 
 
 def test_a_picture_is_edited_as_by_the_request(page, model, tmp_path):
     path = save_picture(tmp_path / "image.png")
     html = page.predict(handle_file(str(path)), 0.5, *fields(["circle"], seed=3), api_name="/edit")
-    request = Edit.of(images=[path], strength=0.5, labels=["circle"], seed=3)
+    request = EditRequest.of(images=[path], strength=0.5, labels=["circle"], seed=3)
     assert shown(html) == encoded(picture(request, load_model(model)))
 
 
@@ -86,17 +86,17 @@ def test_a_transparent_picture_of_any_format_is_edited_and_filled_as_by_the_requ
     path = tmp_path / f"image.{kind}"
     Image.open(save_picture(tmp_path / "colours.png", mode="RGBA")).save(path)
     edit = page.predict(handle_file(str(path)), 0.5, *fields(["circle"], seed=3), api_name="/edit")
-    request = Edit.of(images=[path], strength=0.5, labels=["circle"], seed=3)
+    request = EditRequest.of(images=[path], strength=0.5, labels=["circle"], seed=3)
     assert shown(edit) == encoded(picture(request, load_model(model)))
     drawing = {"background": handle_file(str(path)), "layers": [], "composite": None}
     filled = page.predict(drawing, "the left half", *fields(["circle"], seed=3), api_name="/inpaint")
-    request = Inpaint.of(images=[path], masks=["half:left"], labels=["circle"], seed=3, sampling={"steps": 4})
+    request = InpaintRequest.of(images=[path], masks=["half:left"], labels=["circle"], seed=3, sampling={"steps": 4})
     assert shown(filled) == encoded(picture(request, load_model(model)))
 
 
 def test_a_film_ends_with_the_sample(page, model):
     html = page.predict(*fields(["7"], seed=2), api_name="/film")
-    final = encoded(picture(Sample.of(labels=["7"], seed=2), load_model(model)))
+    final = encoded(picture(SampleRequest.of(labels=["7"], seed=2), load_model(model)))
     assert len(shown(html)) == 2 * 4
     assert shown(html)[-2:] == final * 2
 
@@ -105,7 +105,7 @@ def test_a_form_that_nobody_touched_asks_for_no_more_steps_than_are_allowed(mode
     config = compose(["serving.max_steps=3"])  # of which the model has four by itself
     with ThreadPoolExecutor(1) as executor, closing(Page(load(str(model), config, Storage(), executor))) as here:
         html, _ = here.send("sample", {"labels": ["7"]})
-    assert shown(html) == encoded(picture(Sample.of(labels=["7"], sampling={"steps": 3}), load_model(model)))
+    assert shown(html) == encoded(picture(SampleRequest.of(labels=["7"], sampling={"steps": 3}), load_model(model)))
 
 
 def test_what_the_server_refuses_is_said(page):

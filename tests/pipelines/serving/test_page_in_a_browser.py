@@ -22,7 +22,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from ddpm.model import load_model
 from pipelines.inference.pictures import picture
-from pipelines.inference.request import Sample
+from pipelines.inference.request import SampleRequest
 from pipelines.serving.bodies import decode_png
 from pipelines.serving.token import digest_of
 from tests.browser import DESK, PHONE, browser
@@ -125,11 +125,11 @@ def visit(address: str, width: int, profile: Path, name: str) -> Iterator[Browse
 @pytest.mark.parametrize("width", [DESK, PHONE])
 def test_a_label_is_sampled(address, model, tmp_path, width):
     with visit(address, width, tmp_path, f"page-sample-{width}") as page:
-        page.click("Sample")
+        page.click("SampleRequest")
         drawn = page.until(page.pictures, "pictures")
         page.screenshot()
         loaded = load_model(model)
-        wanted = picture(Sample.of(labels=loaded.spec.classes[:10]), loaded).pixels
+        wanted = picture(SampleRequest.of(labels=loaded.spec.classes[:10]), loaded).pixels
         assert np.abs(np.stack([decode_png(p) for p in drawn]).astype(int) - wanted).max() <= 1
         room = page.driver.execute_script("return [document.body.scrollWidth, window.innerWidth]")
         assert room[0] <= room[1], "the page is wider than the screen"
@@ -139,7 +139,7 @@ def test_a_label_is_sampled(address, model, tmp_path, width):
 @pytest.mark.parametrize("width", [DESK, PHONE])
 def test_a_mask_is_brushed_and_filled(address, model, tmp_path, width):
     with visit(address, width, tmp_path, f"page-inpaint-{width}") as page:
-        page.click("Sample")
+        page.click("SampleRequest")
         given = decode_png(page.until(page.pictures, "pictures")[0])
         page.open("Inpaint")
         page.click("Take the first sampled picture")
@@ -158,10 +158,10 @@ def test_a_mask_is_brushed_and_filled(address, model, tmp_path, width):
 
 def test_the_keyboard_is_enough(address, tmp_path):
     with visit(address, DESK, tmp_path, "page-keyboard") as page:
-        page.button("Sample")
+        page.button("SampleRequest")
         for _ in range(60):
             focused = page.driver.switch_to.active_element
-            if focused.text.strip() == "Sample" and focused.get_attribute("role") != "tab":
+            if focused.text.strip() == "SampleRequest" and focused.get_attribute("role") != "tab":
                 break
             focused.send_keys(Keys.TAB)
         page.driver.switch_to.active_element.send_keys(Keys.ENTER)
@@ -184,7 +184,7 @@ def test_a_visitor_sends_the_token_once(model, tmp_path):
         field = page.driver.find_element(By.NAME, "token")
         page.screenshot()
         field.send_keys(TOKEN, Keys.ENTER)
-        page.click("Sample")
+        page.click("SampleRequest")
         assert base64.b64decode(page.until(page.pictures, "pictures")[0])
         page.driver.get(address)
-        page.button("Sample")
+        page.button("SampleRequest")

@@ -14,9 +14,9 @@ from ddpm.model import load_model, save_model
 from pipelines.checkpoints import ModelError
 from pipelines.config import compose
 from pipelines.inference.pictures import picture
-from pipelines.inference.request import Sample
+from pipelines.inference.request import SampleRequest
 from pipelines.serving.bodies import read_answer
-from pipelines.serving.limits import Refused
+from pipelines.serving.limits import RefusedRequest
 from pipelines.serving.served import Served, load
 from pipelines.storage import Storage
 from tests.pipelines.drawing import WORDS, encode, model_folder
@@ -51,7 +51,7 @@ def test_texts_of_different_lengths_are_drawn_together(tmp_path, drawing):
     answers = asyncio.run(scenario())
     assert [answer["batch"]["pictures"] for answer in answers] == [5] * 6
     for fields, answer in zip([*asked, *avoiding], answers, strict=True):
-        wanted = picture(Sample.of(**fields), served.model, encode=encode)
+        wanted = picture(SampleRequest.of(**fields), served.model, encode=encode)
         assert near(read_answer(answer)[0].pixels, wanted.pixels)
         assert [row["prompt"] for row in answer["rows"]] == [row.prompt for row in wanted.rows]
 
@@ -93,13 +93,13 @@ def test_a_request_names_no_network_but_those_of_the_model(tmp_path, drawing):
     answer = asyncio.run(ask(weak=str(weak)))
     assert answer["request"]["sampling"]["weak"] == str(weak)
     for sampling in ({"weak": str(tmp_path / "model")}, {"guidance": "classifier", "classifier": str(weak)}):
-        with pytest.raises(Refused, match="a server draws with the networks of its model only"):
+        with pytest.raises(RefusedRequest, match="a server draws with the networks of its model only"):
             asyncio.run(ask(**sampling))
 
 
 def test_nobody_waits_for_the_compiling_of_a_request(tmp_path, drawing):
     served = load(str(model_folder(tmp_path)), compose([]), Storage(), drawing)
-    with pytest.raises(Refused, match="compile: others would wait for it"):
+    with pytest.raises(RefusedRequest, match="compile: others would wait for it"):
         asyncio.run(served.ask({"labels": [0], "sampling": {"compile": True}}))
 
 
@@ -119,6 +119,6 @@ def test_a_model_that_is_registered_compiled_is_compiled_before_it_is_served(tmp
         return [await served.ask({"labels": [0] * count}) for count in sizes]
 
     for count, answer in zip(sizes, asyncio.run(ask_for_each()), strict=True):
-        wanted = picture(Sample.of(labels=[0] * count, sampling={"compile": False}), served.model)
+        wanted = picture(SampleRequest.of(labels=[0] * count, sampling={"compile": False}), served.model)
         assert near(read_answer(answer)[0].pixels, wanted.pixels)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0

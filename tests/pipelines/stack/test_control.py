@@ -6,7 +6,7 @@ import pytest
 
 from pipelines import stack
 from pipelines.stack import control, services
-from pipelines.stack.processes import Service, read_services
+from pipelines.stack.processes import StartedService, read_services
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
@@ -29,7 +29,7 @@ def sleeping(monkeypatch) -> dict[str, subprocess.Popen]:
             made[name] = subprocess.Popen(SLEEP, start_new_session=True)
             process = psutil.Process(made[name].pid)
             url = f"http://{name}"
-            return Service(process.pid, process.create_time(), url, url, (f"{url}/health",))
+            return StartedService(process.pid, process.create_time(), url, url, (f"{url}/health",))
 
         return start
 

@@ -9,7 +9,7 @@ from pipelines import stack
 from pipelines.environment.credentials import read_mlflow_file
 from pipelines.stack.home import StackError
 from pipelines.stack.private import choose_private, client_context, credentials_file, read_private
-from pipelines.stack.processes import Service
+from pipelines.stack.processes import StartedService
 
 
 def test_everything_secret_is_the_users_alone_and_is_made_once(tmp_path):
@@ -45,7 +45,7 @@ def test_the_choice_is_remembered_until_another_is_made(tmp_path):
 
 
 def test_a_running_stack_does_not_change_its_mind(tmp_path, monkeypatch):
-    running = {"s3": Service(1, 0.0, "", "", (), private=False)}
+    running = {"s3": StartedService(1, 0.0, "", "", (), private=False)}
     monkeypatch.setattr("pipelines.stack.control.alive_services", lambda home: running)
     with pytest.raises(StackError, match="open to other users of this machine: `ddpm down`, then `ddpm up --private`"):
         stack.up(tmp_path, private=True)

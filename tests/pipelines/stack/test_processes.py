@@ -5,7 +5,7 @@ import socket
 
 import psutil
 
-from pipelines.stack.processes import Service, choose_ports, find_process
+from pipelines.stack.processes import StartedService, choose_ports, find_process
 
 
 def test_ports_are_distinct_and_stay_the_same_until_one_is_taken(tmp_path):
@@ -22,5 +22,5 @@ def test_ports_are_distinct_and_stay_the_same_until_one_is_taken(tmp_path):
 def test_a_process_is_known_by_its_number_and_its_birth():
     me = psutil.Process()
     born = me.create_time()
-    assert find_process(Service(os.getpid(), born, "", "", ())) == me
-    assert find_process(Service(os.getpid(), born - 60, "", "", ())) is None
+    assert find_process(StartedService(os.getpid(), born, "", "", ())) == me
+    assert find_process(StartedService(os.getpid(), born - 60, "", "", ())) is None

@@ -26,12 +26,12 @@ from pipelines.flow import GRAPH  # noqa: E402
 from pipelines.flow.ingest import write_dataset  # noqa: E402
 from pipelines.flow.orchestrate.child import CHECK, report  # noqa: E402
 from pipelines.flow.orchestrate.definitions import asset_of, make_definitions  # noqa: E402
-from pipelines.flow.orchestrate.settings import Settings  # noqa: E402
+from pipelines.flow.orchestrate.settings import OrchestrateSettings  # noqa: E402
 from pipelines.flow.renew import for_data  # noqa: E402
 from pipelines.flow.stage import REGISTER, TRAIN  # noqa: E402
 from pipelines.presentation.progress import Silent  # noqa: E402
 from pipelines.registry import Verdict  # noqa: E402
-from pipelines.registry.verdict import Row  # noqa: E402
+from pipelines.registry.verdict import VerdictRow  # noqa: E402
 from pipelines.shards.quarantine import stream_digest  # noqa: E402
 from pipelines.stack.orchestrator import INSTANCE  # noqa: E402
 from pipelines.storage import Storage  # noqa: E402
@@ -42,18 +42,18 @@ STORAGE = Storage()
 
 
 def test_the_definitions_load_and_the_assets_depend_on_each_other_as_the_stages_do():
-    defs = make_definitions(Settings())
+    defs = make_definitions(OrchestrateSettings())
     dg.Definitions.validate_loadable(defs)
     graph = defs.resolve_asset_graph()
     for spec in GRAPH:
         node = graph.get(dg.AssetKey(spec.gives))
         assert {key.to_user_string() for key in node.parent_keys} == set(spec.needs)
-        assert set(node.partitions_def.get_partition_keys()) == set(Settings().partitions)
+        assert set(node.partitions_def.get_partition_keys()) == set(OrchestrateSettings().partitions)
     assert [key.name for key in graph.asset_check_keys] == [CHECK]
 
 
 def test_one_run_at_a_time_trains_or_writes_a_dataset_whatever_it_was_started_as(tmp_path):
-    graph = make_definitions(Settings()).resolve_asset_graph()
+    graph = make_definitions(OrchestrateSettings()).resolve_asset_graph()
     pools = {spec.name: graph.get(dg.AssetKey(spec.gives)).pools for spec in GRAPH}
     assert {name: found for name, found in pools.items() if found} == {"ingest": {"ingest"}, "train": {"training"}}
     (tmp_path / "dagster.yaml").write_text(INSTANCE.partition("run_launcher:")[0])
@@ -63,7 +63,7 @@ def test_one_run_at_a_time_trains_or_writes_a_dataset_whatever_it_was_started_as
 
 
 def test_sensor_and_schedule_are_stopped_until_somebody_starts_them():
-    defs = make_definitions(Settings(cron="30 4 * * *", timezone="Europe/Berlin", look_every_s=7))
+    defs = make_definitions(OrchestrateSettings(cron="30 4 * * *", timezone="Europe/Berlin", look_every_s=7))
     schedule = defs.resolve_schedule_def("retrain")
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("30 4 * * *", "Europe/Berlin")
     assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
@@ -72,11 +72,11 @@ def test_sensor_and_schedule_are_stopped_until_somebody_starts_them():
 
 
 def test_the_schedule_asks_for_every_experiment_once_at_a_time():
-    defs = make_definitions(Settings())
+    defs = make_definitions(OrchestrateSettings())
     at = datetime(2026, 1, 5, 3, 0, tzinfo=UTC)
     context = dg.build_schedule_context(scheduled_execution_time=at, repository_def=defs.get_repository_def())
     requests = defs.resolve_schedule_def("retrain").evaluate_tick(context).run_requests
-    assert [request.partition_key for request in requests] == list(Settings().partitions)
+    assert [request.partition_key for request in requests] == list(OrchestrateSettings().partitions)
     assert len({request.run_key for request in requests}) == len(requests)
 
 
@@ -98,7 +98,7 @@ class Child(dg.PipesSubprocessClient):  # type: ignore[name-defined]
         )
 
 
-SETTINGS = Settings(partitions={"tiny": ("+experiment=digits", "images=1280")}, retries=0)
+SETTINGS = OrchestrateSettings(partitions={"tiny": ("+experiment=digits", "images=1280")}, retries=0)
 
 
 def materialised(spec, child, settings=SETTINGS):
@@ -184,7 +184,7 @@ def test_the_verdict_of_the_gate_is_a_check_with_its_table_and_a_refusal_is_no_m
     from pipelines.flow.walk import FlowResult
     from pipelines.tracking import ModelVersion
 
-    row = Row("better than models:/m/1", "z = 3 | 2", "z >= 1.96", passed)
+    row = VerdictRow("better than models:/m/1", "z = 3 | 2", "z >= 1.96", passed)
     verdict = Verdict(passed, "why", "m", "champion", "2", n=500 * passed, attempt=1 * passed, rows=(row,))
     version = ModelVersion("m", "2", "r", {"served_digest": "s"}, ())
     result = FlowResult(Results(version=version, champion=verdict), {}, ("gate",), {"gate": {"served": "s"}})
@@ -225,7 +225,7 @@ class Sensor:
     """The sensor of one experiment, which remembers what Dagster would."""
 
     def __init__(self, overrides):
-        settings = Settings(partitions={"pets": overrides})
+        settings = OrchestrateSettings(partitions={"pets": overrides})
         self.defs = make_definitions(settings)
         self.cursor: str | None = None
 
@@ -277,7 +277,9 @@ def test_the_sensor_fires_once_for_new_data_and_never_for_old(experiment, tmp_pa
 
 
 def test_what_cannot_be_looked_at_is_said_and_does_not_hold_up_the_others(experiment, tmp_path):
-    settings = Settings(partitions={"gone": (*experiment, f"data.source={tmp_path}/gone"), "pets": experiment})
+    settings = OrchestrateSettings(
+        partitions={"gone": (*experiment, f"data.source={tmp_path}/gone"), "pets": experiment}
+    )
     defs = make_definitions(settings)
     sensor = defs.resolve_sensor_def("new_data")
     found = sensor.evaluate_tick(dg.build_sensor_context(definitions=defs))
@@ -293,7 +295,7 @@ def test_what_cannot_be_looked_at_is_said_and_does_not_hold_up_the_others(experi
 @pytest.mark.slow
 def test_a_child_makes_a_dataset_tells_dagster_of_it_and_skips_it_the_second_time(experiment, monkeypatch):
     nobody = ("tracking.uri=http://127.0.0.1:9", "cluster.address=127.0.0.1:9", "storage.local_stack=true")
-    settings = Settings(partitions={"tiny": (*experiment, *nobody)}, retries=0)
+    settings = OrchestrateSettings(partitions={"tiny": (*experiment, *nobody)}, retries=0)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[4]))
     metadata = []
     for _ in range(2):

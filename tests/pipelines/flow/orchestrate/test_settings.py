@@ -1,6 +1,6 @@
 import pytest
 
-from pipelines.flow.orchestrate.settings import VARIABLE, Settings
+from pipelines.flow.orchestrate.settings import VARIABLE, OrchestrateSettings
 from pipelines.presentation.errors import ConfigError
 from pipelines.stack.orchestrator import SETTINGS
 
@@ -8,19 +8,19 @@ from pipelines.stack.orchestrator import SETTINGS
 def test_a_file_changes_what_it_names_and_the_rest_stays(tmp_path):
     file = tmp_path / "orchestrate.yaml"
     file.write_text("partitions: {tiny: [+experiment=digits, images=1280]}\ncron: '@daily'\n")
-    found = Settings.of({VARIABLE: str(file)})
-    assert found == Settings(partitions={"tiny": ("+experiment=digits", "images=1280")}, cron="@daily")
-    assert Settings.of({}) == Settings()
+    found = OrchestrateSettings.of({VARIABLE: str(file)})
+    assert found == OrchestrateSettings(partitions={"tiny": ("+experiment=digits", "images=1280")}, cron="@daily")
+    assert OrchestrateSettings.of({}) == OrchestrateSettings()
 
 
 def test_the_settings_that_a_stack_shows_are_the_defaults(tmp_path):
     file = tmp_path / "orchestrate.yaml"
     file.write_text(SETTINGS)
-    assert Settings.read(file) == Settings()
+    assert OrchestrateSettings.read(file) == OrchestrateSettings()
     shown = [line.removeprefix("# ").split("  #")[0] for line in SETTINGS.splitlines() if line.startswith("# ")]
     first = next(i for i, line in enumerate(shown) if line.startswith("partitions:"))
     file.write_text("\n".join(shown[first:]))
-    assert Settings.read(file) == Settings()
+    assert OrchestrateSettings.read(file) == OrchestrateSettings()
 
 
 @pytest.mark.parametrize(
@@ -37,10 +37,10 @@ def test_a_mistake_in_the_file_names_the_file_and_the_field(tmp_path, text, mess
     file = tmp_path / "orchestrate.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=message) as error:
-        Settings.read(file)
+        OrchestrateSettings.read(file)
     assert str(file) in str(error.value)
 
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
-        Settings.of({VARIABLE: str(tmp_path / "none.yaml")})
+        OrchestrateSettings.of({VARIABLE: str(tmp_path / "none.yaml")})
