@@ -76,12 +76,12 @@ class CheckpointList:
 
 
 def run_folder(config: Config) -> str:
-    """Return the address of all that a run stores: checkpoints and their list, published ones, the goodput ledger."""
+    """Return the folder of a run: its checkpoints and their list, published copies, and the goodput ledger."""
     return layout.run_folder(config.storage.root, config.name)
 
 
 def checkpoint_name(images_seen: int, epoch: int) -> str:
-    """Return a name for a checkpoint's folder that no other has."""
+    """Return a unique name for a checkpoint's folder."""
     return f"{layout.CHECKPOINT_PREFIX}{images_seen:012d}-e{epoch}-{uuid.uuid4().hex[:8]}"
 
 
@@ -198,7 +198,7 @@ def take_over(storage: Storage, folder: str) -> Fence:
 
 
 def sweep(storage: Storage, folder: str, epoch: int | None = None) -> list[str]:
-    """Delete what interrupted uploads and rotations have left in a run's folder, and return the folders' names.
+    """Delete the remains of interrupted uploads and rotations in a run's folder, and return the folders' names.
 
     Deleted are incomplete checkpoints, and complete ones older than the oldest of the list, `GRACE_S` seconds after
     their last byte by the store's clock. No others, ever; none at all where there is no list.
@@ -255,7 +255,7 @@ def _folders(entries: Iterable[Entry], folder: str) -> dict[str, list[Entry]]:
 
 @dataclass(frozen=True)
 class _Examined:
-    """What is in the checkpoint folders of a run.
+    """The contents of a run's checkpoint folders.
 
     Attributes:
         complete: the complete ones, newest first.
@@ -289,7 +289,7 @@ def _examine(storage: Storage, folder: str, folders: Mapping[str, list[Entry]]) 
 
 
 def _usable(storage: Storage, folder: str) -> _Examined:
-    """Return what there is to resume from, with listed checkpoints that are gone among the problems.
+    """Return the checkpoints that a run can resume from; listed ones that are gone are among the problems.
 
     Raises:
         ModelError: there were checkpoints, and none is complete: the run must not start anew by itself.

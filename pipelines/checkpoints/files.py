@@ -205,23 +205,23 @@ def check_resumable(
     if differing:
         listed = "\n  ".join(differing)
         as_before = " ".join(f"{f}={override_value(state.identity[f])}" for f in named if f in state.identity)
-        mend = f"add {as_before}" if as_before else "use the same settings"
+        remedy = f"add {as_before}" if as_before else "use the same settings"
         raise ModelError(
             f"the run '{config.name}' was trained with other settings:\n  {listed}\n"
-            f"To resume it, {mend}; another name=… starts a new run"
+            f"To resume it, {remedy}; another name=… starts a new run"
             + (" (optim.decay=constant lets a run go on past its length)" if "images" in named else "")
         )
 
 
 def _former(name: str, stored: Mapping[str, Any]) -> str:
-    """Return that the default of a field was another one when a run was started; "" for other values."""
+    """Say that the default of a field was another one when a run was started; "" for other values."""
     if name not in FORMER_DEFAULTS or stored.get(name) != FORMER_DEFAULTS[name]:
         return ""
     return " (the default has changed since)"
 
 
 def _require_bare_names(names: Iterable[str], where: str) -> None:
-    """Refuse names that would lead out of the checkpoint's folder.
+    """Refuse file names that would lead out of the checkpoint's folder.
 
     Raises:
         ModelError: names the first one.

@@ -1,4 +1,4 @@
-"""What a MODEL reference names, by its form and by what is recorded of it: no model is loaded."""
+"""Resolve a MODEL reference by its form and by what is recorded of it, without loading a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipelines.tracking import ModelVersion, Tracker, TrackingError
 
 
 class ReferenceFormError(ModelError):
-    """A MODEL reference that is none, whatever exists."""
+    """A malformed MODEL reference."""
 
     exit_code = 2
 
@@ -45,7 +45,7 @@ FORMS = {
 
 
 def check_form(reference: str) -> None:
-    """Check that what names a run or a version is written as such.
+    """Check the form of a reference to a run or a version.
 
     Raises:
         ReferenceFormError: it is not.
@@ -56,7 +56,7 @@ def check_form(reference: str) -> None:
 
 
 def check_name(name: str) -> None:
-    """Check that the registry can be asked for a registered model of this name.
+    """Check the name of a registered model before the registry is asked for it.
 
     Raises:
         ReferenceFormError: it cannot.
@@ -142,7 +142,7 @@ def judged_as_before(config: Config, overrides: Sequence[str], reference: str) -
 
 
 def scored_alike(config: Config, tracker: Tracker) -> bool:
-    """Return whether a configuration scores models as a run does, so that its distances compare with the run's own."""
+    """Return whether a configuration scores models as a run does, so that their distances are comparable."""
     ours = config.evaluation.model_dump(mode="json")
     recorded = {key.removeprefix("evaluation."): value for key, value in _recorded(tracker).items()}
     return all(ours[name] == recorded[name] for name in COMPARING if name in recorded)
@@ -179,7 +179,7 @@ def _scored(version: ModelVersion) -> dict[str, Any]:
 
 
 def check_exists(reference: str, tracking_uri: str | None) -> None:
-    """Check that a MODEL exists, as far as that can be told without reading its weights.
+    """Check that a MODEL exists, without reading its weights.
 
     Args:
         tracking_uri: address of the MLflow server; None where only folders can be checked.

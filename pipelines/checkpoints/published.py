@@ -1,4 +1,4 @@
-"""Published checkpoints: copies that stay, recorded in the run's MLflow run with their scores."""
+"""Published checkpoints: copies that are kept, recorded in MLflow with their scores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BEST = "eval/frechet_distance"
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint that was copied to stay, as recorded in MLflow.
+    """A published checkpoint, as recorded in MLflow.
 
     Attributes:
         digest: SHA-256 over those of its files.
@@ -43,7 +43,7 @@ class Published:
 
     @classmethod
     def read(cls, tracker: Tracker, name: str) -> Published:
-        """Return what an artifact of a run records."""
+        """Read the record in an artifact of a run."""
         return cls(**json.loads(tracker.read_text(name)))
 
     @property
@@ -53,7 +53,7 @@ class Published:
 
     @property
     def mark(self) -> str:
-        """What every record of these very files has in it: their address, at which nobody else has ever written."""
+        """The address of the files, which no other writer uses: every record of them contains it."""
         return f'"uri": {tracking.to_json(self.uri)}'
 
     def record(self) -> tuple[str, str]:
@@ -62,7 +62,7 @@ class Published:
 
 
 def publish(storage: Storage, uri: str, target_uri: str, state: CheckpointState) -> Published:
-    """Copy a checkpoint's stored files to an address where they stay, `state.json` last, and return their record."""
+    """Copy a checkpoint's files to an address where they are kept, `state.json` last, and return their record."""
     for name in state.files:
         storage.copy(join(uri, name), join(target_uri, name))
     storage.write(join(target_uri, layout.TRAINING_STATE), state.to_json().encode())

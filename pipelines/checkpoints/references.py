@@ -130,12 +130,12 @@ _GUIDES: dict[str, Callable[..., Any]] = {"classifier": classifier_for, "weak": 
 
 
 def _of_classes(spec: ModelSpec) -> dict[str, Any]:
-    """Return what a network that guides a model by its classes, or as a weaker one, shares with it."""
+    """Return the properties that a class guide or a weaker model has to share with the guided model."""
     return {name: getattr(spec, name) for name in ("schedule", "classes", "shape")}
 
 
 def _of_texts(spec: ModelSpec) -> dict[str, Any]:
-    """Return what a network that guides a model by texts shares with it; the encoder as far as both know it."""
+    """Return the properties that a text guide has to share with the guided model; the encoder where both record it."""
     return {
         "schedule": spec.schedule,
         "shape": spec.shape,
@@ -229,7 +229,7 @@ class Resolved:
 
 
 def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, device: str = "cpu") -> Resolved:
-    """Return the model that a MODEL reference names, with the guiding networks of its stored settings.
+    """Load the model that a MODEL reference names, with the guiding networks of its stored settings.
 
     Args:
         reference: models:/NAME@alias, models:/NAME/VERSION, a folder, or a published checkpoint of a run: runs:/ID (the
@@ -251,7 +251,7 @@ def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, devic
 
 
 def _require_finite(model: Model, reference: str) -> None:
-    """Refuse a model that would draw without a word, and nothing.
+    """Refuse a model with weights that are not finite: its samples would be blank, without any error.
 
     Raises:
         ModelError: a weight is not a finite number.

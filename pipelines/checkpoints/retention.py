@@ -1,4 +1,4 @@
-"""Which published checkpoints stay where `checkpoint.keep_best` is set, and the deletion of the others."""
+"""Retention of published checkpoints by `checkpoint.keep_best`: which ones stay, and the deletion of the others."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def superseded(
     versions: Iterable[ModelVersion],
     references: Iterable[str],
 ) -> list[Published]:
-    """Return the published checkpoints of a run that need not stay, oldest first.
+    """Return the published checkpoints of a run that may be deleted, oldest first.
 
     All stay but scored ones: what has no score may be about to be scored, or be kept for another reason. Of the scored
     ones those with the lowest Frechet distance stay, the newest checkpoint, and what something names.
@@ -73,7 +73,7 @@ def superseded(
 
 
 def retire(storage: Storage, tracker: Tracker, fence: Fence | None, published: Published) -> Published:
-    """Delete a published checkpoint, and return its record, which says so and keeps its scores.
+    """Delete a published checkpoint, and return its record, which keeps its scores and is marked as deleted.
 
     The record comes first: where the deletion is interrupted, nothing names what is left, and `ddpm gc` deletes that.
 

@@ -144,7 +144,9 @@ def gc(
     if found:
         _show(table, as_json)
     else:
-        terminal.stage("gc", f"nothing: all at {config.storage.root} is named, or younger than {older_than:g} hours")
+        terminal.stage(
+            "gc", f"nothing to collect: all at {config.storage.root} is in use, or younger than {older_than:g} hours"
+        )
     if found and not dry_run:
         _ask(yes, f"Delete these, {decimal(sum(v.folder.size for v in found))} in all?")
         shown = {verdict.folder.address for verdict in found}

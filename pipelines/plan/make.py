@@ -110,7 +110,7 @@ def find_or_make(
     key = command_key(source_digest(where, storage), budget_s, settings)
     found = book.find(str(settings.get("name", source_name(where))), key)
     if found is not None:
-        notice("plan", f"this command was given before: run {found.config['name']} goes on by its plan")
+        notice("plan", f"resuming run {found.config['name']} with its saved plan")
         return found
     user, model = UserOverrides(settings), str(settings.get("registry.model", source_name(where)))
     own_model = model if user.sets("registry.model") else book.model_of(where, model)
@@ -188,7 +188,7 @@ def _measured(
 def on_ray(measurement: Measurement | LongerMeasurement, gpus: int, *, notice: StageNotice) -> Any:
     """Run a measurement in a Ray task, and say so where it has to wait."""
     if not is_free({"CPU": 1.0, "GPU": float(gpus)}):
-        notice("measure", "it waits for its turn: all processors of the Ray cluster are in use")
+        notice("measure", "waiting for free CPUs: all of the Ray cluster are in use")
     call: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_call)
     needs, what = {"CPU": 1.0, "GPU": float(gpus)}, "measure what a step takes"
     say = partial(notice, "measure")

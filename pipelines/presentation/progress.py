@@ -33,7 +33,7 @@ class TrainingStatus:
     Attributes:
         images_seen: by the run, over all its drivers.
         loss: of the last step.
-        goodput: share of the drivers' time that was training that lasts, 0..1.
+        goodput: share of the drivers' time spent on steps that were kept, 0..1.
         distance: Frechet distance of the newest checkpoint that has been scored.
         scored_at: images seen by that checkpoint.
         samples: drawn for the newest sample grid, uint8 [N, H, W, C]; None where these have been given before.

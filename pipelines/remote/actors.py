@@ -158,7 +158,7 @@ class ActorPool:
             if fits(self.needs):
                 if not said and now - began >= 2 * LOOK_EVERY_S:
                     said = True
-                    self.notice("it waits for its turn: all processors of the Ray cluster are in use")
+                    self.notice("waiting for free CPUs: all of the Ray cluster are in use")
                 continue
             short_since = now if short_since is None else short_since
             if now - short_since >= self.patience_s:

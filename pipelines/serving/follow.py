@@ -70,7 +70,7 @@ class Follower(Generic[T]):
                 self._failed, self._tries = there, self._tries + 1 if there == self._failed else 1
                 self._pause = min(2**self._tries, LONGEST_PAUSE)
             if str(error) != self.trouble:
-                self.say(f"{self.version} is served on: {error}")
+                self.say(f"still serving {self.version}: {error}")
             self.trouble = str(error)
 
     async def _swap(self, there: str) -> None:

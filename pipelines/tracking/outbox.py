@@ -172,7 +172,7 @@ class Outbox:
         """Send what a file holds and remove it; return False where it has to wait.
 
         Args:
-            again: whether it is sent once more where it is refused: what was wrong may have been mended meanwhile.
+            again: whether it is sent once more where it is refused: the cause may have been removed meanwhile.
         """
         try:
             data = path.read_bytes()

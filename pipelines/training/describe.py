@@ -55,11 +55,11 @@ def report_goodput(tracker: Tracker, goodput: Goodput, images_seen: int) -> None
 
 
 def goodput_text(goodput: Goodput) -> str:
-    """Return the goodput of a run in a sentence or two."""
+    """Return the goodput of a run as a sentence."""
     lost = f", {goodput.recomputed_images:,} images were computed twice" if goodput.recomputed_images else ""
     return (
-        f"{goodput.fraction:.1%} of the time was training that lasts: {goodput.productive_s:,.0f} of "
-        f"{goodput.wall_s - goodput.idle_s:,.0f} s with a driver{lost}."
+        f"{goodput.fraction:.1%}: {goodput.productive_s:,.0f} of {goodput.wall_s - goodput.idle_s:,.0f} s with a "
+        f"driver were spent on steps that were kept{lost}."
     )
 
 
@@ -84,7 +84,7 @@ def workers_text(config: Config) -> str:
 
 
 def training_text(config: Config, dataset: Dataset) -> str:
-    """Return in words what is trained on what."""
+    """Return a sentence on the network, the data and the workers of a training."""
     size, classes = dataset.image_size, len(dataset.classes)
     pictures = f"{size}x{size}{f', {classes} classes' if classes > 1 else ''}"
     classifier = config.task == "classifier"

@@ -123,7 +123,7 @@ def train(
 
 
 def _after(state: State, event: Event, job: Job) -> State:
-    """Return the state that follows; where the workers train no longer, look whether this driver still has the run."""
+    """Return the next state; where no workers train any more, check that this driver still has the run."""
     cluster = job.config.cluster
     state = after(state, event, max_failures=cluster.max_failures, patience_s=cluster.patience_s)
     if not isinstance(state, Training | Replaced) and (replaced := taken_over(job)):
@@ -169,7 +169,7 @@ def _killed_by_interrupt(job: Job) -> Iterator[None]:
 
 
 def on_the_page(tracker: Tracker, notice: Notice) -> Notice:
-    """Return a notice that writes what does not work in a training onto the page of its run as well."""
+    """Return a notice that also writes warnings about the training onto the page of its run."""
     faults: list[str] = []
 
     def tell(text: str) -> None:
@@ -198,7 +198,7 @@ def _with_scores(report: Report, evaluations: Evaluations) -> Report:
 
 
 def _complete(run: PreparedRun, notice: Notice, evaluate: Evaluate | None) -> TrainingResult:
-    """Do what earlier drivers of a run that has seen all its images could not: send what waits, score what is left."""
+    """Finish a run that has seen all its images: send metrics that wait, and score the checkpoints that are left."""
     job, tracker = run.job, run.job.tracker
     goodput = goodput_of(read_sessions(job.storage, job.run_uri))
     with tracking.recording("has not got all that waits"):
@@ -217,7 +217,7 @@ def _complete(run: PreparedRun, notice: Notice, evaluate: Evaluate | None) -> Tr
 
 
 def _evaluations(job: Job, length: int, evaluate: Evaluate | None, notice: Notice) -> Evaluations:
-    """Return the evaluations of a run of this length, on resources that its training will never want."""
+    """Return the evaluations of a run of this length, on resources that its training never needs."""
     config = job.config
 
     def has_room() -> bool:
@@ -228,7 +228,7 @@ def _evaluations(job: Job, length: int, evaluate: Evaluate | None, notice: Notic
 
 
 def _sweep(job: Job, *, ended: bool = False) -> None:
-    """Delete what is left of earlier uploads; where that fails, the next driver of the run does it.
+    """Delete the remains of interrupted uploads; where that fails, the next driver of the run does it.
 
     Args:
         ended: whether all workers of this driver have ended.
@@ -247,7 +247,7 @@ def _result(tracker: Tracker, status: str, images_seen: int, goodput: Goodput | 
 
 
 def root_cause(error: BaseException) -> str:
-    """Return the innermost message, without the stack of actors around it."""
+    """Return the innermost error as text, without the stack of actors around it."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         rank, cause = next(iter(failures.items()))

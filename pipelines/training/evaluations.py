@@ -1,4 +1,4 @@
-"""Evaluation while training goes on: a thread of the driver has the run's published checkpoints scored.
+"""Evaluation during training: a thread of the driver has the run's published checkpoints scored.
 
 Each published checkpoint becomes a logged model of the MLflow run. Those that `evaluation.every` asks for are scored,
 one at a time, the newest first: on resources of the Ray cluster that the training will never want, or else when it has
@@ -38,7 +38,7 @@ URI_TAG, DIGEST_TAG, DELETED_TAG = "ddpm.uri", "ddpm.digest", "ddpm.deleted"
 
 
 def due(images: Iterable[int], every: int | None, end: int) -> set[int]:
-    """Return which published checkpoints are to be scored.
+    """Return the published checkpoints whose scores are due.
 
     They are the first one at or after each multiple of `every` images, and the one at the end of the run.
 
@@ -74,7 +74,7 @@ def to_score(
 
 
 def has_outstanding(tracker: Tracker, config: Config, end: int) -> bool:
-    """Return whether the evaluations of a run that has ended have something left to do; nothing is written.
+    """Return whether a run that has ended has checkpoints that are still to be scored; nothing is written.
 
     That is a published checkpoint that is no logged model yet, or one that is to be scored.
 
@@ -126,7 +126,7 @@ class Evaluations:
         self._thread.join(LOOK_EVERY_S)
 
     def finish(self) -> None:
-        """Wait, after the training has seen all its images, until what is left is scored.
+        """Wait until the remaining checkpoints are scored; called after the training has seen all its images.
 
         At most `evaluation.wait_s` seconds, and until Ctrl-C; of several that are left the newest is scored.
         """
@@ -153,7 +153,7 @@ class Evaluations:
         return max(found, default=None)
 
     def outstanding(self) -> bool:
-        """Enter what was published as logged models, and return whether something is to be scored; without the thread.
+        """Record published checkpoints as logged models, and return whether one is still to be scored.
 
         Raises:
             TrackingError, StorageError: MLflow or storage does not answer.
@@ -220,7 +220,7 @@ class Evaluations:
                 self._enter(Published.read(self.tracker, name))
 
     def _enter(self, published: Published) -> None:
-        """Make a published checkpoint a logged model, or renew what its logged model says of it."""
+        """Record a published checkpoint as a logged model, or update its logged model."""
         assert self.models is not None
         images, model = published.images_seen, self.models.get(published.images_seen)
         said = {URI_TAG: published.uri, DIGEST_TAG: published.digest}

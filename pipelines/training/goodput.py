@@ -115,11 +115,11 @@ class Goodput:
         return {name: getattr(self, f"{name}_s") for name in names}
 
     def metrics(self) -> dict[str, float]:
-        """Return the one value that is logged as a curve, by metric key; all of them are in `table`."""
+        """Return the value that is logged as a curve, by metric key; `table` has all values."""
         return {"train/goodput": self.fraction}
 
     def table(self) -> list[tuple[str, str, str]]:
-        """Return all values for a person, as rows of (what, how much, what it means)."""
+        """Return all values as rows of text: (name, amount, meaning)."""
         wall = max(self.wall_s, 1e-9)
         rows = [
             (name, f"{seconds:,.1f} s ({seconds / wall:.1%})", _MEANING[name]) for name, seconds in self.parts().items()
@@ -139,7 +139,7 @@ class Goodput:
         return {"fraction": self.fraction, **asdict(self)}
 
     def lines(self) -> list[str]:
-        """Return two lines of text for a person."""
+        """Return two lines of text: the time by purpose, and the number of starts."""
         shown = [f"{name} {value:,.1f} s" for name, value in self.parts().items() if value >= 0.05]
         lives = f"{self.attempts} start{'s' * (self.attempts != 1)} of the workers, {self.sessions} of the driver"
         again = f", {self.recomputed_images:,} images computed twice" if self.recomputed_images else ""

@@ -1,4 +1,4 @@
-"""What the workers of a run said, as it is kept in `logs/` of its folder: the lines, their objects, reading them.
+"""The log lines of a run's workers, kept in `logs/` of its folder: their format, their files, and a reader.
 
 Every rank of every attempt has objects of its own, whose names carry the driver's epoch, the rank and the attempt, so
 that nobody overwrites another's. An object holds one JSON value a line.
@@ -22,12 +22,12 @@ _NAME = re.compile(r"(?P<epoch>\d+)-rank-(?P<rank>\d+)-(?P<attempt>\w+)\.(?P<par
 
 
 class NoSuchRunError(PipelineError):
-    """There is nothing of a run of this name."""
+    """No run of this name has stored anything."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that a worker said.
+    """A log line of a worker.
 
     Attributes:
         time: seconds since the epoch.
@@ -48,13 +48,13 @@ class Line:
         return json.dumps(asdict(self))
 
     def __str__(self) -> str:
-        """Return the line for a person, with the local time."""
+        """Return the line with its local time, as it is shown."""
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.time))
         return f"{when}  rank {self.rank}  {self.level}  {self.message}"
 
 
 def log_address(folder: str, epoch: int, rank: int, attempt: str, part: int) -> str:
-    """Return the address of a part of what a rank said in an attempt.
+    """Return the address of one part of the log of a rank in an attempt.
 
     Args:
         folder: address of all that the run stores.
@@ -65,7 +65,7 @@ def log_address(folder: str, epoch: int, rank: int, attempt: str, part: int) -> 
 
 
 class LogReader:
-    """Reads what the workers of a run said, and on later calls what they have said since.
+    """Reads the log lines of a run's workers, and on later calls the new ones.
 
     Args:
         folder: address of all that the run stores.
@@ -101,7 +101,7 @@ def parse(data: bytes) -> Iterator[Line]:
 
 
 def encode(lines: Iterable[Line]) -> bytes:
-    """Return lines as an object holds them."""
+    """Return lines as the bytes of a stored object."""
     return "".join(f"{line.to_json()}\n" for line in lines).encode()
 
 

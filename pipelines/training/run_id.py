@@ -1,4 +1,4 @@
-"""What makes a run the same run: a random id, in its folder and as a tag of its MLflow run.
+"""The identity of a run: a random id, in its folder and as a tag of its MLflow run.
 
 Neither a name nor an address tells: a root may be moved, mounted or spelt otherwise, and the trainings of two roots may
 have one name on one MLflow server. A run of an earlier release gets its id at its next start.

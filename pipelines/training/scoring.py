@@ -32,7 +32,7 @@ Evaluate = Callable[[Published, threading.Event], Scored]
 
 
 def needs(config: Config) -> dict[str, float]:
-    """Return what an evaluation reserves on one node, by Ray's names."""
+    """Return the resources that an evaluation reserves on one node, by Ray's names."""
     return {"CPU": 1.0, **({"GPU": 1.0} if config.cluster.gpus_per_worker else {})}
 
 
@@ -60,7 +60,7 @@ def score_on_ray(config: Config, storage: Storage, tracker: Tracker) -> Evaluate
 
 
 def evaluation_data(published: Published, config: Config, storage: Storage) -> EvaluationData:
-    """Return all that judges samples of a published checkpoint, opened."""
+    """Return the opened evaluators and reference data for a published checkpoint."""
     # One at a time: more would take the cores of workers that start again.
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"actors": 1})})
     spec = checkpoints.published_spec(published, storage)

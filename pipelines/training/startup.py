@@ -6,14 +6,14 @@ import gc
 
 
 def end_startup() -> None:
-    """Let the garbage collector run again, where it was stopped, but not look at what there is already."""
+    """Turn the garbage collector on again where it was off, and exempt all present objects from it."""
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
 
 
 def collect_all() -> None:
-    """Free what nothing refers to any more, of what there was at the end of the startup, too."""
+    """Free all unreferenced objects, those that `end_startup` exempted included."""
     gc.unfreeze()
     gc.collect()
     gc.freeze()

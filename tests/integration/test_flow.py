@@ -276,7 +276,7 @@ def test_ctrl_c_stops_with_a_checkpoint_and_the_same_name_resumes_there(digits, 
     assert "2 starts of the workers, 2 of the driver" in resumed.err
     run = client.get_run(stopped["run_id"])
     assert run.data.metrics["train/goodput"] == pytest.approx(ledger["fraction"])
-    assert f"{ledger['fraction']:.1%} of the time was training that lasts" in run.data.tags["mlflow.note.content"]
+    assert f"{ledger['fraction']:.1%}: {ledger['productive_s']:,.0f} of " in run.data.tags["mlflow.note.content"]
     table = client.download_artifacts(stopped["run_id"], "goodput.html", str(shell.folder))
     assert "2 of the workers, 2 of the driver" in Path(table).read_text()
     steps = [m.step for m in client.get_metric_history(stopped["run_id"], "train/loss")]

@@ -55,4 +55,4 @@ def test_a_folder_and_a_budget_give_a_registered_model_and_the_same_command_goes
     gate = ["gate"] if answer["gate"]["passed"] else []
     assert again.answer["skipped"] == ["ingest", "train", "evaluator", "evaluate", "register", *gate]
     assert again.answer["model"] == answer["model"]
-    assert "this command was given before: run figures-4m goes on by its plan" in again.err
+    assert "resuming run figures-4m with its saved plan" in again.err

@@ -48,7 +48,7 @@ class Checkpointer:
         self._uploads: deque[Future[None]] = deque()
 
     def save(self, state: TrainingState, *, publish: bool) -> None:
-        """Copy the state and have it stored; called by every rank at the same step.
+        """Copy the state and store it in the background; called by every rank at the same step.
 
         Rank 0 waits where `checkpoint.backlog` copies wait already behind the one that is being stored: a store that is
         away must not fill the memory.
@@ -86,11 +86,11 @@ class Checkpointer:
         self._wait(0)
 
     def close(self) -> None:
-        """End the thread when it has stored what waits; does not wait for it."""
+        """Let the thread end after its last checkpoint, without waiting for it."""
         self._thread.shutdown(wait=False)
 
     def _wait(self, unstored: int) -> None:
-        """Wait until at most so many checkpoints are not stored yet."""
+        """Wait until at most this many checkpoints are not stored yet."""
         while self._uploads and (len(self._uploads) > unstored or self._uploads[0].done()):
             self._uploads.popleft().result()
 

@@ -77,7 +77,7 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _gather_parts(tensor: DTensor) -> Tensor | None:
-    """Return a whole tensor on rank 0, of the parts of all ranks; nothing on the other ranks.
+    """Join the parts of all ranks to a whole tensor on rank 0; return None on the other ranks.
 
     `DTensor.full_tensor` sends every part to every rank. And with gloo it may end the process: whichever of gloo's two
     threads has finished a collective writes its name into a string that both share, without a lock (torch 2.13,
@@ -99,7 +99,7 @@ def _gather_parts(tensor: DTensor) -> Tensor | None:
 
 
 def _padded(part: Tensor, rows: int) -> Tensor:
-    """Return a part with so many rows, zeros after its own: all ranks send equally many."""
+    """Return a part padded with zeros to this many rows: all ranks send equally many."""
     missing = rows - len(part)
     return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part.contiguous()
 
@@ -167,7 +167,7 @@ def on_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 def _all_gather(mine: Tensor, rows: int) -> list[Tensor]:
-    """Return the rows of every rank, each with zeros up to so many."""
+    """Return the rows of every rank, each padded with zeros to this many."""
     padded = _padded(mine, rows)
     parts = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(parts, padded)

@@ -1,4 +1,4 @@
-"""A rank is given a job, a shell around its loop, and its place among the ranks: Ray is one shell, a test another."""
+"""The job of a rank, the shell around its loop, and its place among the ranks; Ray is one shell, a test another."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Job:
         return run_folder(self.config)
 
     def published_uri(self, name: str) -> str:
-        """Return where the checkpoint of this name is copied to, to stay: an address that no other writer has."""
+        """Return the address to which the checkpoint of this name is published, which no other writer uses."""
         return join(self.run_uri, layout.PUBLISHED, name.removeprefix(layout.CHECKPOINT_PREFIX))
 
 

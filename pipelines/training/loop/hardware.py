@@ -1,4 +1,4 @@
-"""How a machine is used: precision, memory layout, the disk cache of compiled code, and its peak speed."""
+"""The settings of a machine for training: precision, memory layout, cache of compiled code, and peak speed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddpm.prediction import computes_bf16
 from pipelines.config import Config, OptimConfig
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32", "fp64"]
-"""What forward and backward compute in; weights are float64 under "fp64" and float32 under all others."""
+"""The dtype of forward and backward; weights are float64 under "fp64" and float32 under all others."""
 AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORES = (7, 0)
 """The compute capability of the V100, the first with tensor cores, which make fp16 fast."""
@@ -51,7 +51,7 @@ def weight_dtype(optim: OptimConfig) -> torch.dtype:
 
 
 def resolve_precision(optim: OptimConfig, device: torch.device) -> Precision:
-    """Return the precision of the configuration, or for "auto" the fastest that the device is made for."""
+    """Return the precision of the configuration, or for "auto" the fastest one that the device supports natively."""
     if optim.precision != "auto":
         return optim.precision
     if computes_bf16(device):

@@ -1,4 +1,4 @@
-"""Signs that a training does not work, with the setting that mends each: pure functions of what rank 0 knows anyway.
+"""Signs that a training does not work, and the setting that helps: pure functions of what rank 0 knows anyway.
 
 The bounds leave room on the side of silence: every shipped experiment passes them from its first image to its last.
 """
@@ -44,7 +44,7 @@ def say(faults: Iterable[str]) -> None:
 
 
 def expected_faults(config: Config) -> list[str]:
-    """Return what the configuration alone shows: lines to be told before anything starts."""
+    """Return the faults that the configuration alone shows, one line each, before anything starts."""
     found = []
     conditional = config.model.class_conditional or config.model.text_dim > 0
     guided = config.guidance.kind == "classifier_free" and config.guidance.scale != 1
@@ -64,7 +64,7 @@ def expected_faults(config: Config) -> list[str]:
 
 
 def _expected_of_consistency(config: Config, guided: bool) -> list[str]:
-    """Return what the configuration of a consistency model shows.
+    """Return the faults in the configuration of a consistency model.
 
     Args:
         guided: whether samples are drawn with classifier-free guidance.
@@ -103,12 +103,12 @@ class Health:
     calmest: tuple[float, float] = (math.inf, math.inf)
 
     def step(self, loss: float) -> None:
-        """Take the loss of a step: the first ones are what the others are compared with."""
+        """Add the loss of a step; later losses are compared with the first ones."""
         if len(self.first) < FIRST_STEPS and math.isfinite(loss):
             self.first.append(loss)
 
     def curves(self, images_seen: int, loss: float, grad_norm: float) -> list[str]:
-        """Return the faults that a logged point shows.
+        """Return the faults that a logged point of the curves shows.
 
         Args:
             loss: mean since the last point.
@@ -135,11 +135,11 @@ class Health:
         new = self.resumed_at == 0 and self.config.init_from is None and len(self.first) == FIRST_STEPS
         before = sum(self.first) / max(len(self.first), 1)
         if new and images_seen >= JUDGED_FROM * (self.length or self.config.images) and loss > FALLEN * before:
-            mend = f"optim.lr={3 * lr:.2g}" if grad_norm < 1 else f"optim.lr={lr / 3:.2g}"
+            remedy = f"optim.lr={3 * lr:.2g}" if grad_norm < 1 else f"optim.lr={lr / 3:.2g}"
             return self._once(
                 "loss",
                 f"the loss is {loss:.3g} after {images_seen:,} images and was {before:.3g} in the first steps: it does "
-                f"not fall; try {mend}, and look at the data with `ddpm check {self.config.data.uri}`",
+                f"not fall; try {remedy}, and look at the data with `ddpm check {self.config.data.uri}`",
             )
         return []
 
@@ -158,16 +158,16 @@ class Health:
         if self.config.objective.loss == "consistency":
             return []  # it predicts one image instead of the mean, twice as far off as that
         eps = self.config.objective.prediction == "eps"
-        mend = "objective.prediction=v in a new run" if eps else "more images, or a lower optim.lr in a new run"
+        remedy = "objective.prediction=v in a new run" if eps else "more images, or a lower optim.lr in a new run"
         return self._once(
             "prediction",
             f"where nearly all is noise, predicted images are {error / mean_error:.1f} times as far off as the mean "
             f"image ({error:.2g} against {mean_error:.2g}), and {bad:.0%} of the samples in the grid are brighter, "
-            f"darker or flatter than any real image: use {mend}",
+            f"darker or flatter than any real image: use {remedy}",
         )
 
     def samples(self, images_seen: int, drawn: NDArray[np.uint8], real: NDArray[np.uint8]) -> list[str]:
-        """Return the fault of samples that have no picture in them.
+        """Return the faults of samples that show no picture.
 
         Args:
             drawn: samples, uint8 [N, H, W, C].
@@ -181,23 +181,22 @@ class Health:
         level = float(drawn.mean()) / 255
         colour = "white" if level > 0.8 else "black" if level < 0.2 else "grey"
         eps = self.config.objective.prediction == "eps"
-        mends = ["objective.prediction=v in a new run"] if eps else []
+        remedies = ["objective.prediction=v in a new run"] if eps else []
         if self.config.guidance.scale > 2:
-            mends.append(f"guidance.scale={1 + (self.config.guidance.scale - 1) / 2:g}")
-        mends.append("more images")
+            remedies.append(f"guidance.scale={1 + (self.config.guidance.scale - 1) / 2:g}")
+        remedies.append("more images")
         return self._once(
             "samples",
             f"{bad:.0%} of the samples in the grid are brighter, darker or flatter than any real image, nearly "
-            f"{colour}: use {' or '.join(mends)}",
+            f"{colour}: use {' or '.join(remedies)}",
         )
 
     def _too_early(self, images_seen: int) -> bool:
-        """Return whether a run is still allowed to be bad."""
         least = max(JUDGED_FROM * (self.length or self.config.images), LEAST_STEPS * self.config.batch_size)
         return self.config.task != "denoiser" or images_seen < least
 
     def _once(self, kind: str, text: str) -> list[str]:
-        """Return a line the first time that its kind is told."""
+        """Return a line where none of its kind has been returned before."""
         if kind in self.told:
             return []
         self.told.add(kind)
@@ -205,7 +204,7 @@ class Health:
 
 
 def blank(drawn: NDArray[np.uint8], real: NDArray[np.uint8]) -> float:
-    """Return the share of samples whose brightness or contrast no real image comes near.
+    """Return the share of samples with a brightness or contrast unlike that of any real image.
 
     Args:
         drawn, real: uint8 [N, H, W, C].

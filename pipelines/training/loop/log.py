@@ -1,4 +1,4 @@
-"""The log of a run on rank 0: it takes up what earlier processes could not send, and leaves in storage what waits."""
+"""The metrics log of a run on rank 0: points that could not be sent wait in storage for the next process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_log(job: Job) -> RunLog:
 
 
 def finish_log(job: Job, log: RunLog) -> None:
-    """Wait until everything is sent; what a server that stays away does not take is left in the run's folder."""
+    """Wait until everything is sent; where the server stays away, leave the rest in the run's folder."""
     try:
         log.flush(FLUSH_S)
         return
@@ -54,7 +54,7 @@ def finish_log(job: Job, log: RunLog) -> None:
 
 
 def send_unsent(job: Job) -> None:
-    """Send what the processes of a run that has ended could not send."""
+    """Send the points that are left in the folder of a run that has ended."""
     log = open_log(job)
     try:
         finish_log(job, log)

@@ -1,4 +1,4 @@
-"""The factor of the loss under fp16, whose smallest numbers gradients would otherwise fall below."""
+"""Loss scaling for fp16, without which small gradients would underflow."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LossScale:
 
     @property
     def factor(self) -> float:
-        """What the loss is multiplied by."""
+        """The number by which the loss is multiplied."""
         return 2.0 ** (START + int(self.state[0])) if self.enabled else 1.0
 
     @torch.no_grad()

@@ -89,7 +89,7 @@ def train_rank(context: RunContext, shell: Shell, started: float | None = None) 
 
 @dataclass(frozen=True)
 class Requests:
-    """What one rank asks of a step; the step tells all ranks what any of them asked.
+    """Requests of one rank to a step, which tells all ranks what any of them asked.
 
     Attributes:
         stop: to stop after the step.

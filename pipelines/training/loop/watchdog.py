@@ -40,7 +40,7 @@ class RankFailedError(PipelineError):
 
 @dataclass(frozen=True)
 class Failure:
-    """What a failing rank tells the others.
+    """The message of a failing rank to the others.
 
     Attributes:
         rank: the rank that failed.

@@ -14,7 +14,7 @@ HEARD_LINES = 1_000
 
 
 class ProgressUpdate(NamedTuple):
-    """What the driver learns of its workers in one answer, because each one costs the training step its time.
+    """Everything that the driver asks of its workers, in one answer: every answer takes time from a training step.
 
     Attributes:
         attempts: so far, the newest last.

@@ -1,4 +1,4 @@
-"""What a training has reserved in a Ray cluster, freed where Ray Train forgets it and the next attempt would wait."""
+"""Free the resources of a training in a Ray cluster where Ray Train forgets them and the next attempt would wait."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class _Trainer(TorchTrainer):
 def make_trainer(
     function: Callable[[dict[str, bytes]], None], given: object, cluster: ClusterConfig, name: str
 ) -> TorchTrainer:
-    """Return Ray's side of a training: how many workers, and what failures it survives.
+    """Return the Ray Train run of a training: its number of workers, and the failures that it survives.
 
     Ray Train keeps nothing of a run. It insists on a folder, which holds an empty file.
 

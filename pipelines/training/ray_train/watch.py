@@ -34,7 +34,7 @@ TAKEOVER_EVERY_S = 10.0
 
 
 class Fit(threading.Thread):
-    """A call that trains a job to its end, in a thread: the driver's own has Ctrl-C to listen to.
+    """A call that trains a job to its end, in a thread of its own, because the main thread handles Ctrl-C.
 
     Attributes:
         error: what ended the training, None where it ended well or goes on.
@@ -54,7 +54,7 @@ class Fit(threading.Thread):
 
 
 class Watch:
-    """Turns what the driver can observe of its workers into events; keeps the ledger and shows progress on the way.
+    """Observes the workers of a training and returns events; updates the ledger and shows progress meanwhile.
 
     Args:
         run: that is trained.
@@ -88,7 +88,7 @@ class Watch:
                 return taken_over
 
     def close(self) -> None:
-        """Show what workers have said so far."""
+        """Show the last counts of repeated messages."""
         self.messages.close()
 
     def _ask(self, method: Any, what: str) -> Any:

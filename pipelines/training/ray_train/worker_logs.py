@@ -1,4 +1,4 @@
-"""What a worker says by Python's logging, brought out of its process: to the run's folder and to the driver's terminal.
+"""Python's logging of a worker, sent to the run's folder and to the driver's terminal.
 
 Ray keeps the output of its workers in files on their nodes, which nobody reads and which end with the cluster. A
 thread of every rank writes its warnings and errors to `logs/` of the run instead, and posts those of this project to
@@ -121,7 +121,7 @@ class WorkerLog(logging.Handler):
 
 
 class _StoredLog:
-    """The parts of a rank's log: the last one grows, and is stored anew when it has."""
+    """The stored parts of a rank's log; the last one is stored again whenever it has grown."""
 
     def __init__(self, storage: Storage, address: Callable[[int], str]) -> None:
         self.storage, self.address = storage, address
@@ -144,7 +144,7 @@ class _StoredLog:
                 self.parts[last] += data
 
     def write(self) -> None:
-        """Store what is not stored yet, in one try: the next call tries again."""
+        """Store the new lines in a single try; the next call tries again."""
         with self._lock:
             grown = {part: data for part, data in self.parts.items() if len(data) > self._stored.get(part, 0)}
         with suppress(PipelineError):
@@ -162,7 +162,7 @@ class _StoredLog:
 
 @contextmanager
 def recorded(storage: Storage, folder: str, monitor: Any, *, epoch: int, rank: int, attempt: str) -> Iterator[None]:
-    """Keep what this process logs inside the context as what a rank of a run says, its failure included.
+    """Store what this process logs inside the context as the log of a rank, its failure included.
 
     Args:
         folder: address of all that the run stores.
@@ -200,7 +200,7 @@ def _failure(error: BaseException) -> logging.LogRecord:
 
 
 class LogDeduplicator:
-    """Shows what workers say on the driver's terminal: each text once, and how often it came where it repeats.
+    """Shows messages of workers on the driver's terminal, each once, with a count where it repeats.
 
     Texts that differ in their numbers only are the same one.
 
@@ -233,7 +233,7 @@ class LogDeduplicator:
             self._tell(said)
 
     def close(self) -> None:
-        """Show how often the texts came that have repeated since they were shown."""
+        """Show the new counts of messages that have repeated since they were shown."""
         for said in self.texts.values():
             if said.count > said.told:
                 self._tell(said)
@@ -247,7 +247,7 @@ class LogDeduplicator:
 
 @dataclass
 class _Text:
-    """A text, how often it was said and by whom, and how often when it was last shown."""
+    """A message, its count and ranks, and its count when it was last shown."""
 
     text: str = ""
     count: int = 0
@@ -256,6 +256,6 @@ class _Text:
 
 
 def _listed(ranks: Sequence[int]) -> str:
-    """Return some numbers, and how many more there are."""
+    """Return the first few numbers, and how many more there are."""
     more = len(ranks) - 4
     return ", ".join(str(rank) for rank in ranks[:4]) + (f" and {more} more" if more > 0 else "")

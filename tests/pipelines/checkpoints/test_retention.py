@@ -54,7 +54,7 @@ def test_the_best_and_the_newest_stay():
     assert gone(scored(i100=2.0, i200=2.0, i300=3.0), 1) == [200]  # of equal ones the older, as for runs:/ID/best
 
 
-def test_what_has_no_scores_stays_and_counts_for_nothing():
+def test_a_checkpoint_without_scores_stays_and_is_not_counted():
     assert gone(scored(i100=5.0, i200=None, i300=4.0, i400=None), 1) == [100]
     assert gone(scored(i100=None, i200=None), 1) == []
     assert gone(scored(i100=5.0, i200=4.0, i300=None), 1) == [100]
@@ -62,7 +62,7 @@ def test_what_has_no_scores_stays_and_counts_for_nothing():
     assert gone([*only_accuracy, *scored(i200=3.0, i300=4.0)], 1) == []
 
 
-def test_what_was_deleted_is_not_deleted_again_and_takes_no_place_among_the_best():
+def test_a_deleted_checkpoint_is_not_deleted_again_and_is_not_among_the_best():
     deleted = [replace(FIVE[3], deleted=True)]
     assert gone([*FIVE[:3], *deleted, FIVE[4]], 1) == [100, 300]
 
@@ -75,7 +75,7 @@ def test_what_was_deleted_is_not_deleted_again_and_takes_no_place_among_the_best
         ([], ["runs:/abc0/300"]),
     ],
 )
-def test_what_a_version_or_another_run_names_stays(versions, references):
+def test_a_checkpoint_that_a_version_or_another_run_names_stays(versions, references):
     assert gone(FIVE, 2, versions, references) == [100]
 
 

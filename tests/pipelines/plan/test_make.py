@@ -68,7 +68,7 @@ def test_a_plan_is_ingested_and_trained_by_and_the_same_command_has_it_again(com
 
     again = planned(command[0], command[1], said)
     assert again == made
-    assert said[-1] == "plan: this command was given before: run pets-30m goes on by its plan"
+    assert said[-1] == "plan: resuming run pets-30m with its saved plan"
     assert walk([Ingest(from_dict(again.config))], Site(STORAGE, {}, Silent())).ran == ()
 
 

@@ -106,7 +106,7 @@ def test_a_measurement_says_that_it_waits_for_a_busy_cluster_before_it_does(monk
     monkeypatch.setattr(make, "finished", lambda tasks, needs, *rest, **bounds: [(0, list(said))])
     said_before = make.on_ray(Measurement(DIGITS, {}, 1.0, 1), 1, notice=lambda *line: said.append(line))
     assert needed == [{"CPU": 1.0, "GPU": 1.0}]
-    waits = ("measure", "it waits for its turn: all processors of the Ray cluster are in use")
+    waits = ("measure", "waiting for free CPUs: all of the Ray cluster are in use")
     assert said_before == said == ([] if free else [waits])
 
 

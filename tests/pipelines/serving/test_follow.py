@@ -86,7 +86,7 @@ def test_what_cannot_be_loaded_or_found_changes_nothing_and_is_said_once(registr
         assert (following.current, following.trouble) == ("model of v2", "")
 
     asyncio.run(scenario())
-    assert sum(line.startswith("v1 is served on: ") for line in said) == 1
+    assert sum(line.startswith("still serving v1: ") for line in said) == 1
 
 
 def test_a_version_that_cannot_be_loaded_is_tried_again_ever_more_seldom(registry):

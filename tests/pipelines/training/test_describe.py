@@ -42,7 +42,7 @@ def test_the_goodput_is_told_in_a_sentence_and_in_one_table_that_has_every_part(
     second = Attempt(110, 250, 600, 2000, {"startup": 0.0, "step": 140.0}, uploaded_bytes=3 << 20, upload_s=2.5)
     goodput = measure([Session(0, 250, (first, second))])
     assert goodput_text(goodput) == (
-        "80.0% of the time was training that lasts: 200 of 250 s with a driver, 400 images were computed twice."
+        "80.0%: 200 of 250 s with a driver were spent on steps that were kept, 400 images were computed twice."
     )
     rows = re.findall(
         r'<tr><th scope="row">(.*?)</th><td class="n">(.*?)</td><td>(.*?)</td></tr>', goodput_page(goodput)

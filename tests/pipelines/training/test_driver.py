@@ -181,7 +181,7 @@ def test_a_worker_lost_while_it_is_started_is_one_of_the_failures_that_are_allow
     assert len(said) == len(ends) - left - 1
 
 
-def test_what_does_not_work_is_told_on_the_terminal_and_on_the_page_of_the_run(job, monkeypatch):
+def test_faults_are_shown_on_the_terminal_and_on_the_page_of_the_run(job, monkeypatch):
     pages, said = [], []
     monkeypatch.setattr(tracking, "describe", lambda tracker, parts: pages.append((tracker.patience_s, parts)))
     tell = driver.on_the_page(job.tracker, said.append)
@@ -199,7 +199,7 @@ def test_what_does_not_work_is_told_on_the_terminal_and_on_the_page_of_the_run(j
     ]
 
 
-def test_what_the_configuration_shows_is_told_before_the_workers_start(job, monkeypatch):
+def test_faults_of_the_configuration_are_shown_before_the_workers_start(job, monkeypatch):
     said = []
 
     def provide(job, monitor):

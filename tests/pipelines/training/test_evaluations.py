@@ -49,13 +49,13 @@ def wanted(published, tried=(), settled=(), every=100, end=1000):
     return [p.images_seen for p in to_score(published, every, end, tried, settled)]
 
 
-def test_what_is_due_and_has_no_scores_is_scored_the_newest_first():
+def test_due_checkpoints_without_scores_are_scored_newest_first():
     assert wanted(records(i100=None, i200=1.0, i300=None)) == [300, 100]
     assert wanted(records(i100=None, i150=None, i200=None)) == [200, 100]
     assert wanted([replace(p, deleted=p.images_seen == 100) for p in records(i100=None, i200=None)]) == [200]
 
 
-def test_what_an_earlier_driver_has_tried_is_tried_again_only_if_it_is_the_newest():
+def test_an_evaluation_that_failed_under_an_earlier_driver_is_retried_for_the_newest_checkpoint_only():
     assert wanted(records(i100=None, i200=None, i300=None), tried={100, 300}) == [300, 200]
     assert wanted(records(i100=None, i200=None, i300=None), tried={300}, settled={300}) == [200, 100]
     assert wanted(records(i100=None, i150=None), tried={100}) == []  # the newest is another, which is not due
@@ -220,7 +220,7 @@ def test_without_room_beside_the_training_the_newest_alone_is_scored_at_its_end_
     assert run.scored == [300, 400]  # what was left out stays so
 
 
-def test_what_fails_is_said_and_tagged_and_the_others_are_scored(run, mlflow):
+def test_a_failed_evaluation_is_reported_and_tagged_and_the_others_are_scored(run, mlflow):
     run.fails = {200: PipelineError("no labels"), 100: KeyError("x")}
     run.publish(100, 200, 300)
     with run.driver():

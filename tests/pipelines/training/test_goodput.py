@@ -43,7 +43,7 @@ def test_steps_after_the_checkpoint_that_a_restart_finds_are_lost():
     assert done.restart_s == pytest.approx(10)
 
 
-def test_what_is_lost_twice_counts_twice_and_across_drivers():
+def test_images_lost_twice_count_twice_also_across_drivers():
     lives = [attempt(0, 0, 1000, 100), attempt(200, 600, 800, 20), attempt(300, 600, 2000, 140)]
     done = measure([Session(0, 100, (lives[0],)), Session(190, 440, tuple(lives[1:]))])
     assert done.recomputed_images == 400 + 200

@@ -31,7 +31,7 @@ def test_a_process_that_was_not_started_so_keeps_its_collector_as_it_is():
     assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
 
 
-def test_what_was_made_in_the_startup_is_freed_after_its_job():
+def test_objects_made_during_startup_are_freed_after_their_job():
     class Node:
         pass
 

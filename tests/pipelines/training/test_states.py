@@ -103,5 +103,5 @@ def test_a_driver_that_cannot_reach_its_workers_fails():
     assert follows(Starting(), WorkersUnreachable(FINAL)) == Failed(FINAL)
 
 
-def test_what_is_counted_before_the_workers_start_changes_nothing():
+def test_counting_nodes_before_the_workers_start_changes_nothing():
     assert follows(Starting(1, LOST, 10), NodesCounted(0, "short"), NodesCounted(100, "short")) == Starting(1, LOST, 10)

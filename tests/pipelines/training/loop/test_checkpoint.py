@@ -117,7 +117,7 @@ def test_so_many_checkpoints_wait_for_storage_before_training_does(digits, tmp_p
     assert reports_at_end_of_wait == [1 + backlog + 1]
 
 
-def test_what_stays_is_the_checkpoint_itself_and_the_run_knows_of_it(digits, tmp_path):
+def test_a_published_copy_equals_its_checkpoint_and_is_recorded_in_the_run(digits, tmp_path):
     _, tracker = run(tmp_path / "r", digits, None, "checkpoint.publish_every=50")
     kept = tmp_path / "r" / "runs" / "digits" / "published"
     older, copy = sorted(kept.iterdir())

@@ -127,16 +127,16 @@ def test_samples_like_real_images_are_no_fault_and_neither_is_a_classifier():
 
 
 @pytest.mark.parametrize(
-    "overrides, mend",
+    "overrides, remedy",
     [
         (["objective.label_drop=0"], "set objective.label_drop=0.1, or guidance.scale=1"),
         (["optim.warmup_images=200_000"], "set optim.warmup_images=2560"),
     ],
 )
-def test_what_the_configuration_shows_is_told_before_anything_starts(overrides, mend):
+def test_faults_of_the_configuration_are_found_before_anything_starts(overrides, remedy):
     (said,) = expected_faults(of_digits(*overrides))
-    assert mend in said
-    assert expected_faults(of_digits(*overrides, *mend.removeprefix("set ").split(", or ")[:1])) == []
+    assert remedy in said
+    assert expected_faults(of_digits(*overrides, *remedy.removeprefix("set ").split(", or ")[:1])) == []
 
 
 def test_no_label_drop_is_fine_without_guidance_or_condition():

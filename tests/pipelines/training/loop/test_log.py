@@ -78,7 +78,7 @@ def test_a_store_that_is_away_as_well_leaves_the_points_on_the_node_and_says_so(
     assert len(list((tmp_path / "unsent" / "test").iterdir())) == 1
 
 
-def test_what_was_left_is_taken_up_once_by_a_run_that_goes_on(tmp_path):
+def test_points_left_in_storage_are_sent_once_by_a_resumed_run(tmp_path):
     config = tiny_config(tmp_path, 50, 25)
     away = job_of(tmp_path / "r", config, Away())
     log = open_log(away)

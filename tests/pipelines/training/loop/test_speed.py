@@ -11,7 +11,7 @@ from tests.networks import TINY_UNET
 CONFIG = compose(["+experiment=digits", *TINY_UNET, "batch_size=16", "optim.precision=fp32"])
 
 
-def test_what_is_measured_alone_is_of_the_order_of_what_is_measured_together():
+def test_speeds_measured_alone_and_together_are_of_the_same_order():
     device = torch.device("cpu")
     speed = measure_speed(CONFIG, device, 0.2)
     assert speed.train / 10 < measure_training(CONFIG, device, 0.2) < 10 * speed.train

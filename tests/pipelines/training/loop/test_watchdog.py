@@ -185,7 +185,7 @@ def test_one_rank_alone_is_watched_too_unless_there_is_no_limit(monkeypatch, cap
     assert ("in the phase 'startup'" in caplog.text) is bool(timeout_s)
 
 
-def test_what_nccl_remembers_is_logged_where_torch_has_it(monkeypatch):
+def test_the_trace_of_nccl_is_logged_where_torch_has_one(monkeypatch):
     monkeypatch.delattr(_distributed_c10d, "_dump_nccl_trace_json", raising=False)
     assert watchdog.nccl_trace() == "none"
     monkeypatch.setattr(_distributed_c10d, "_dump_nccl_trace_json", lambda onlyActive: b'{"a": 1}', raising=False)

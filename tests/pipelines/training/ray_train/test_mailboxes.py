@@ -27,7 +27,7 @@ def test_each_worker_takes_every_job_once_and_in_order():
     assert queue.put("fourth") is None
 
 
-def test_what_workers_say_and_show_is_taken_once_and_newer_samples_replace_those_that_wait():
+def test_messages_and_samples_are_delivered_once_and_newer_samples_replace_older_ones():
     monitor = Monitor()
     assert monitor.take() == ([], None, [], None)
     monitor.hear([(0, "a warning")])

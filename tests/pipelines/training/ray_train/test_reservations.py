@@ -19,7 +19,7 @@ def group(placement_group: str) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("groups, freed", [([], []), (["first"], ["first"]), (["first", "second"], ["second"])])
-def test_what_the_newest_group_has_reserved_is_freed_when_the_controller_ends(monkeypatch, groups, freed):
+def test_resources_of_the_newest_worker_group_are_freed_when_the_controller_ends(monkeypatch, groups, freed):
     removed: list[str] = []
     monkeypatch.setattr(reservations, "remove_placement_group", removed.append)
     callback = FreeWorkers()

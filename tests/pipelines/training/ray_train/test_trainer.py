@@ -54,7 +54,9 @@ def test_of_what_ray_train_does_beside_a_training_only_the_manager_of_its_datase
 
 
 @pytest.mark.parametrize(("actor", "collects"), [("a1", False), (None, True)])
-def test_what_a_run_sends_stops_the_collector_of_actors_alone_and_before_it_imports_torch(monkeypatch, actor, collects):
+def test_the_callback_turns_off_the_garbage_collector_in_actors_only_and_before_torch_is_imported(
+    monkeypatch, actor, collects
+):
     context = make_trainer(print, {}, cluster(), "r").train_run_context
     names = list(vars(context))
     assert names.index("run_config") < names.index("backend_config")  # which imports torch
