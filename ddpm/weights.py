@@ -110,9 +110,9 @@ class EDMWeight(Settings):
     Examples:
         >>> from ddpm.schedule import Linear
         >>> t = torch.tensor([1, 500, 1000])
-        >>> EDM(sigma_data=1.0)(Linear().make(1000), t, "v").tolist()
+        >>> EDMWeight(sigma_data=1.0)(Linear().make(1000), t, "v").tolist()
         [1.0, 1.0, 1.0]
-        >>> EDM(sigma_data=0.5)(Linear().make(1000), t, "x0_skip").round(decimals=6).tolist()
+        >>> EDMWeight(sigma_data=0.5)(Linear().make(1000), t, "x0_skip").round(decimals=6).tolist()
         [4.0, 4.0, 4.0]
     """
 
