@@ -18,6 +18,7 @@ from pipelines import tracking
 from pipelines.search.space import Value
 from pipelines.search.study import StudyStore, TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
+from pipelines.search.watch import Watch
 from pipelines.tracking import Tracker, TrackingError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Observer(Callback):
         experiment: name of the MLflow experiment.
         length: value of a trial's axis (see `AXIS`) at which it is finished; a trial that ends before was stopped.
         on_change: called after every change of a trial.
+        watch: ends trials whose process stands still.
     """
 
     def __init__(
@@ -53,9 +55,10 @@ class Observer(Callback):
         experiment: str,
         length: float,
         on_change: OnChange = lambda observer: None,
+        watch: Watch | None = None,
     ) -> None:
         self.store, self.study, self.tracker, self.experiment = store, study, tracker, experiment
-        self.length, self.on_change = length, on_change
+        self.length, self.on_change, self.watch = length, on_change, watch
         self.records: dict[str, TrialRecord] = {}
         self.unlogged: set[str] = set()
         self.began = time.monotonic()
@@ -69,10 +72,15 @@ class Observer(Callback):
         self.on_change(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out `on_change`: Ray Tune pickles its callbacks, and a terminal cannot be pickled."""
-        return {name: value for name, value in self.__dict__.items() if name != "on_change"}
+        """Leave out what shows something: Ray Tune pickles its callbacks, and a terminal cannot be pickled."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("on_change", "watch")}
 
     # --- callbacks of Ray Tune -------------------------------------------------------------------------------
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """End trials whose process stands still; Ray Tune calls this all the time."""
+        if self.watch is not None:
+            self.watch.look(trials, lambda trial: identify(trial)[0])
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Record that a trial begins."""
@@ -103,7 +111,8 @@ class Observer(Callback):
         """Record that a trial fails; the study continues."""
         name, params = identify(trial)
         record = self.records.get(name) or TrialRecord(name, params, "running")
-        self._keep(record.ended("failed", _reason(trial)))
+        stood_still = None if self.watch is None else self.watch.failed.get(trial.trial_id)
+        self._keep(record.ended("failed", stood_still or _reason(trial)))
 
     # --- MLflow ----------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ from pipelines.search.study import (
     trials_seed,
 )
 from pipelines.search.study_config import StudyConfig, check_space
+from pipelines.search.watch import Watch
 from pipelines.shards.index import Dataset
 from pipelines.storage import join, layout
 from pipelines.tracking import Tracker
@@ -165,7 +166,8 @@ class Search(ABC):
         records = self.store.open(self.study, self.base, self.identity, resume=resume)
         with self._opened_run() as tracker:
             length = config.images if self.study.kind == "training" else self.study.samples
-            observer = Observer(self.store, self.study, tracker, config.tracking.experiment, length, on_change)
+            watch = Watch(config.cluster.patience_s, self.say)
+            observer = Observer(self.store, self.study, tracker, config.tracking.experiment, length, on_change, watch)
             observer.begin(records)
             self.run_trials(records, observer, first)
             observer.settle()

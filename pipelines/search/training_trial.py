@@ -136,6 +136,7 @@ class TrainingTrial(Trial):
 
     def cleanup(self) -> None:
         """Stop the run and the workers at the end of the actor."""
+        super().cleanup()
         self._end()
         self.workers.close()
 

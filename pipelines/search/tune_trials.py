@@ -17,6 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune.result import TRIAL_INFO
 from ray.tune.search.optuna import OptunaSearch
 
 from pipelines.config import Config
@@ -25,6 +26,7 @@ from pipelines.search.observer import AXIS, Observer
 from pipelines.search.space import Params
 from pipelines.search.study import TrialRecord, ended, trial_name
 from pipelines.search.study_config import DIRECTIONS, Objective, StudyConfig
+from pipelines.search.watch import Beats
 
 # A study shows a failed trial in one line of its own; Tune would add the stack traces of all actors.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -36,7 +38,21 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 
 class Trial(tune.Trainable):
-    """A trial that Ray Tune keeps no checkpoints of: what it has found is recorded, and a training run has its own."""
+    """A trial that Ray Tune keeps no checkpoints of: what it has found is recorded, and a training run has its own.
+
+    While its process runs it says so, see `Watch`.
+    """
+
+    beats: Beats | None = None
+
+    def __init__(self, config: dict[str, Any], storage: Any = None) -> None:
+        self.beats = Beats(config[TRIAL_INFO].trial_id)  # before `setup`, which may stand still too
+        super().__init__(config, storage)
+
+    def cleanup(self) -> None:
+        """Beat no more: the actor ends."""
+        if self.beats is not None:
+            self.beats.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Save nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -118,8 +119,13 @@ def test_the_winner_of_a_study_becomes_a_new_version_that_serves_it_and_the_sear
     study = ["--model", "models:/searched/1", "--study", "poor", *own, *GUIDANCE, *SCORED]
     study += ["search.trials=4", "search.confirm_samples=192", "search.samples=96"]
     study += ["search.space.guidance.scale.uniform=[0.9,1.1]", "cluster.patience_s=5"]
-    with one_stopped("ray::_SamplingActor.call", local_stack.home):
+    with (
+        one_stopped("ray::ResourceTrainable.train", local_stack.home),
+        one_stopped("ray::_SamplingActor.call", local_stack.home),
+    ):
         done = shell.ok("search", "guidance", *study, "--json")
+    assert re.search(r"trial \w+ begins again: its process has not answered for \d+ s and stands still", done.err)
+    assert (done.answer["trials"]["failed"], sum(done.answer["trials"].values())) == (0, 4)
     assert "an actor of this work has not answered for" in done.err
     assert done.answer["version"] == "models:/searched/2"
     (winner,) = [c for c in done.answer["confirmed"] if c["trial"] == done.answer["winner"]]
