@@ -32,8 +32,8 @@ from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate
 from ddpm.quality import FeatureMoments, FrechetInfluence, Measured, frechet_distance
 from pipelines.evaluation.images import to_levels
+from pipelines.evaluation.measure import Measures
 from pipelines.evaluation.samples import balanced_labels
-from pipelines.registry.comparison import Compared
 from pipelines.registry.gate import decide
 
 SCALES = {"unguided": 1.0, "guided": 1.5, "early": 1.0}
@@ -142,7 +142,8 @@ class Pool:
 
     def passes(self, candidate: Tensor, champion: Measured, attempt: int = 1) -> bool:
         """Return whether the gate lets a candidate with these features pass."""
-        return decide(Compared("frechet_distance", self.measured(candidate), champion), attempt, "champion").passed
+        ours, theirs = (Measures("frechet_distance", distance) for distance in (self.measured(candidate), champion))
+        return decide(ours, theirs, attempt, "champion").passed
 
     def draws(self, times: int, n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (numbers of n samples, n random numbers in [0, 1)), so many times."""

@@ -32,25 +32,34 @@ class Measures:
         distance: by that measure, of which less is better, see `Distance`.
         class_accuracy: share of samples of the class asked for; None without classes that the evaluator knows.
         prompt_accuracy: share of samples that match their prompt best; None without prompts.
+    """
+
+    measure: Literal["frechet_distance", "kid"]
+    distance: Measured
+    class_accuracy: Measured | None = None
+    prompt_accuracy: Measured | None = None
+
+    @property
+    def accuracy(self) -> Measured | None:
+        """Share of samples that are what was asked for: of the class, else by the prompt; None without either."""
+        return self.prompt_accuracy if self.class_accuracy is None else self.class_accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredSamples(Measures):
+    """What samples of a model say, and the samples.
+
+    Attributes:
         features: of the samples [N, D].
         evaluations: network evaluations of an image.
         files: that hold the samples.
         bound: of real images, in bits per dimension; None where none was asked for.
     """
 
-    measure: Literal["frechet_distance", "kid"]
-    distance: Measured
-    class_accuracy: Measured | None
-    prompt_accuracy: Measured | None
     features: Tensor
     evaluations: float
     files: SampleFiles
-    bound: Measured | None = None
-
-    @property
-    def accuracy(self) -> Measured | None:
-        """Share of samples that are what was asked for: of the class, else by the prompt; None without either."""
-        return self.prompt_accuracy if self.class_accuracy is None else self.class_accuracy
+    bound: Measured | None
 
 
 def measure(
@@ -60,7 +69,7 @@ def measure(
     display: Display,
     stage: str,
     held_out: tuple[Tensor, Conditioning | None] | None = None,
-) -> dict[str, Measures]:
+) -> dict[str, MeasuredSamples]:
     """Draw samples of each subject on the Ray cluster, and measure them against the real train images.
 
     Samples that are stored are not drawn again, so what was interrupted goes on where it was.
@@ -81,14 +90,14 @@ def measure(
             (folder := Path(scratch) / str(number)).mkdir()
             sampled = actors.draw(subject, folder, display.counter(stage, f"{name} images"))
             features = torch.from_numpy(sampled.rows.features.read(0, sampled.plan.n))
-            found[name] = Measures(
+            found[name] = MeasuredSamples(
                 distance.measure,
                 distance(features),
                 *_accuracies(sampled, subject, data),
-                features,
-                actors.evaluations(subject, sampled.plan),
-                sampled.files,
-                held_out and Measured.mean(actors.bound(subject, *held_out, request.seeds[0])),
+                features=features,
+                evaluations=actors.evaluations(subject, sampled.plan),
+                files=sampled.files,
+                bound=held_out and Measured.mean(actors.bound(subject, *held_out, request.seeds[0])),
             )
     return found
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from ddpm.model import load_model
-from ddpm.quality import Measured
 from pipelines.checkpoints.references import guided
 from pipelines.config import Config
 from pipelines.evaluation.data import EvaluationData
-from pipelines.evaluation.measure import measure
+from pipelines.evaluation.measure import Measures, measure
 from pipelines.evaluation.samples import Request, Subject
 from pipelines.evaluation.scores import IMAGES_PER_FEATURE
 from pipelines.presentation.progress import Display
@@ -23,24 +22,6 @@ from pipelines.storage import Storage
 
 LEAST = 5_000
 """Samples of each model, by default, where the evaluator has few features."""
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Scores of two models on the same noise, with the influence of every sample.
-
-    Attributes:
-        measure: "frechet_distance" or "kid", of which less is better.
-        candidate, champion: the score of each.
-        candidate_accuracy, champion_accuracy: share of samples of the class asked for, else of those that match their
-            prompt best; None without classes and prompts.
-    """
-
-    measure: str
-    candidate: Measured
-    champion: Measured
-    candidate_accuracy: Measured | None = None
-    champion_accuracy: Measured | None = None
 
 
 def gate_seed(model: str, alias: str, champion_digest: str, dry_run: bool = False) -> int:
@@ -92,8 +73,8 @@ def subject_of(folder: Path, evidence: Evidence, data: EvaluationData) -> Subjec
 
 def compare(
     candidate: Subject, champion: Subject, request: Request, data: EvaluationData, display: Display
-) -> Compared:
-    """Draw the samples of both models on the Ray cluster, and measure them against the real train images.
+) -> tuple[Measures, Measures]:
+    """Draw the samples of both models on the Ray cluster, and return what they say, in this order.
 
     Args:
         request: with one seed; each model is drawn with the settings that it serves.
@@ -104,5 +85,4 @@ def compare(
         prompts = data.prompts(specs[0])
     both = {"champion": replace(champion, prompts=prompts), "candidate": replace(candidate, prompts=prompts)}
     found = measure(both, request, data, display, "gate")
-    ours, theirs = found["candidate"], found["champion"]
-    return Compared(ours.measure, ours.distance, theirs.distance, ours.accuracy, theirs.accuracy)
+    return found["candidate"], found["champion"]

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from ddpm.quality import Measured
+from pipelines.evaluation.measure import Measures
 from pipelines.evaluation.paired import level, paired_test
 from pipelines.evaluation.scores import Scores
-from pipelines.registry.comparison import Compared
 from pipelines.registry.verdict import VerdictRow
 
 POWER = 0.9
@@ -37,19 +38,21 @@ class Decision:
     rows: tuple[VerdictRow, ...]
 
 
-def decide(compared: Compared, attempt: int, champion: str, margin: float | None = None) -> Decision:
+def decide(
+    candidate: Measures, present: Measures, attempt: int, champion: str, margin: float | None = None
+) -> Decision:
     """Decide by the paired difference of two versions' distances, in its standard errors, one-sided.
 
     Args:
-        compared: both on the same noise.
+        candidate, present: of the version, and of the one at the alias, on the same noise.
         attempt: which one it is against this champion, from 1.
         champion: name of the version at the alias.
         margin: distance by which the version may be worse; None where it has to be better.
     """
-    ours, theirs = compared.candidate, compared.champion
+    ours, theirs, accuracies = candidate.distance, present.distance, (candidate.accuracy, present.accuracy)
     difference = theirs - ours
     error, needed = difference.standard_error, NormalDist().inv_cdf(1 - level(attempt))
-    name = NAMES[compared.measure]
+    name = NAMES[candidate.measure]
     distances = f"{name} {ours.value:.4g} against {theirs.value:.4g}"
     asked = f"better than {champion}" if margin is None else f"not worse than {champion} by {margin:g}"
     if not math.isfinite(difference.value) or not error > 0:
@@ -58,7 +61,7 @@ def decide(compared: Compared, attempt: int, champion: str, margin: float | None
         return Decision(False, f"the two versions give {why}: {distances}", (row,))
     z, _ = paired_test(difference, margin or 0.0)
     bound = f"z >= {needed:.2f} (attempt {attempt}, level {level(attempt):.3g})"
-    rows = [VerdictRow(asked, f"{distances}: z = {z:.2f}", bound, z >= needed), *_accuracy(compared, champion)]
+    rows = [VerdictRow(asked, f"{distances}: z = {z:.2f}", bound, z >= needed), *_accuracy(*accuracies, champion)]
     failed = [row for row in rows[1:] if not row.passed]
     if z < needed:
         return Decision(False, _not_passed(ours.n, difference.value, error, needed, distances, rows[1:]), tuple(rows))
@@ -85,9 +88,8 @@ def _not_passed(n: int, gain: float, error: float, needed: float, distances: str
     )
 
 
-def _accuracy(compared: Compared, champion: str) -> list[VerdictRow]:
+def _accuracy(ours: Measured | None, theirs: Measured | None, champion: str) -> list[VerdictRow]:
     """Return the line of the table that a better distance is not bought with accuracy; none without classes."""
-    ours, theirs = compared.candidate_accuracy, compared.champion_accuracy
     if ours is None and theirs is None:
         return []
     name = f"accuracy not below that of {champion}"

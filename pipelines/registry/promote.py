@@ -336,10 +336,10 @@ class Gate:
         self.display.stage("gate", f"{request.n:,} samples of {candidate.version.uri} and of {name}, on the same noise")
         ours = subject_of(candidate.folder, candidate.evidence, data)
         theirs = subject_of(champion.folder, champion.evidence, data)
-        compared = compare(ours, theirs, request, data, self.display)
+        measured = compare(ours, theirs, request, data, self.display)
         attempts = [v.attempt for v in verdicts if v.champion_digest == verdict.champion_digest]
         attempt = 1 + max(attempts, default=0)
-        found = decide(compared, attempt, name, margin)
+        found = decide(*measured, attempt, name, margin)
         return replace(verdict, passed=found.passed, reason=found.reason, attempt=attempt, rows=(*rows, *found.rows))
 
     @contextmanager

@@ -30,7 +30,7 @@ from pipelines.evaluation.scoring import digest_of, subject_of
 from pipelines.presentation.errors import PipelineError
 from pipelines.remote.actors import processors
 from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
-from pipelines.search.judge import Drawn, SampleScorer, Subject, hopeless, rungs
+from pipelines.search.judge import Drawn, SampleScorer, Subject, asked_for, hopeless, rungs
 from pipelines.search.observer import Observer
 from pipelines.search.space import Params, Value, apply
 from pipelines.search.studies import Lines, Search
@@ -149,7 +149,8 @@ class GuidanceSearch(Search):
         guides = guides_of(model, self.study, self.base, self.storage)
         prompts = data.prompts(model.spec)
         captions = None if prompts is None else prompts.captions
-        self.model = Subject.of(model, data.evaluator, data.real, guides, self.noise_seed, captions)
+        cond = asked_for(data.real, captions, self.study.samples, self.noise_seed)
+        self.model = Subject.of(model, data.evaluator, data.real, guides, cond)
 
     def drawing(self, params: Params) -> samples.Subject:
         """Return the model with the settings of a trial."""

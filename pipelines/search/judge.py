@@ -19,6 +19,7 @@ from pipelines.evaluation.cost import Meter
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.images import to_levels
+from pipelines.evaluation.likelihoods import conditions
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.samples import balanced_labels
 from pipelines.shards.captions import Captions
@@ -64,19 +65,15 @@ class Subject:
         model: the model that is sampled, on the CPU.
         evaluator: the network whose features are compared, with its record.
         reference: the real images.
-        labels: of the drawn images [N]; image i has label i modulo N, where the model has classes. None for data
-            without classes.
+        cond: classes and captions that images are drawn from; see `asked_for`.
         guides: reference -> classifier or weaker model that a setting may name.
-        captions: image i is drawn from caption i modulo their number, where the model is on text. None for data
-            without captions.
     """
 
     model: Model
     evaluator: Evaluator
     reference: Reference
-    labels: Tensor | None
+    cond: Conditioning | None
     guides: Mapping[str, NoisyClassifier | Model] = field(default_factory=dict)
-    captions: Captions | None = None
 
     @classmethod
     def of(
@@ -85,29 +82,11 @@ class Subject:
         evaluator: Evaluator,
         real: Real,
         guides: Mapping[str, NoisyClassifier | Model],
-        seed: int,
-        captions: Captions | None = None,
+        cond: Conditioning | None,
     ) -> Subject:
-        """Return a model with the real images that score it.
-
-        Args:
-            real: the real images, as the evaluator sees them.
-            seed: of the order of the labels and captions.
-            captions: that a model on text is asked for, with the classes of their images.
-        """
-        captions = None if captions is None else captions.shuffled(seed)
-        counts = real.train.class_counts
-        labels = torch.from_numpy(balanced_labels(real.test.count, counts, seed)) if counts else None
-        if captions is not None and captions.labels is not None:
-            labels = captions.labels
-        return cls(
-            model=replace(model, classifier=None, weak=None).to("cpu"),
-            evaluator=evaluator,
-            reference=Reference.of(real),
-            labels=labels,
-            guides=guides,
-            captions=captions,
-        )
+        """Return a model with what the evaluator says of the real images that score it."""
+        alone = replace(model, classifier=None, weak=None).to("cpu")
+        return cls(alone, evaluator, Reference.of(real), cond, guides)
 
     def guided(self, settings: Sampling) -> Model:
         """Return the model with the guides that settings name."""
@@ -140,12 +119,11 @@ class SampleScorer:
             keep: number of images whose pixels are kept.
             batch_size: images to draw at a time.
         """
-        subject, before, labels = self.subject, self.meter.count, None
-        if subject.labels is not None and subject.model.spec.classes:
-            labels = subject.labels[image_ids % len(subject.labels)]
+        subject, before = self.subject, self.meter.count
+        cond = conditions(subject.cond, image_ids, subject.model.spec, self.device) or Conditioning()
         images = subject.guided(settings).generate(
-            None if labels is None else labels.to(self.device),
-            text=self._text(image_ids),
+            cond.label,
+            text=replace(cond, label=None) if cond.text is not None else None,
             seed=seed,
             sampling=settings,
             image_ids=image_ids.to(self.device),
@@ -154,17 +132,10 @@ class SampleScorer:
         # Features are of images rounded to 256 levels, which is what a user of the model receives.
         levels = to_levels(images)
         found, correct = self.encoder(levels), None
-        if labels is not None and subject.evaluator.labels and found.probabilities is not None:
-            correct = found.probabilities.argmax(1) == labels
+        if cond.label is not None and subject.evaluator.labels and found.probabilities is not None:
+            correct = found.probabilities.argmax(1) == cond.label.cpu()
         evaluations = (self.meter.count - before) / len(image_ids)
         return Drawn(found.features, correct, levels[:keep].permute(0, 2, 3, 1).cpu().numpy(), evaluations)
-
-    def _text(self, image_ids: Tensor) -> Conditioning | None:
-        """Return the embeddings of the captions that images are drawn from, if any and if the model takes them."""
-        captions = self.subject.captions
-        if captions is None or not self.subject.model.spec.network.text_dim:
-            return None
-        return captions.condition(image_ids % len(captions), labels=False).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -197,6 +168,22 @@ class Drawn:
             correct = torch.cat([self.correct, other.correct])
         evaluations = (n * self.evaluations + m * other.evaluations) / (n + m)
         return Drawn(torch.cat([self.features, other.features]), correct, self.pixels, evaluations)
+
+
+def asked_for(real: Real, captions: Captions | None, samples: int, seed: int) -> Conditioning | None:
+    """Return the classes and captions that the images of all trials are drawn from, up to `samples` of them.
+
+    Of N, image i has that of number i modulo N, or what a trial's network takes of it.
+
+    Args:
+        captions: of test images; None for data without captions, whose classes have the proportions of the train split.
+        seed: of their order.
+    """
+    if captions is not None:
+        return captions.shuffled(seed).condition(torch.arange(min(samples, len(captions))), labels=True)
+    if counts := real.train.class_counts:
+        return Conditioning(label=torch.from_numpy(balanced_labels(real.test.count, counts, seed)))
+    return None
 
 
 def hopeless(mine: Mapping[str, Any], others: Iterable[Mapping[str, Any]], level: float = 2.33) -> bool:

@@ -36,12 +36,11 @@ class RungJudge:
     Attributes:
         rungs: images seen at which the weights are scored.
         samples: number of images that are drawn at each rung.
-        cond: classes and captions that images are drawn from, N of them; image i has condition i modulo N, or what the
-            trial's network takes of it. None for data without either.
+        cond: classes and captions that images are drawn from; see `asked_for`.
         encoder: the network whose features are compared.
         reference: moments of the features of the real images that are the reference.
-        held_out: real test images for the bound, [B, C, H, W] in [-1, 1]; B = 0 for no bound.
-        held_out_cond: the same of `held_out`, of length B.
+        held_out: real test images for the bound, [B, C, H, W] in [-1, 1], with their classes and captions, if any;
+            B = 0 for no bound.
         seed: seed of the noise.
         storage: where the scores are written.
         uri: the folder of the scores.
@@ -52,8 +51,7 @@ class RungJudge:
     cond: Conditioning | None
     encoder: Encoder
     reference: FeatureMoments
-    held_out: Tensor
-    held_out_cond: Conditioning | None
+    held_out: tuple[Tensor, Conditioning | None]
     seed: int
     storage: Storage
     uri: str
@@ -83,18 +81,19 @@ class RungJudge:
             features = all_gather_items(own.to(device), self.samples).cpu()
             distance = measured_frechet(self.reference, features)
             scores = {"frechet_distance": distance.value, "standard_error": distance.standard_error}
-            if len(self.held_out):
-                bound_ids = rank_indices(len(self.held_out), rank)
+            real, of_real = self.held_out
+            if len(real):
+                bound_ids = rank_indices(len(real), rank)
                 bound = held_out_bound(
                     denoiser,
                     schedule,
                     spec,
-                    self.held_out[bound_ids].to(device),
-                    conditions(self.held_out_cond, bound_ids, spec, device),
+                    real[bound_ids].to(device),
+                    conditions(of_real, bound_ids, spec, device),
                     seed=self.seed,
                     image_ids=bound_ids.to(device),
                 )
-                scores["bits_per_dim"] = all_gather_items(bound, len(self.held_out)).mean().item()
+                scores["bits_per_dim"] = all_gather_items(bound, len(real)).mean().item()
         if rank == 0:
             scores |= {"images_seen": float(state.images_seen), "samples": float(self.samples)}
             uri = join(self.uri, layout.numbered(state.images_seen))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from pipelines import tracking
 from pipelines.config import Config
 from pipelines.evaluation.data import EvaluationData
-from pipelines.evaluation.measure import Measures, measure
+from pipelines.evaluation.measure import MeasuredSamples, measure
 from pipelines.evaluation.samples import Request, Subject
 from pipelines.presentation.progress import Silent, StageNotice
 from pipelines.search.confirmation import DEFAULT, Confirmed, decide, winner_of
@@ -113,7 +113,7 @@ class Search(ABC):
             What the answer has beside that of all studies, notes on the cost, and trial -> images, uint8 [N, H, W, C].
         """
 
-    def measure(self, subjects: Mapping[str, Subject], n: int, seed: int, **options: Any) -> dict[str, Measures]:
+    def measure(self, subjects: Mapping[str, Subject], n: int, seed: int, **options: Any) -> dict[str, MeasuredSamples]:
         """Return what n new samples of each subject say, all on the same noise; see `pipelines.evaluation.measure`."""
         request = replace(Request.of(self.base), n=n, seeds=(seed,))
         return measure(subjects, request, self.data, Lines(self.notice), "study", **options)

@@ -24,9 +24,10 @@ from pipelines.checkpoints import ModelError, references
 from pipelines.config import Config, ConfigError, sampling
 from pipelines.evaluation.prompts import open_captions
 from pipelines.evaluation.real import HELD_OUT
-from pipelines.evaluation.samples import Subject, balanced_labels
+from pipelines.evaluation.samples import Subject
 from pipelines.evaluation.scoring import digest_of, subject_of
 from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
+from pipelines.search.judge import asked_for
 from pipelines.search.observer import Observer, identify
 from pipelines.search.rung_judge import RungJudge, held_out_images
 from pipelines.search.space import Params, apply
@@ -197,29 +198,13 @@ class TrainingSearch(Search):
 
     def judge(self) -> RungJudge:
         """Return what judges all trials on the same noise; a trial adds its rungs and where its scores are written."""
-        study, train, seed = self.study, self.data.real.train, self.noise_seed
-        cond: Conditioning | None = None
-        if self.captions is not None:
-            places = torch.arange(min(study.samples, len(self.captions)))
-            cond = self.captions.shuffled(seed).condition(places, labels=True)
-        elif train.class_counts:
-            cond = Conditioning(
-                label=torch.from_numpy(balanced_labels(self.data.real.test.count, train.class_counts, seed))
-            )
-        images, held_out_cond = self.held_out
+        study, real, seed = self.study, self.data.real, self.noise_seed
+        images, cond = self.held_out
         judging = slice(study.bits_per_dim_images)
-        return RungJudge(
-            (),
-            study.samples,
-            cond,
-            self.data.evaluator.encoder,
-            train.moments,
-            images[judging].clone(),  # of a part, the whole would be pickled
-            None if held_out_cond is None else held_out_cond[judging].map(torch.clone),
-            seed,
-            self.storage,
-            "",
-        )
+        # Of a part, the whole would be pickled.
+        held_out = images[judging].clone(), None if cond is None else cond[judging].map(torch.clone)
+        asked, encoder = asked_for(real, self.captions, study.samples, seed), self.data.evaluator.encoder
+        return RungJudge((), study.samples, asked, encoder, real.train.moments, held_out, seed, self.storage, "")
 
     def confirm(self, records: Sequence[TrialRecord], seed: int) -> list[Confirmed]:
         """Judge the models of the best trials and of the default again.

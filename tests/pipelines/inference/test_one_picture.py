@@ -56,7 +56,7 @@ def of_a_trial(model, settings, labels):
     """By a study of guidance."""
     judge = Classifier(1, 8, 10).eval()
     evaluator = Evaluator(judge, "classifier", "d", "here", "none", labels=True, accuracy=None)
-    scorer = SampleScorer(Subject(model, evaluator, None, labels))
+    scorer = SampleScorer(Subject(model, evaluator, None, Conditioning(label=labels)))
     return scorer.draw(settings, torch.arange(COUNT), seed=SEED, keep=COUNT).pixels
 
 

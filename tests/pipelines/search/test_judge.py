@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec
 from ddpm.models.classifier import NoisyClassifier
@@ -91,7 +92,13 @@ def subject():
     weak = Model(spec, UNet(network).eval().requires_grad_(False))
     classifier = NoisyClassifier(network, 2).eval().requires_grad_(False)
     guides = {"weaker": weak, "judge": classifier}
-    return Subject(model, evaluator, Reference(FeatureMoments.of(features), features), torch.arange(60) % 2, guides)
+    return Subject(
+        model,
+        evaluator,
+        Reference(FeatureMoments.of(features), features),
+        Conditioning(label=torch.arange(60) % 2),
+        guides,
+    )
 
 
 @pytest.mark.parametrize(

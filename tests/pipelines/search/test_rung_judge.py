@@ -29,7 +29,7 @@ def test_a_trial_of_data_without_labels_is_judged_by_its_samples_and_the_bound(t
     real = to_levels(torch.rand(24, 1, 8, 8) * 2 - 1).float() / 127.5 - 1
     reference = FeatureMoments.of(encoder(to_levels(real)).features)
     uri = f"file://{tmp_path}/scores"
-    judge = RungJudge((100,), 16, None, encoder, reference, real[:4], None, 3, Storage(), uri)
+    judge = RungJudge((100,), 16, None, encoder, reference, (real[:4], None), 3, Storage(), uri)
     assert judge.due(0, 128)
     assert not judge.due(128, 256)
     state = SimpleNamespace(network=network, ema=EMA(network, 100.0), images_seen=128)
@@ -67,7 +67,7 @@ def test_a_trial_is_asked_for_captions_and_classes_as_far_as_its_network_takes_t
     seen = []
     network.register_forward_pre_hook(lambda module, given: seen.append(given[2]))
     uri = f"file://{tmp_path}/scores"
-    judge = RungJudge((100,), 16, drawn, encoder, reference, real[:2], held, 3, Storage(), uri)
+    judge = RungJudge((100,), 16, drawn, encoder, reference, (real[:2], held), 3, Storage(), uri)
     judge(SimpleNamespace(network=network, ema=EMA(network, 100.0), images_seen=128), spec, torch.device("cpu"))
     for asked, wanted in ((seen[0], drawn[torch.arange(16) % 3]), (seen[-1], held)):
         for name, there in (("pooled", text_dim), ("text", text_dim), ("label", classes)):

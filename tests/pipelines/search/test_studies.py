@@ -54,6 +54,7 @@ class Bench:
         monkeypatch.setattr(EvaluationData, "real", None)
         monkeypatch.setattr(studies, "connect_ray", lambda config, storage: None)
         monkeypatch.setattr(Subject, "of", lambda *given: None)
+        monkeypatch.setattr(guidance_search, "asked_for", lambda *given: None)
 
     def _note(self, method):
         return lambda tracker, *given: self.told.append((method, given))

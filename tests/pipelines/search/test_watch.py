@@ -1,5 +1,6 @@
 """Which trials are ended because their process stands still."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +32,7 @@ class Cluster:
         monkeypatch.setattr(watch, "_internal_kv_list", lambda prefix, namespace: list(self.store))
         monkeypatch.setattr(watch, "_internal_kv_get", lambda key, namespace: self.store.get(key))
         monkeypatch.setattr(watch, "_internal_kv_del", lambda key, namespace: self.store.pop(key))
-        monkeypatch.setattr(watch.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(ray, "kill", self.killed.append)
         self.trials = [Trial("one", "a"), Trial("two", None)]  # the second one is starting
         self.watch = Watch(5.0, self.said.append)
