@@ -41,10 +41,10 @@ from pipelines.training.states import (
     Failed,
     Finished,
     Replaced,
+    Running,
     Starting,
     State,
     Stopped,
-    Training,
     WorkersStarted,
     after,
 )
@@ -108,7 +108,7 @@ def train(
                 _sweep(job)
                 describe_run(job)
                 state: State = Starting()
-                while isinstance(state, Starting | Training):
+                while isinstance(state, Starting | Running):
                     if isinstance(state, Starting):
                         if state.reason is not None:
                             seen, cause = state.images_seen, root_cause(state.reason)
@@ -126,7 +126,7 @@ def _after(state: State, event: Event, job: Job) -> State:
     """Return the next state; where no workers train any more, check that this driver still has the run."""
     cluster = job.config.cluster
     state = after(state, event, max_failures=cluster.max_failures, patience_s=cluster.patience_s)
-    if not isinstance(state, Training | Replaced) and (replaced := taken_over(job)):
+    if not isinstance(state, Running | Replaced) and (replaced := taken_over(job)):
         state = after(state, replaced, max_failures=cluster.max_failures, patience_s=cluster.patience_s)
     return state
 
@@ -137,7 +137,7 @@ def _end(run: PreparedRun, state: State, ledger: Ledger, evaluations: Evaluation
     Raises:
         TrainingError: it failed, or another driver has the run.
     """
-    assert not isinstance(state, Starting | Training)
+    assert not isinstance(state, Starting | Running)
     if isinstance(state, Replaced):
         raise TrainingError(str(state.error)) from state.error  # the MLflow run is another driver's now
     if isinstance(state, Finished | Stopped):

@@ -1,4 +1,4 @@
-"""The garbage collector of a worker, which rests while the worker starts (`ray_train.quick_start`), and comes back."""
+"""The garbage collector of a worker, which rests while the worker starts (`ray_train.callbacks`), and comes back."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """The states of a training as its driver sees it, what may happen in them, and what follows: values and one function.
 
                 WorkersStarted              WorkersEnded without an error
-    Starting ------------------> Training ----------------------------------> Finished, or Stopped on request
+    Starting ------------------> Running ---------------------------------> Finished, or Stopped on request
        ^                            |
-       |  WorkersEnded, and there   |  WorkersEnded by a final error or too often, NodesCounted for too long,
-       |  is a newer checkpoint or  |  WorkersUnreachable ----------------------------------------------> Failed
+       |  WorkersEnded, and there   |  WorkersEnded by a final error or too often, WorkersUnreachable,
+       |  is a newer checkpoint or  |  NodesCounted, too few for too long ---------> Failed
        |  a failure is left         |
-       +----------------------------+  AnotherDriver ---------------------------------------------------> Replaced
+       +----------------------------+  AnotherDriver, in any state ----------------> Replaced
 
 Nothing here asks Ray, the store or the clock: `driver.train` observes events, and does what a state calls for.
 """
@@ -37,7 +37,7 @@ class Starting:
 
 
 @dataclass(frozen=True)
-class Training:
+class Running:
     """Workers train, or Ray Train is starting them again.
 
     Attributes:
@@ -90,7 +90,7 @@ class Replaced:
 
 Over = Finished | Stopped | Failed | Replaced
 """The states in which nothing is done any more; all that may follow is that another driver is found to have the run."""
-State = Starting | Training | Over
+State = Starting | Running | Over
 
 # --- events -------------------------------------------------------------------------------------------------
 
@@ -167,20 +167,20 @@ def after(state: State, event: Event, *, max_failures: int, patience_s: float) -
             return state
         case (_, AnotherDriver(error)):
             return Replaced(error)
-        case (Starting() | Training(), WorkersUnreachable(error)):
+        case (Starting() | Running(), WorkersUnreachable(error)):
             return Failed(error)
         case (Starting(failures), WorkersStarted(images_seen)):
-            return Training(failures, images_seen)
-        case (Training(), NodesCounted(now_s, shortage)):
+            return Running(failures, images_seen)
+        case (Running(), NodesCounted(now_s, shortage)):
             return _while_short(state, now_s, shortage, patience_s)
-        case (Training(), WorkersEnded(None)):
+        case (Running(), WorkersEnded(None)):
             return Finished() if event.complete else Stopped()
-        case (Training(), WorkersEnded()):
+        case (Running(), WorkersEnded()):
             return _after_failure(state, event, max_failures)
     return state
 
 
-def _while_short(state: Training, now_s: float, shortage: str | None, patience_s: float) -> State:
+def _while_short(state: Running, now_s: float, shortage: str | None, patience_s: float) -> State:
     """Ray Train would wait for missing nodes for ever."""
     if shortage is None:
         return replace(state, short_since_s=None)
@@ -188,7 +188,7 @@ def _while_short(state: Training, now_s: float, shortage: str | None, patience_s
     return Failed(TrainingError(shortage)) if now_s - since_s > patience_s else replace(state, short_since_s=since_s)
 
 
-def _after_failure(state: Training, event: WorkersEnded, max_failures: int) -> State:
+def _after_failure(state: Running, event: WorkersEnded, max_failures: int) -> State:
     """Start again where the run has got further, or only a worker was lost that was being started.
 
     Ray Train counts failures over its whole life: a run of a month may fail more often, as long as it makes progress.

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import ray
 from ray import cloudpickle
+from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from pipelines.config import ClusterConfig
 from pipelines.environment.scratch import closed_folder
+from pipelines.storage import Fence
 from pipelines.training.loop.context import Job
 from pipelines.training.ray_train import worker
-from pipelines.training.ray_train.quick_start import QuickStart
-from pipelines.training.ray_train.reservations import FreeWorkers, take_over_reservation
+from pipelines.training.ray_train.callbacks import FreeWorkers, QuickStart
 from pipelines.training.ray_train.resources import group_start_s, per_worker
 
 WorkerProvider = Callable[[Job, Any], Callable[[], object]]
@@ -81,3 +84,20 @@ def dedicated_workers(job: Job, monitor: Any) -> Callable[[], object]:
     if job.fence is not None:
         take_over_reservation(job.fence, trainer)
     return trainer.fit
+
+
+def take_over_reservation(fence: Fence, trainer: TorchTrainer) -> None:
+    """Cancel what the controller of a killed driver had reserved, and record the name of this one's reservation.
+
+    Ray's coordinator, which outlives drivers, keeps a reservation for three minutes; for so long an elastic run would
+    wait for resources that its own former driver had reserved.
+    """
+    # Not at the top: it takes half a second.
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+
+    before = fence.note(reservation=f"train-{trainer.train_run_context.run_id}").get("reservation")
+    if before is not None:
+        with suppress(RayError):
+            ray.get(get_or_create_autoscaling_coordinator().cancel_request.remote(requester_id=before), timeout=10)

@@ -13,10 +13,10 @@ from pipelines.training.states import (
     Finished,
     NodesCounted,
     Replaced,
+    Running,
     Starting,
     State,
     Stopped,
-    Training,
     WorkersEnded,
     WorkersStarted,
     WorkersUnreachable,
@@ -40,13 +40,13 @@ def ended(
 
 def test_workers_that_end_well_have_finished_the_run_or_were_stopped():
     training = follows(Starting(), WorkersStarted(None))
-    assert training == Training(0, None)
+    assert training == Running(0, None)
     assert follows(training, ended(seen=100, complete=True)) == Finished()
     assert follows(training, ended(seen=60)) == Stopped()
 
 
 def test_an_error_that_comes_again_is_final_however_far_the_run_has_got():
-    assert follows(Training(0, 10), ended(FINAL, seen=90)) == Failed(FINAL)
+    assert follows(Running(0, 10), ended(FINAL, seen=90)) == Failed(FINAL)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_an_error_that_comes_again_is_final_however_far_the_run_has_got():
     ids=["first checkpoint", "newer checkpoint", "same checkpoint", "no checkpoint"],
 )
 def test_after_a_failure_the_workers_start_again_only_from_a_newer_checkpoint(before, now, expected):
-    assert follows(Training(2, before), ended(LOST, seen=now)) == expected
+    assert follows(Running(2, before), ended(LOST, seen=now)) == expected
 
 
 def test_a_worker_lost_at_its_start_is_one_of_the_failures_that_are_allowed_in_a_row():
@@ -71,20 +71,20 @@ def test_a_worker_lost_at_its_start_is_one_of_the_failures_that_are_allowed_in_a
         state = follows(state, WorkersStarted(None))
     assert follows(state, lost) == Failed(LOST)
     further = follows(state, ended(LOST, at_start=True, seen=10), WorkersStarted(10))
-    assert further == Training(0, 10)
+    assert further == Running(0, 10)
 
 
 def test_nodes_that_are_missing_longer_than_the_patience_end_a_training_and_a_gap_begins_anew():
-    training = Training(0, None)
+    training = Running(0, None)
     short, enough = (lambda at: NodesCounted(at, "2 CPUs are missing")), (lambda at: NodesCounted(at, None))
-    assert follows(training, short(100), short(160)) == Training(0, None, 100)
+    assert follows(training, short(100), short(160)) == Running(0, None, 100)
     failed = follows(training, short(100), short(161))
     assert isinstance(failed, Failed)
     assert str(failed.error) == "2 CPUs are missing"
-    assert follows(training, short(100), enough(150), short(161), short(221)) == Training(0, None, 161)
+    assert follows(training, short(100), enough(150), short(161), short(221)) == Running(0, None, 161)
 
 
-@pytest.mark.parametrize("state", [Starting(), Training(0, 10), Finished(), Stopped(), Failed(LOST)])
+@pytest.mark.parametrize("state", [Starting(), Running(0, 10), Finished(), Stopped(), Failed(LOST)])
 def test_another_driver_ends_every_state_and_no_event_leads_on_from_there(state):
     replaced = follows(state, AnotherDriver(FENCED))
     assert replaced == Replaced(FENCED)
@@ -99,7 +99,7 @@ def test_nothing_but_another_driver_follows_the_end(state):
 
 
 def test_a_driver_that_cannot_reach_its_workers_fails():
-    assert follows(Training(0, 10), WorkersUnreachable(FINAL)) == Failed(FINAL)
+    assert follows(Running(0, 10), WorkersUnreachable(FINAL)) == Failed(FINAL)
     assert follows(Starting(), WorkersUnreachable(FINAL)) == Failed(FINAL)
 
 

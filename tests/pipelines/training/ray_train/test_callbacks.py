@@ -1,15 +1,17 @@
-"""What Ray Train forgets to free is freed."""
+"""Callbacks start processes quickly, and free the resources that Ray Train forgets."""
 
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from pipelines.config import compose
-from pipelines.training.ray_train import reservations
-from pipelines.training.ray_train.reservations import FreeWorkers
+from pipelines.training.ray_train import callbacks
+from pipelines.training.ray_train.callbacks import FreeWorkers
 from pipelines.training.ray_train.trainer import make_trainer
 
 
@@ -21,7 +23,7 @@ def group(placement_group: str) -> SimpleNamespace:
 @pytest.mark.parametrize("groups, freed", [([], []), (["first"], ["first"]), (["first", "second"], ["second"])])
 def test_resources_of_the_newest_worker_group_are_freed_when_the_controller_ends(monkeypatch, groups, freed):
     removed: list[str] = []
-    monkeypatch.setattr(reservations, "remove_placement_group", removed.append)
+    monkeypatch.setattr(callbacks, "remove_placement_group", removed.append)
     callback = FreeWorkers()
     for name in groups:
         callback.after_worker_group_start(group(name))
@@ -33,3 +35,9 @@ def test_resources_of_the_newest_worker_group_are_freed_when_the_controller_ends
 def test_the_controller_of_every_training_does_so():
     trainer = make_trainer(lambda settings: None, {}, compose(["+experiment=digits"]).cluster, "digits")
     assert [type(c) for c in trainer._create_default_callbacks() if isinstance(c, FreeWorkers)] == [FreeWorkers]
+
+
+def test_callbacks_and_functions_of_workers_load_without_torch_which_is_imported_while_the_collector_rests():
+    modules = ", ".join(f"pipelines.training.ray_train.{name}" for name in ("callbacks", "worker"))
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

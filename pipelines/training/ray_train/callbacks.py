@@ -1,0 +1,60 @@
+"""Callbacks of a Ray Train run: a quick start of its processes, and an end that frees what Ray Train forgets.
+
+Ray Train sends them to its controller and to every worker, where this module is loaded before all others: it imports
+only what they have imported anyway. Most of a start is imports, during which Python's garbage collector
+scans all objects again and again and finds hardly any to free; it costs most where torch is imported.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.util import remove_placement_group
+
+
+class QuickStart(ControllerCallback):
+    """Lets the garbage collector of a process rest from the moment in which Ray Train hands this callback to it.
+
+    Settings of torch follow in the same message, and with them its import. In a worker the collector rests until
+    `pipelines.training.startup.end_startup`, in the controller until it has started.
+    """
+
+    def __reduce__(self) -> tuple[Callable[[], QuickStart], tuple[()]]:
+        """Return what a process that receives this callback calls."""
+        return _receive, ()
+
+    def after_controller_start(self, train_run_context: object) -> None:
+        """Let the controller's collector run again."""
+        gc.enable()
+
+
+def _receive() -> QuickStart:
+    # Only in actors, the controller and the workers: a server of Ray Client receives it too, and passes it on.
+    if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
+        gc.disable()
+    return QuickStart()
+
+
+class FreeWorkers(ControllerCallback, WorkerGroupCallback):
+    """Frees what the newest group of workers had reserved when Ray Train's controller ends.
+
+    A controller that loses a worker while it launches the training on a group, which is neither the start of the group
+    nor the training, ends without it. The reservation lasts as long as the driver, and the driver's next controller
+    would wait for the same CPUs.
+    """
+
+    def __init__(self) -> None:
+        self._reserved: Any = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Remember what the workers of a new group have reserved."""
+        self._reserved = worker_group.get_worker_group_state().placement_group_handle.placement_group
+
+    async def before_controller_shutdown(self) -> None:
+        """Free it; where Ray Train has, nothing happens."""
+        if self._reserved is not None:
+            remove_placement_group(self._reserved)
