@@ -72,7 +72,6 @@ class Conditioning:
         return cls(**joined)
 
     def _padded(self, length: int) -> Conditioning:
-        """Return the conditions with texts of this length, and their mask."""
         if self.text is None:
             return self
         more = length - self.text.shape[1]

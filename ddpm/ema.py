@@ -179,7 +179,7 @@ class PowerEMA:
         """
         if batch_size < 1 or images_seen - batch_size != self.images_seen:
             raise ValueError(
-                f"a step of {batch_size} images that ends at {images_seen} does not follow an average that stands at "
+                f"a step of {batch_size} images that ends at {images_seen} does not follow an average at "
                 f"{self.images_seen}: update after every step, and load the average's state when a run is resumed"
             )
         weights = _float(module.state_dict().values())
@@ -285,7 +285,7 @@ def posthoc_weights(
         raise ValueError(f"images_seen must be >= 1, got {sorted(images_seen)[0]} and a target of {target_images}")
     if target_images > max(images_seen):
         raise ValueError(
-            f"the target stands at {target_images} images, the last snapshot at {max(images_seen)}: weights after it "
+            f"the target is at {target_images} images, the last snapshot at {max(images_seen)}: weights after it "
             "are not known; choose images_seen up to that"
         )
     target_gamma = gamma_from_sigma_rel(target_sigma_rel)

@@ -23,7 +23,7 @@ ALWAYS = (0.0, 1.0)
 
 @dataclass(frozen=True)
 class Guides:
-    """What guides a denoiser besides its settings: additional networks, and a condition to move away from.
+    """Networks that guide a denoiser, and a condition to move away from.
 
     Attributes:
         log_prob: log-probability of a classifier of noisy images, for `ClassifierGuided`; `ddpm.models.classifier` has
@@ -128,7 +128,6 @@ class ClassifierFree(_Guidance):
     def _combine(
         self, pred: Prediction, base: Prediction, schedule: NoiseSchedule, x_t: Tensor, t: Tensor
     ) -> Prediction:
-        """Return base + scale (pred - base), rescaled."""
         guided = replace(
             pred, x0=torch.lerp(base.x0, pred.x0, self.scale), eps=torch.lerp(base.eps, pred.eps, self.scale)
         )

@@ -1,9 +1,9 @@
-"""Muon, an optimizer that makes the update of every hidden matrix orthogonal, with AdamW for all other parameters.
+"""Muon, an optimizer that orthogonalizes the update of every hidden matrix, with AdamW for all other parameters.
 
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon).
 
-`torch.optim.Muon` takes 2-D weights alone and iterates in bfloat16. Here the kernel of a convolution is the matrix
-[out, in * height * width] that it multiplies patches by, and the iteration is in a precision of the caller's.
+`torch.optim.Muon` takes only 2-D weights and iterates in bfloat16. Here the kernel of a convolution is the matrix
+[out, in * height * width] that multiplies patches, and the caller chooses the precision of the iteration.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration, chosen by Jordan et al. for a fast growth of small singular values."""
+"""Coefficients of the quintic iteration, chosen by Jordan et al. so that small singular values grow fast."""
 STEPS = 5
 RMS = 0.2
-"""Root mean square of an AdamW update, to which that of a matrix is brought, so that one learning rate and one weight
-decay serve both (Liu et al. 2025, "Muon is Scalable for LLM Training", sec. 2.2)."""
+"""Root mean square of an AdamW update; that of a matrix is scaled to it, so that both share one learning rate and one
+weight decay (Liu et al. 2025, "Muon is Scalable for LLM Training", sec. 2.2)."""
 
 
 def orthogonalized(matrix: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Tensor:
-    """Return nearly U V^T for a matrix U S V^T [M, N], by Newton and Schulz's iteration.
+    """Return approximately U V^T for a matrix U S V^T [M, N], by the Newton-Schulz iteration.
 
-    Singular values that are not far below the largest end between about 0.7 and 1.2; 0 stays 0.
+    Singular values not far below the largest end up between about 0.7 and 1.2; 0 stays 0.
 
     Args:
-        dtype: of the iteration; the result has that of the matrix.
+        dtype: dtype of the iteration; the result has the dtype of the matrix.
 
     Examples:
         >>> matrix = torch.tensor([[3.0, 0.0], [0.0, -2.0]], dtype=torch.float64)
@@ -50,7 +50,7 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype, steps: int = STEPS) -> Te
 def hidden_matrices(network: nn.Module) -> list[Tensor]:
     """Return the weights of a network's hidden linear layers and convolutions: all but those of its first and last one.
 
-    First and last are meant in the order of their definition. Embeddings, norms and biases are no hidden matrices.
+    "First" and "last" refer to the order of definition. Embeddings, norms and biases are not hidden matrices.
 
     Examples:
         >>> network = nn.Sequential(nn.Linear(2, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 2))
@@ -78,15 +78,15 @@ class Muon(torch.optim.Optimizer):
     is Nesterov's momentum and R = 0.2 sqrt(max(out, in)).
 
     Args:
-        matrices: parameters of two dimensions or more, of which all but the first are taken for one.
+        matrices: parameters with two or more dimensions; all but the first are flattened into one.
         others: all other parameters.
-        lr: learning rate of both.
-        betas: of AdamW.
-        weight_decay: of both, decoupled.
+        lr: learning rate of both parts.
+        betas: decay rates of AdamW's averages.
+        weight_decay: decoupled weight decay of both parts.
         momentum: mu of Muon, in [0, 1).
-        dtype: of the iteration; None: that of the weights.
-        on_whole: applies a function, which keeps the shape, to a matrix. Where a process holds parts of the matrices,
-            it has to gather the whole of this one first, and to return the part that the process holds of the result.
+        dtype: dtype of the iteration; None for that of the weights.
+        on_whole: applies a shape-preserving function to a whole matrix. Where a process holds only parts of matrices,
+        it gathers the matrix first and returns this process's part of the result.
 
     Examples:
         >>> matrix = nn.Parameter(torch.zeros(8, 8))
@@ -109,16 +109,16 @@ class Muon(torch.optim.Optimizer):
         on_whole: Callable[[Function, Tensor], Tensor] = _of_whole,
     ) -> None:
         rest = list(others)
-        # By "fused" torch loads the step counts of AdamW onto the device of the weights, where the kernel reads them.
+        # With "fused", torch moves AdamW's step counts to the device of the weights, where the kernel reads them.
         groups: list[dict[str, Any]] = [{"params": list(matrices)}, {"params": rest, "fused": True}]
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype, self.on_whole, self.adamw = dtype, on_whole, None
         if rest:
             self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-            self.adamw.state = self.state  # one state by parameter for whoever stores it
+            self.adamw.state = self.state  # one state dict for both, keyed by parameter
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; torch puts a new state in place of the old one, which both parts share again."""
+        """Load the result of `state_dict`; torch replaces the state, so both parts are made to share it again."""
         super().load_state_dict(state_dict)
         if self.adamw is not None:
             self.adamw.state = self.state
@@ -128,7 +128,7 @@ class Muon(torch.optim.Optimizer):
         """Update all parameters that have a gradient.
 
         Raises:
-            ValueError: there is a closure, which an optimizer of two parts would call twice.
+            ValueError: a closure is given, which an optimizer of two parts would call twice.
         """
         if closure is not None:
             raise ValueError("Muon takes no closure: compute the gradients before the step")

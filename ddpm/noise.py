@@ -43,7 +43,7 @@ class Purpose(IntEnum):
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Seed, Seed]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the result of ten rounds of Philox 4x32 on int64 tensors of 32-bit words (broadcast together).
+    """Apply ten rounds of Philox 4x32 to int64 tensors of 32-bit words, which are broadcast together.
 
     Examples:
         >>> zero = torch.zeros(1, dtype=torch.int64)
@@ -70,7 +70,7 @@ def words(seed: Seed, ordinals: Tensor, purpose: Purpose, count: int, *, draw: i
     Args:
         seed: one in [0, 2^64), or int64 [B] with one in [0, 2^63) for each ordinal.
         ordinals: int64 [B], non-negative.
-        draw: which one of independent draws of so many words, >= 0.
+        draw: index of the draw, >= 0; different draws are independent.
 
     Raises:
         ValueError: a seed is out of range, or the number of seeds is not that of the ordinals.
@@ -110,7 +110,7 @@ def normal(seed: Seed, ordinals: Tensor, purpose: Purpose, shape: tuple[int, ...
     """Return standard normal float32 numbers [B, *shape] by Box and Muller (1958), independent of the batch.
 
     Args:
-        draw: which one of independent draws of this shape; see `words`.
+        draw: index of the draw, >= 0; see `words`.
 
     Examples:
         >>> eps = normal(7, torch.arange(100), Purpose.NOISE, (1, 8, 8))
@@ -137,7 +137,7 @@ def slerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
 
     Args:
         start, end: noise [B, ...].
-        fraction: of the way, in [0, 1], [B].
+        fraction: fraction of the arc, in [0, 1], [B].
 
     Examples:
         >>> start, end = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
@@ -149,7 +149,7 @@ def slerp(start: Tensor, end: Tensor, fraction: Tensor) -> Tensor:
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)
     angle, share = cosine.acos().unsqueeze(1), fraction.to(a).reshape(-1, 1)
     sine = angle.sin()
-    near = sine < 1e-6  # nearly one direction: the arc is a line
+    near = sine < 1e-6  # nearly parallel: the arc is a line
     safe = torch.where(near, 1, sine)
     weight_a = torch.where(near, 1 - share, ((1 - share) * angle).sin() / safe)
     weight_b = torch.where(near, share, (share * angle).sin() / safe)

@@ -1,8 +1,8 @@
-"""Noise that lies near its image: the nearest of k candidates (Li et al. 2025, "Improved Immiscible Diffusion", KNN).
+"""Noise near its image: the nearest of k candidates (Li et al. 2025, "Improved Immiscible Diffusion", KNN).
 
-Where noise is drawn independently of the image and there is much of it, a network sees nearly the same x_t from many
-images. Candidates are those of one image alone, keyed by (seed, ordinal, j): no other image of the batch is looked at,
-so what a sample gets does not depend on its batch, the rank, or a restart. Candidate 0 is the noise of one draw.
+If noise is drawn independently of the image, at high noise levels a network sees nearly the same x_t from many images.
+Candidates are drawn for each image separately, keyed by (seed, ordinal, j), so the noise of a sample does not depend on
+the other images of the batch, the rank, or a restart. Candidate 0 is the noise of ordinary training.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from ddpm.noise import Purpose, Seed, normal
 def nearest_noise(x_0: Tensor, seed: Seed, ordinals: Tensor, candidates: int) -> Tensor:
     """Return the nearest of `candidates` standard normal draws to each image, float32 [B, ...] like x_0.
 
-    The nearest one has the least Euclidean distance, computed in float64, so that no rounding decides; the first of
-    equally near ones is taken. With one candidate it is the noise of ordinary training, bit for bit.
+    The nearest draw has the least Euclidean distance, computed in float64 so that rounding does not decide; of equally
+    near draws the first is taken. With one candidate the result is the noise of ordinary training, bit for bit.
 
     Args:
-        x_0: the images as they are trained on, flipped where they are flipped, [B, ...].
+        x_0: images as used in training, flips included, [B, ...].
         seed: see `ddpm.noise.words`.
-        ordinals: of the samples, int64 [B].
+        ordinals: ordinals of the samples, int64 [B].
         candidates: k >= 1.
 
     Raises:
-        ValueError: there is no candidate.
+        ValueError: `candidates` is less than 1.
 
     Examples:
         >>> x_0 = torch.ones(4, 1, 8, 8)

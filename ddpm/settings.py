@@ -88,20 +88,21 @@ class Setting:
 
     @property
     def fractional(self) -> bool:
-        """Whether its values, or the elements of its tuples, are floats."""
+        """Whether the values, or the elements of tuples, are floats."""
         parts = {part for kind in self._kinds for part in (typing.get_args(kind) or (kind,))}
         return float in parts and int not in parts
 
     @property
     def several(self) -> bool:
-        """Whether its values are tuples, or may be."""
+        """Whether a value may be a tuple."""
         return any(typing.get_origin(kind) is tuple for kind in self._kinds)
 
     def check(self, value: Any) -> None:
-        """Check a value; a list stands for a tuple.
+        """Check a value; a list counts as a tuple.
 
         Raises:
-            ValueError: it is of another type or out of range; the message has the name and the allowed values.
+            ValueError: the value has the wrong type or is out of range; the message has the name and the allowed
+                values.
         """
         value = tuple(value) if isinstance(value, list) else value
         if not _is_of(self.type, value):
@@ -119,7 +120,6 @@ class Setting:
 
     @property
     def _kinds(self) -> tuple[Any, ...]:
-        """The types that its values may have."""
         union = typing.get_origin(self.type) in (typing.Union, types.UnionType)
         return typing.get_args(self.type) if union else (self.type,)
 
@@ -174,15 +174,15 @@ def _settings_of(cls: Any) -> tuple[Setting, ...]:
 
 
 def check_settings(what: str, kinds: Iterable[Any], values: Mapping[str, Any]) -> None:
-    """Check settings of one kind of algorithm of several, where it is not known yet of which.
+    """Check settings of an algorithm whose kind is not known yet.
 
     Args:
-        what: the settings are of, for the message.
-        kinds: classes of settings.
-        values: of some settings, by their names.
+        what: what the settings belong to, for the message.
+        kinds: settings classes of the possible kinds.
+        values: values by the names of their settings.
 
     Raises:
-        ValueError: no kind has a setting of this name, or none that has it takes the value.
+        ValueError: no kind has a setting of this name, or no kind that has it accepts the value.
 
     Examples:
         >>> from ddpm.schedule import Cosine, Linear

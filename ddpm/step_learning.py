@@ -1,9 +1,9 @@
-"""The levels and weights of a solver, learned for one trained model from the ends of its own fine trajectories.
+"""Levels and weights of a solver, learned for one trained model from the end points of its own fine trajectories.
 
 The generalized solver of "GAS: Improving Discretization of Diffusion ODEs via Generalized Adversarial Solver" (arXiv
 2510.17699), without its adversarial part: levels and weights of a known solver, each with a correction that is learned
-by gradient descent through the few steps, so that samples end where fine trajectories from the same noise do. The
-network stays as it is. A handful of numbers is learned, so few trajectories and a few hundred updates suffice.
+by gradient descent through the few steps, so that samples end where fine trajectories from the same noise end. The
+network is not changed. Only a few numbers are learned, so few trajectories and a few hundred updates suffice.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ddpm.samplers.generalized import GeneralizedSolver, combine, rows
 from ddpm.settings import Settings, setting
 
 HELD_OUT = 4
-"""Of so many trajectories one is not learned from: it tells which update to keep."""
+"""One in this many trajectories is held out; they decide which update to keep."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class StepLearning(Settings):
         (True, 2)
     """
 
-    updates: int = setting(200, "updates of levels and weights, each by a batch of trajectories", ge=1)
+    updates: int = setting(200, "updates of levels and weights, each on a batch of trajectories", ge=1)
     batch_size: int = setting(32, "trajectories of an update", ge=1)
     lr: float = setting(0.01, "learning rate of Adam at the beginning; it falls to 0 as a cosine", gt=0)
-    check_every: int = setting(25, "updates between two comparisons on trajectories that are not learned from", ge=1)
+    check_every: int = setting(25, "updates between two comparisons on held-out trajectories", ge=1)
 
     def learn(
         self,
@@ -59,15 +59,15 @@ class StepLearning(Settings):
         cond: Conditioning | None = None,
         on_check: Callable[[int, float], None] | None = None,
     ) -> GeneralizedSolver:
-        """Return the solver whose samples end nearest to the ends of trajectories.
+        """Return the solver whose samples end nearest to the end points of trajectories.
 
-        The first level, which is that of x_T, stays; the gaps between levels are learned as shares of it, so that they
-        always decrease. What is kept is the best of all comparisons on the held-out trajectories, the beginning
-        included: the solver to begin with is never left for a worse one.
+        The first level, that of x_T, is fixed; the gaps between levels are learned as shares of it, so that levels
+        always decrease. The solver that is best on the held-out trajectories is returned; the initial one is among the
+        candidates, so the result is never worse.
 
         Args:
             denoiser: the model, guided and clipped as it will be sampled, in full precision.
-            levels: N + 1 levels to begin with, the last 0.
+            levels: N + 1 initial levels, the last 0.
             weights: those of a known solver for them, see `weights_of`.
             x_T: standard normal noise [B, C, H, W]; the last quarter is held out.
             ends: where trajectories from it end, [B, C, H, W].
@@ -141,7 +141,7 @@ class _Solver:
         return (x_t - ends).square().mean()
 
     def settings(self) -> GeneralizedSolver:
-        """Return the sampler as it is now, in numbers that can be typed: a millionth is far below a shade of grey."""
+        """Return the current sampler, rounded to a millionth, far below one grey level."""
         levels = (*(round(t, 3) for t in self.levels().tolist()), 0.0)
         weights = [round(w, 6) for w in (self._weights + self.corrections[1]).tolist()]
         return GeneralizedSolver(steps=len(levels) - 1, timesteps=levels, weights=tuple(weights))

@@ -1,10 +1,10 @@
-"""Time steps that are chosen for a model: a dynamic programme over the local errors of its own trajectories.
+"""Time steps chosen for a model: a dynamic program over the local errors of its own trajectories.
 
 Geometry-inspired time scheduling (GITS: Chen et al. 2024, "On the Trajectory Regularity of ODE-based Diffusion
-Sampling", sec. 5). Trajectories of one model have much the same shape whatever they end in, so a few of them on a fine
-grid tell where a sampler needs its steps. The error of a single step from one level of the grid to another, begun on
-the trajectory, costs no network evaluation: a step is a linear combination of states and predictions that are there,
-and so the squared error is a quadratic form in their inner products.
+Sampling", sec. 5). Trajectories of one model have similar shapes whatever image they end in, so a few of them on a fine
+grid show where a sampler needs its steps. The error of a single step from one level of the grid to another, started on
+the trajectory, needs no network evaluation: a step is a linear combination of known states and predictions, so the
+squared error is a quadratic form in their inner products.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ddpm.schedule import NoiseSchedule
 from ddpm.settings import Settings, setting
 
 ORDERS = {"ddim": 1, "dpm_solver": 2}
-"""Samplers whose steps can be chosen -> levels whose predictions a step uses."""
+"""Sampler whose steps can be chosen -> number of levels whose predictions a step uses."""
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """What is kept of trajectories on a fine grid of N levels and 0.
+    """Statistics of trajectories on a fine grid of N levels and 0.
 
     Attributes:
         levels: the N + 1 levels, strictly decreasing, the last 0.
@@ -46,11 +46,10 @@ class Trajectories:
 class StepSearch(Settings):
     """The settings of a search for time steps.
 
-    `grid` and `gamma` are by default those of GITS, whose local errors are measured otherwise, so that it may choose
-    other steps.
+    `grid` and `gamma` default to those of GITS, which measures local errors differently and so may choose other steps.
 
-    The cost of a schedule is the sum of its local errors, each a root mean square per pixel of x_t, those of later
-    steps times `gamma` for each step before them:
+    The cost of a schedule is the sum of its local errors, each a root mean square per pixel of x_t; every step
+    multiplies the cost of all later steps by `gamma`:
         cost(step 1) + gamma (cost(step 2) + gamma (cost(step 3) + ...)).
 
     Examples:
@@ -65,7 +64,7 @@ class StepSearch(Settings):
     """
 
     grid: int = setting(60, "levels of the fine grid among which steps are chosen", ge=2)
-    spacing: str = setting("karras", f"which levels the grid has: {', '.join(SPACINGS)}")
+    spacing: str = setting("karras", f"spacing of the levels of the grid: {', '.join(SPACINGS)}")
     gamma: float = setting(1.15, "factor of the cost of all later steps; above 1 they count more", gt=0)
 
     def __post_init__(self) -> None:
@@ -84,13 +83,13 @@ class StepSearch(Settings):
     ) -> Trajectories:
         """Follow trajectories on the fine grid, `grid` network evaluations each.
 
-        They are those of DPM-Solver++(2M), whose error on such a grid is far below that of the few steps to be chosen.
+        They follow DPM-Solver++(2M), whose error on such a grid is far below that of the few steps to be chosen.
 
         Args:
             denoiser: the model, guided and clipped as it will be sampled.
             x_T: standard normal noise, [N, C, H, W].
             cond: conditions of the N images.
-            batch_size: trajectories to follow at a time, all of whose states are kept in memory.
+            batch_size: trajectories followed at once; all their states are kept in memory.
 
         Raises:
             ValueError: the schedule has fewer steps than the grid has levels.
@@ -115,7 +114,7 @@ class StepSearch(Settings):
         """Return the levels of a sampler's steps, from the grid's first down to 0, and their cost.
 
         Args:
-            found: what `trajectories` gave.
+            found: result of `trajectories`.
             kind: "ddim" or "dpm_solver".
             steps: number of steps.
 
@@ -128,7 +127,7 @@ class StepSearch(Settings):
         if not 1 <= steps <= last:
             raise ValueError(f"steps must be in 1..{last}, the levels of the grid, got {steps}")
         costs = local_errors(found, schedule, kind)
-        # By the last two levels visited, (h, i): the least cost of going on from i to the end in k steps.
+        # By the last two levels visited, (h, i): the least cost of continuing from i to the end in k steps.
         value = torch.full((last + 1, last + 1), math.inf, dtype=torch.float64)
         value[:, last] = 0
         choices = []
@@ -145,9 +144,8 @@ class StepSearch(Settings):
 def local_errors(found: Trajectories, schedule: NoiseSchedule, kind: str) -> Tensor:
     """Return the error of one step from i to j after one from h to i, float64 [N + 1, N + 1, N + 1], by (h, i, j).
 
-    It is the root mean square per pixel of the step's result minus the state at j, for a step that begins at the state
-    and with the predictions of the trajectory. h = i is the first step of a sampler. It is infinite where i or j does
-    not lie behind.
+    It is the root mean square per pixel of the step's result minus the state at j, for a step that starts at the state
+    and with the predictions of the trajectory. h = i is the first step of a sampler. It is infinite unless h <= i < j.
 
     Examples:
         >>> from ddpm.prediction import NetworkDenoiser

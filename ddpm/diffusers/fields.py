@@ -279,7 +279,6 @@ def _schedule(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clipping(fields: Mapping[str, Any]) -> tuple[float | None, float | None]:
-    """Return (clip, threshold) of `Sampling`."""
     clip = number("clip_sample_range", fields["clip_sample_range"]) if fields["clip_sample"] else None
     if not fields["thresholding"]:
         return clip, None

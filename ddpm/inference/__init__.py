@@ -1,16 +1,16 @@
-"""Pictures from a model in every way that it can draw: from noise, around known pixels, and from other pictures.
+"""Drawing pictures with a model: from noise, around known pixels, and from other pictures.
 
     noise = Noise.of([7, 8])                                     # a seed for each picture
     draw(model, noise, Conditioning(label=labels))               # samples
-    draw(model, noise, cond, Inpainting(known, mask))            # fills what the mask hides
+    draw(model, noise, cond, Inpainting(known, mask))            # fills the pixels that the mask hides
     draw(model, noise, cond, Editing(images, strength=0.5))      # keeps the coarse content
-    draw(model, noise, cond, Inverting(images, source=labels))   # the noise that gives an image, drawn otherwise
+    draw(model, noise, cond, Inverting(images, source=labels))   # DDIM inversion, then drawing with another condition
 
-A `Drawing` holds these arguments; those of several that share their settings can be drawn in one network batch:
+A `Drawing` holds these arguments; drawings that share their settings can be drawn in one network batch:
 
     pictures = cut(join(drawings).draw(model), [len(each) for each in drawings])
 
-A picture depends on its own row of noise, condition and image alone, up to float rounding, and not on its batch.
+A picture depends only on its own row of noise, condition and image, up to float rounding, and not on its batch.
 """
 
 from ddpm.inference.checks import (

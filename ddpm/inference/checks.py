@@ -1,4 +1,4 @@
-"""Checks that a model can do what is asked of it; each error says what is allowed."""
+"""Checks of a request against a model; every error says what is allowed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ddpm.model import ModelSpec
 from ddpm.schedule import NoiseSchedule
 
 MAX_VALUES = 1 << 30
-"""Values of all pictures of one call, at most: 4 GiB of float32."""
+"""Largest number of pixel values in one call: 4 GiB of float32."""
 
 
 def class_indices(labels: Sequence[str | int], classes: Sequence[str], field: str = "labels") -> list[int]:
     """Return the index of each class, given by its name or index.
 
     Args:
-        field: that the labels were given as, for the message.
+        field: name of the argument with the labels, for the message.
 
     Raises:
-        ValueError: the model has no classes, or no such class.
+        ValueError: the model has no classes, or not this one.
 
     Examples:
         >>> class_indices(["dog", 0, "1"], ["cat", "dog"])
@@ -39,13 +39,13 @@ def class_indices(labels: Sequence[str | int], classes: Sequence[str], field: st
 
 
 def check_names(what: str, names: Iterable[object], allowed: Iterable[str]) -> None:
-    """Raise if there are other names than those that are allowed.
+    """Raise if a name is not allowed.
 
     Args:
-        what: the names are of, in the plural, for the message.
+        what: what the names denote, in the plural, for the message.
 
     Raises:
-        ValueError: there are; names them, and those that are allowed.
+        ValueError: a name is unknown; the message lists the unknown and the allowed ones.
 
     Examples:
         >>> check_names("columns", ["label", "colour"], ["label", "seed"])
@@ -59,10 +59,10 @@ def check_names(what: str, names: Iterable[object], allowed: Iterable[str]) -> N
 
 
 def check_count(count: int, spec: ModelSpec) -> None:
-    """Raise if there are no pictures to draw, or more than fit into memory at a time.
+    """Raise if there are no pictures to draw, or more than fit into memory at once.
 
     Raises:
-        ValueError: it is so.
+        ValueError: `count` is out of range.
 
     Examples:
         >>> from ddpm.models import UNetConfig
@@ -70,13 +70,13 @@ def check_count(count: int, spec: ModelSpec) -> None:
         >>> check_count(1_000_000, spec)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        ValueError: 1,000,000 pictures are too many at a time, at most 349,525: draw them in ...
+        ValueError: 1,000,000 pictures are too many for one call, at most 349,525: draw them in ...
     """
     if count < 1:
-        raise ValueError("no pictures were asked for: the count must be at least 1")
+        raise ValueError("no pictures were requested: the count must be at least 1")
     most = MAX_VALUES // math.prod(spec.shape)
     if count > most:
-        raise ValueError(f"{count:,} pictures are too many at a time, at most {most:,}: draw them in parts, by seeds")
+        raise ValueError(f"{count:,} pictures are too many for one call, at most {most:,}: draw them in parts, by seed")
 
 
 def can_inpaint(spec: ModelSpec) -> bool:
@@ -95,7 +95,7 @@ def check_steps(steps: int, schedule: NoiseSchedule) -> None:
     """Raise if a sampler has more steps than the schedule.
 
     Raises:
-        ValueError: it has.
+        ValueError: `steps` is out of range.
 
     Examples:
         >>> from ddpm.schedule import Linear
@@ -112,10 +112,10 @@ def check_takes_text(spec: ModelSpec, field: str) -> None:
     """Raise if a model was not trained on text.
 
     Args:
-        field: that a text was given as, for the message.
+        field: name of the argument with the text, for the message.
 
     Raises:
-        ValueError: it was not.
+        ValueError: the model takes no text.
 
     Examples:
         >>> from ddpm.models import UNetConfig
@@ -129,10 +129,10 @@ def check_takes_text(spec: ModelSpec, field: str) -> None:
 
 
 def check_condition(name: str, cond: Conditioning, spec: ModelSpec, count: int) -> None:
-    """Check that a condition is of so many pictures, and one that the model was trained on.
+    """Check that a condition has one row per picture and is of a kind that the model was trained on.
 
     Raises:
-        ValueError: it is not; names the condition, what it has and what the model takes.
+        ValueError: the message names the condition, what it has and what the model takes.
 
     Examples:
         >>> import torch
@@ -162,10 +162,10 @@ def check_condition(name: str, cond: Conditioning, spec: ModelSpec, count: int) 
 
 
 def check_images(images: Tensor, spec: ModelSpec, count: int) -> None:
-    """Check that images are so many of the model's shape, finite numbers in [-1, 1].
+    """Check that there are `count` images of the model's shape, with finite values in [-1, 1].
 
     Raises:
-        ValueError: they are not.
+        ValueError: number, shape, dtype or values are wrong.
 
     Examples:
         >>> import torch
@@ -183,26 +183,26 @@ def check_images(images: Tensor, spec: ModelSpec, count: int) -> None:
 
 
 def check_mask(name: str, known: Tensor) -> None:
-    """Raise if the mask of a picture hides all of it or nothing.
+    """Raise if the mask of a picture hides every pixel or none.
 
     Args:
-        name: of the mask, for the message.
+        name: name of the mask, for the message.
         known: bool, True where a pixel is known.
 
     Raises:
-        ValueError: it does.
+        ValueError: the mask hides everything or nothing.
 
     Examples:
         >>> import torch
         >>> check_mask("the mask", torch.zeros(1, 8, 8, dtype=torch.bool))
         Traceback (most recent call last):
             ...
-        ValueError: the mask hides every pixel: it must hide some, which are filled, and keep others
+        ValueError: the mask hides every pixel: it must hide some pixels, which are filled, and keep others
     """
     everything = bool(known.all())
     if everything or not bool(known.any()):
         what = "no pixel" if everything else "every pixel"
-        raise ValueError(f"{name} hides {what}: it must hide some, which are filled, and keep others")
+        raise ValueError(f"{name} hides {what}: it must hide some pixels, which are filled, and keep others")
 
 
 def _class_index(label: str | int, classes: Sequence[str], field: str) -> int:

@@ -1,4 +1,4 @@
-"""What is to be drawn as a value, and its drawing in batches, with a film of the way to the pictures."""
+"""Drawing of pictures in batches, from a value that says what to draw, with a film of the intermediate states."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ddpm.schedule import NoiseSchedule
 
 @dataclass(frozen=True)
 class Film:
-    """States on the way to the pictures, F of them.
+    """F intermediate states of sampling.
 
     Attributes:
         t: noise level of each.
@@ -38,11 +38,11 @@ class Film:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was drawn.
+    """Pictures and, where it was requested, their film.
 
     Attributes:
         images: [N, C, H, W] in [-1, 1], on the model's device.
-        film: the way to them, where that was asked for.
+        film: intermediate states; None unless they were requested.
     """
 
     images: Tensor
@@ -51,13 +51,14 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Painter:
-    """What draws pictures: a denoiser, without guidance and clipping, and what it needs.
+    """A denoiser with everything that drawing needs besides a request.
 
     Attributes:
-        schedule: its noise schedule.
-        guides: what the guidance needs.
-        shape: of a picture, (C, H, W).
-        device: on which pictures are drawn.
+        denoiser: the denoiser, without guidance and clipping.
+        schedule: noise schedule of the denoiser.
+        guides: networks and conditions that the guidance needs.
+        shape: shape of a picture, (C, H, W).
+        device: device on which pictures are drawn.
     """
 
     denoiser: Denoiser
@@ -69,16 +70,16 @@ class Painter:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is to be drawn, as a value that can be joined with others into one network batch.
+    """A request to draw N pictures, which can be joined with others into one network batch.
 
     Attributes:
-        noise: of each of N pictures.
-        sampling: the settings.
+        noise: random numbers of each picture.
+        sampling: sampling settings.
         cond: labels or text of the pictures; None for none.
-        task: how they are drawn.
+        task: how the pictures are drawn: from noise, or from images.
         negative: label or text to move away from, instead of the null condition, in classifier-free guidance; None for
             none.
-        film: number of states to keep of the way to the pictures; 0 for none.
+        film: number of intermediate states to keep; 0 for none.
     """
 
     noise: Noise
@@ -94,12 +95,12 @@ class Drawing:
 
     @property
     def shared(self) -> Hashable:
-        """What all its pictures have in common: drawings of one model that are equal in it can be joined."""
+        """The settings that all pictures share: drawings of one model can be joined if these are equal."""
         conditions = tuple(None if cond is None else cond.present for cond in (self.cond, self.negative))
         return self.sampling, self.task.shared, self.film, self.noise.other is None, conditions
 
     def check(self, model: Model) -> None:
-        """Check that a model can draw this.
+        """Check that a model can draw these pictures.
 
         Raises:
             ValueError: it cannot; the message says what it can.
@@ -116,7 +117,7 @@ class Drawing:
         self.sampling.wrap(model.denoiser, model.schedule, replace(model.guides, negative=negative))  # or raise
 
     def evaluations(self, model: Model) -> int:
-        """Return the steps in which a model draws a picture."""
+        """Return the number of sampling steps of a picture."""
         return self.task.evaluations(self.sampling, model.schedule)
 
     def draw(
@@ -132,7 +133,7 @@ class Drawing:
         Args:
             batch_size: pictures per network call.
             progress: called with (done, total) in sampling steps.
-            finished: called with each batch as soon as it is drawn: the index of its first picture, and its pictures
+            finished: called with each batch as soon as it is drawn: the index of its first picture and the pictures
                 [B, C, H, W].
 
         Raises:
@@ -181,9 +182,9 @@ def paint(
     progress: Callable[[int, int], None] | None = None,
     finished: Callable[[int, Tensor], None] | None = None,
 ) -> Drawn:
-    """Return pictures, without a check that they can be drawn; see `Drawing.draw`.
+    """Return pictures without checking the request; see `Drawing.draw`.
 
-    Every picture of this package comes from here: what is judged is drawn as what is served.
+    Every picture of this package is drawn here, so that served pictures are drawn exactly like evaluated ones.
 
     Examples:
         >>> from ddpm.prediction import NetworkDenoiser
@@ -219,7 +220,7 @@ def paint(
 
 
 def join(drawings: Sequence[Drawing]) -> Drawing:
-    """Return the drawing of the pictures of several, which are equal in `shared`, one after another.
+    """Return one drawing of the pictures of several, in order; the drawings must be equal in `shared`.
 
     Examples:
         >>> drawings = [Drawing(Noise.of(seeds), Sampling()) for seeds in ([1, 2], [3])]
@@ -240,10 +241,10 @@ def join(drawings: Sequence[Drawing]) -> Drawing:
 
 
 def cut(drawn: Drawn, counts: Sequence[int]) -> list[Drawn]:
-    """Return the parts of what was drawn together: as many pictures each as there are counts.
+    """Split pictures that were drawn together into parts.
 
     Args:
-        counts: pictures of each part; they add up to all.
+        counts: number of pictures in each part; they add up to all pictures.
 
     Examples:
         >>> [len(part.images) for part in cut(Drawn(torch.zeros(3, 1, 8, 8)), [2, 1])]
@@ -264,7 +265,6 @@ def _joined(conditions: Sequence[Conditioning | None]) -> Conditioning | None:
 def _counted(
     samples: Iterator[Sample], before: int, each: int, total: int, progress: Callable[[int, int], None] | None
 ) -> Iterator[Sample]:
-    """Pass samples through, and report how many there have been of all batches."""
     for i, sample in enumerate(samples, 1):
         if progress is not None:
             progress(before + min(i, each), total)
@@ -290,7 +290,6 @@ class _Reel:
 
 
 def _spliced(reels: list[_Reel]) -> Film:
-    """Return the film of all batches."""
     states: Any = zip(*(reel.frames for reel in reels), strict=True)
     rows = [(states_at[0][0], *(torch.cat([s[k] for s in states_at]) for k in (1, 2))) for states_at in states]
     return Film(

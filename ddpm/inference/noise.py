@@ -1,4 +1,4 @@
-"""The random numbers of pictures: each a function of its own seed and id, or on the arc between those of two seeds."""
+"""Random numbers of pictures: a function of each picture's seed and id, or interpolated between two seeds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddpm.samplers import StepNoise, initial_noise, step_noise
 
 @dataclass(frozen=True)
 class Noise:
-    """The random numbers of pictures, each a function of its own seed and id; the first axis of every tensor is N.
+    """The random numbers of N pictures, each a function of its own seed and id; the first axis of every tensor is N.
 
     Attributes:
         seeds: seed of each picture, int64 [N] in [0, 2^63).
@@ -47,7 +47,7 @@ class Noise:
 
     @classmethod
     def between(cls, start: int, end: int, count: int) -> Self:
-        """Return `count` draws from that of one seed to that of another, on the arc between them; ids are 0."""
+        """Return `count` noises on the arc from that of one seed to that of another; ids are 0."""
         both = torch.tensor([start, end], dtype=torch.int64).repeat(count, 1)
         return cls(
             both[:, 0], torch.zeros_like(both[:, 0]), both[:, 1], torch.linspace(0, 1, count, dtype=torch.float64)
@@ -55,7 +55,7 @@ class Noise:
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """Return the noise of all pictures of several; all are interpolations, or none is."""
+        """Return the noise of all pictures of several parts; either all are interpolations or none is."""
         there = [field.name for field in fields(cls) if getattr(parts[0], field.name) is not None]
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in there})
 

@@ -1,4 +1,4 @@
-"""Pictures for a table of rows, as a served model gets it: every way to draw, with settings by their names."""
+"""Pictures for a table of rows, the input of a served model: all tasks, with settings by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COLUMNS: dict[str, str] = {
     "strength": "double",
     "seed": "long",
 }
-"""Column -> type of its values, as MLflow names it; every column may be left out."""
+"""Column -> type of its values in MLflow's terms; every column is optional."""
 OWN: dict[str, tuple[str, Any]] = {
     "seed": ("long", 0),
     "method": ("string", None),
@@ -60,17 +60,17 @@ _VALUES: dict[str, _Allowed] = {
     ),
     "negative_prompt": _TEXT,
 }
-"""Column or parameter -> its values in words, and whether something is one of them."""
+"""Column or parameter -> (description of its values, function that tells whether a value is allowed)."""
 
 Encode = Callable[[Sequence[str]], Conditioning]
 Decode = Callable[[Any, int, str], Tensor]
-"""(an encoded picture, channels, "image" or "mask") -> its pixels, uint8 [H, W, C]; an image as it looks on white."""
+"""(encoded picture, channels, "image" or "mask") -> pixels, uint8 [H, W, C]; transparent images are put on white."""
 
 
 def parameters() -> dict[str, tuple[str, Any]]:
-    """Return every parameter of a request -> (type, default): the fields of `Sampling`, and `OWN`.
+    """Return parameter -> (type, default) of a request: the fields of `Sampling`, and those of `OWN`.
 
-    None, or [] for a list, leaves the model's own setting. Settings that name another network are not among them.
+    None, or [] for a list, keeps the model's own setting. Settings that name another network are not included.
 
     Examples:
         >>> parameters()["steps"], parameters()["seed"], "weak" in parameters()  # that one names another network
@@ -122,12 +122,12 @@ def table_drawings(
     encode: Encode | None = None,
     decode: Decode | None = None,
 ) -> list[tuple[Tensor, Drawing]]:
-    """Return what is to be drawn for a table, each with the numbers of its rows.
+    """Return the drawings of a table, each with the indices of its rows.
 
     Args:
         columns: `label` (name or index of a class); `prompt`; `image` with `mask`, whose white pixels are filled, or
             with `strength` of an edit; `seed`. Without `seed` the rows are numbered pictures of the parameter `seed`.
-        given: parameters that differ from their defaults; see `parameters`.
+        given: parameters other than their defaults; see `parameters`.
         encode: maps texts to embeddings.
         decode: decodes a picture of `image` or `mask`, which must have the model's size.
 
@@ -178,12 +178,12 @@ def row_drawings(
     encode: Encode | None = None,
     decode: Decode | None = None,
 ) -> list[tuple[Tensor, Drawing]]:
-    """Return what is to be drawn for rows whose noise is known, each with the numbers of its rows.
+    """Return the drawings of rows with given noise, each with the indices of its rows.
 
     Args:
         columns: `label`, `prompt`, `image` with `mask` or `strength`, and for an inversion `source_label`, as for
             `table_drawings`; pictures may also be pixels already, uint8 [H, W, C].
-        noise: of each row.
+        noise: random numbers of each row.
         changed: sampling settings that differ from the model's, flat.
         negative_prompt: text that all rows move away from.
         method, settings: of inpainting, as for `inpainting_method`.
@@ -230,15 +230,15 @@ def row_drawings(
 def inpainting_method(
     model: Model, method: str | None, settings: Mapping[str, Any], asked: Mapping[str, Any] = MappingProxyType({})
 ) -> Inpainter | None:
-    """Return a method of inpainting; None for the one that a model was trained for.
+    """Return an inpainting method; None for the one that a model was trained for.
 
     Jumps of RePaint are by default as long a part of the chain as the authors', 10 of 250 steps, because known and
     hidden pixels agree only down to the noise level that a jump reaches.
 
     Args:
         method: one of `METHODS`; None for the one that the model was trained for, or else "repaint".
-        settings: those that differ from the method's own.
-        asked: sampling settings that were asked for, flat. The steps are the method's too; it has no other of a
+        settings: settings of the method that differ from its defaults.
+        asked: requested sampling settings, flat. The method takes `steps` from them, and no other setting of a
             sampler's.
 
     Raises:
@@ -270,11 +270,11 @@ def inpainting_method(
 
 
 def check_method(method: str | None, settings: Mapping[str, Any]) -> None:
-    """Check what can be known of a method of inpainting without a model.
+    """Check an inpainting method as far as that is possible without a model.
 
     Args:
         method: one of `METHODS`; None where it is the model's.
-        settings: those that differ from the method's own.
+        settings: settings of the method that differ from its defaults.
 
     Raises:
         ValueError: there is no such method, or it has no such setting, or no such value of it.
@@ -287,7 +287,7 @@ def check_method(method: str | None, settings: Mapping[str, Any]) -> None:
         ValueError: jump_length: no setting of replacement; there are: steps, spacing, ...
     """
     if method is not None and method not in METHODS:
-        raise ValueError(f"unknown method of inpainting {method!r}; allowed: {', '.join(METHODS)}")
+        raise ValueError(f"unknown inpainting method {method!r}; allowed: {', '.join(METHODS)}")
     if method == TRAINED and settings:
         raise ValueError(
             f"{', '.join(settings)}: settings of {' and '.join(INPAINTERS)}; a trained model has those of its sampler"
@@ -297,10 +297,10 @@ def check_method(method: str | None, settings: Mapping[str, Any]) -> None:
 
 
 def check_sampling(fields: Mapping[str, Any]) -> None:
-    """Check what can be known of fields of `Sampling` without the model whose settings they change.
+    """Check fields of `Sampling` as far as that is possible without the model whose settings they change.
 
     Raises:
-        ValueError: a kind is unknown, no kind has a field, or none takes its value.
+        ValueError: a kind is unknown, no kind has the field, or no kind accepts its value.
 
     Examples:
         >>> check_sampling({"kind": "ddim", "eta": 0.5})
@@ -320,10 +320,10 @@ def check_sampling(fields: Mapping[str, Any]) -> None:
 
 
 def _check_values(columns: Mapping[str, Sequence[Any]], given: Mapping[str, Any]) -> None:
-    """Check that every row has a value of each column, and that values and parameters are what they should be.
+    """Check that every row has a value in each column, and that all values and parameters are allowed.
 
     Raises:
-        ValueError: one is not; names its place, and what is allowed.
+        ValueError: a value is missing or not allowed; the message says where, and what is allowed.
     """
     places = [(name, f" in row {i}", value) for name, values in columns.items() for i, value in enumerate(values)]
     places += [(name, "", value) for name, value in given.items() if name in _VALUES and value is not None]
@@ -361,7 +361,6 @@ def _tasks_of_images(
     filling: Inpainter | None,
     decode: Decode | None,
 ) -> list[tuple[Tensor, Task]]:
-    """Return the tasks of rows with images, each with the numbers of its rows."""
     if ("mask" in columns) == ("strength" in columns):
         raise ValueError("an image needs either a mask, to fill what it hides, or a strength, to draw it anew")
     images = torch.stack([_pixels(value, decode, model.spec.shape, "image") for value in columns["image"]])

@@ -1,4 +1,4 @@
-"""The ways in which a model draws: from noise, around known pixels, from a noised image, and from an inverted one."""
+"""The tasks of a model: sampling from noise, inpainting, editing (SDEdit) and DDIM inversion."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from ddpm.samplers.sdedit import edit_levels, noised_start
 from ddpm.schedule import NoiseSchedule
 
 INPAINTERS: dict[str, type[Inpainter]] = {"replacement": Replacement, "repaint": RePaint}
-"""Methods that fill hidden pixels with a network that was not trained for it."""
+"""Inpainting methods for networks that were not trained for inpainting."""
 TRAINED = "trained"
-"""The method of a network that was trained for inpainting: it sees the known pixels, and any sampler draws the rest."""
+"""The method of networks trained for inpainting: they see the known pixels, and any sampler draws the rest."""
 METHODS = (TRAINED, *INPAINTERS)
 
 
 def method_name(method: Inpainter | None) -> str:
-    """Return the one of `METHODS` that a method of inpainting is; None is the one that a network was trained for.
+    """Return the name in `METHODS` of an inpainting method; None is the one that a network was trained for.
 
     Examples:
         >>> from ddpm.samplers.repaint import RePaint
@@ -44,7 +44,7 @@ def method_name(method: Inpainter | None) -> str:
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """A batch that a task draws.
+    """The arguments with which a task draws a batch.
 
     Attributes:
         denoiser: the model, without guidance and clipping.
@@ -53,7 +53,7 @@ class TaskBatch:
         guides: what the guidance needs.
         cond: conditions of the pictures, or None.
         x_T: noise [B, C, H, W].
-        noise: of the steps.
+        noise: noise of the steps.
     """
 
     denoiser: Denoiser
@@ -71,13 +71,13 @@ class TaskBatch:
 
 
 class Task(Protocol):
-    """A way to draw pictures; one that starts from images holds those of all N pictures."""
+    """A way to draw pictures; a task that starts from images holds those of all N pictures."""
 
     def check(self, model: Model, sampling: Sampling, count: int) -> None:
-        """Raise if the model cannot do this, or the images are not those of `count` pictures of the model's shape.
+        """Raise if the model cannot perform the task, or the images are not `count` images of the model's shape.
 
         Raises:
-            ValueError: what is wrong, and what is allowed.
+            ValueError: the message says what is wrong and what is allowed.
         """
 
     def part(self, span: slice, device: torch.device) -> Task:
@@ -85,10 +85,10 @@ class Task(Protocol):
 
     @property
     def shared(self) -> Hashable:
-        """What all pictures of the task have in common: tasks that are equal in it can be joined."""
+        """The settings that all pictures of the task share: tasks can be joined if these are equal."""
 
     def join(self, others: Sequence[Any]) -> Task:
-        """Return the task of its own pictures and those of others, which are equal to it in `shared`."""
+        """Return one task for these pictures and those of `others`, which must be equal in `shared`."""
 
     def evaluations(self, sampling: Sampling, schedule: NoiseSchedule) -> int:
         """Return the number of samples that a batch yields."""
@@ -128,7 +128,7 @@ class FromNoise:
 
 @dataclass(frozen=True)
 class Inpainting:
-    """Filling of the pixels that a mask hides; known pixels come out exactly as they were given.
+    """Inpainting: fill the pixels that a mask hides. Known pixels are returned exactly as given.
 
     Attributes:
         known: images [N, C, H, W] in [-1, 1]; the values of hidden pixels are ignored.

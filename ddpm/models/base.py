@@ -1,4 +1,4 @@
-"""What all networks have in common: their settings, and how they take a condition."""
+"""The common base of all networks: their settings, and how they take a condition."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ddpm.settings import Settings, setting
 
 @dataclass(frozen=True)
 class NetworkConfig(Settings):
-    """The shape of a network; every kind of network has a subclass with fields of its own.
+    """The shape of a network; each kind of network has a subclass with more fields.
 
-    A network maps (x_t [B, C, H, W], table index [B], condition) to an output [B, out_channels, H, W]. What is missing
-    or dropped of label and text is its own null condition. Its attribute `fsdp_units` names the classes of modules that
-    FSDP2 shards one by one.
+    A network maps (x_t [B, C, H, W], table index [B], condition) to an output [B, out_channels, H, W]. It has its own
+    null condition for labels and texts that are missing or dropped. Its attribute `fsdp_units` names the classes of
+    modules that FSDP2 shards one by one.
     """
 
     in_channels: int = setting(3, "channels of x_t", ge=1)
@@ -40,7 +40,7 @@ class NetworkConfig(Settings):
 
     @property
     def downsampling_reason(self) -> str:
-        """Which of the settings `downsampling` follows from, and what to change, for messages."""
+        """The setting that determines `downsampling`, and what to change, for error messages."""
         raise NotImplementedError
 
     def build(self) -> nn.Module:
@@ -50,25 +50,25 @@ class NetworkConfig(Settings):
     def extend_for_inpainting(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of a network without context for this one, which has `context_channels`.
 
-        The extended network computes what the other did, whatever mask and context: fine-tuning starts out from the
+        The extended network computes the same as the original for every mask and context: fine-tuning starts from the
         trained model (GLIDE, Nichol et al. 2021, "Image Inpainting"). Tensors that stay are shared, not copied.
 
         Args:
-            weights: of a network of this shape but for `context_channels`, which are 0.
+            weights: weights of a network of this shape with `context_channels` = 0.
 
         Raises:
-            ValueError: this configuration has no context, or they are not such weights, or already extended ones.
+            ValueError: this configuration has no context, or the weights are of another network or already extended.
         """
         raise NotImplementedError
 
 
 def extend_first_layer(config: NetworkConfig, weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the weights with inputs for mask and context behind those of x_t in the first layer, all 0.
+    """Return the weights with zero-initialized inputs for mask and context appended to those of x_t in the first layer.
 
     Args:
-        config: of the network with context.
-        weights: of the one without.
-        name: of that layer's weight, a convolution's [width, C, K, K].
+        config: configuration of the network with context.
+        weights: weights of the network without.
+        name: name of the first layer's weight, [width, C, K, K].
 
     Raises:
         ValueError: see `NetworkConfig.extend_for_inpainting`.
@@ -99,7 +99,7 @@ def check_conditions(config: NetworkConfig, cond: Conditioning) -> None:
     """Refuse conditions of a kind that the network does not have.
 
     Raises:
-        ValueError: there is one; names the setting that gives a network this kind.
+        ValueError: there is one; the message names the setting that adds this kind to a network.
 
     Examples:
         >>> check_conditions(NetworkConfig(), Conditioning(label=torch.tensor([0])))
@@ -136,8 +136,8 @@ def class_rows(config: NetworkConfig, cond: Conditioning, x_t: Tensor) -> Tensor
 def text_vectors(cond: Conditioning, null_text: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (tokens [B, L, D], mask [B, L], pooled [B, D]); dropped and absent text is the one null token.
 
-    Every vector is brought to unit variance, because encoders differ in scale by far: a pooled one of unit length
-    would hardly be heard.
+    Every vector is scaled to unit variance, because the scales of encoders differ widely: a pooled vector of unit
+    length would have hardly any effect.
 
     Args:
         null_text: the network's null token, [D].

@@ -167,7 +167,6 @@ def shared_cross_entropy(logits: Tensor, right: Tensor) -> Tensor:
 
 
 def _index(t: Tensor) -> Tensor:
-    """The table index that a network sees at timestep t."""
     return (t - 1).clamp(min=0).float()
 
 

@@ -1,8 +1,8 @@
 """The DDPM/ADM UNet (Ho et al. 2020, app. B; Dhariwal & Nichol 2021, sec. 3).
 
-Parameter for parameter the network of diffusers' `UNet2DModel`, names included, so that weights pass between the two
-unchanged. A class-conditional network has one embedding row more than classes: the last is its null condition.
-What diffusers' network does not know (text, the clear context of inpainting) adds parameters and changes none.
+It has the parameters of diffusers' `UNet2DModel` under the same names, so that weights can be exchanged unchanged. A
+class-conditional network has one more embedding row than classes: the last is its null condition. Features that
+diffusers' network lacks (text, the clear context of inpainting) add parameters and change none.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class UNetEncoder(nn.Module):
     """The way down: first convolution, time embedding, residual blocks of every level, middle block.
 
     Attributes:
-        skip_widths: channels of the tensors that the way up takes over, in the order of their making.
+        skip_widths: channels of the skip connections, in the order in which they are computed.
         fsdp_units: the classes of the modules that FSDP2 shards one by one.
     """
 
@@ -135,7 +135,7 @@ class UNetEncoder(nn.Module):
         return self.time_embedding(waves.to(dtype))
 
     def encode(self, x: Tensor, activated_time: Tensor, text: Text | None = None) -> tuple[Tensor, list[Tensor]]:
-        """What the middle block makes of the input of the first convolution, and the skips."""
+        """Return the output of the middle block for an input of the first convolution, and the skips."""
         x = self.conv_in(x)
         skips = [x]
         for stage in cast("Iterable[UNetStage]", self.down_blocks):
@@ -184,9 +184,9 @@ class UNet(UNetEncoder):
 
         Args:
             x_t: noisy images [B, C, H, W].
-            t: what the network was trained to see as time, [B]; the table index for a discrete schedule.
-            cond: the condition; what is missing or dropped of label and text is the null condition, and without mask
-                and context nothing of the image is known.
+            t: time as seen in training, [B]; the table index for a discrete schedule.
+            cond: the condition; missing or dropped labels and texts are replaced by the null condition, and without
+            mask and context no pixel is known.
 
         Raises:
             ValueError: a condition of a kind that this network does not have.

@@ -1,4 +1,4 @@
-"""What every comparison of two sets of features asks of them."""
+"""Checks of two sets of features before they are compared."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ddpm.schedule import NoiseSchedule
 from ddpm.settings import setting
 
 CONTRACTION = 0.7
-"""Share of its error that a correction of an inverted step may leave; estimates that are left more wander off."""
+"""Largest share of the error that a correction of an inverted step may leave; beyond it the iteration diverges."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class DDIM(SteppedSampler):
         al. 2021a, sec. 4.3; Dhariwal & Nichol 2021, app. F) uses the prediction at (x_s, s) instead, which is correct
         to first order in the step. Each correction evaluates the prediction at the current estimate of x_t, a
         fixed-point iteration (Pan et al. 2023, "Effective Real Image Editing with Accelerated Iterative Diffusion
-        Inversion"), which converges if the step is small enough. It iterates on eps, and where noise prevails on x_0,
-        of which errors are then the smaller ones. An image goes on from the estimate whose step down has come nearest
-        to x_s, and is corrected no further once a correction leaves more than `CONTRACTION` of what was missed: where
-        the density of the data has sharp edges the iteration does not converge, and more corrections would do harm.
+        Inversion"), which converges if the step is small enough. It iterates on eps, or on x_0 where noise dominates,
+        because the errors of x_0 are smaller there. Each image continues from the estimate whose step down came closest
+        to x_s, and is not corrected further once a correction leaves more than `CONTRACTION` of the error: where the
+        density of the data has sharp edges the iteration does not converge, and more corrections would do harm.
 
         Args:
             denoiser: the denoiser used for sampling, with the same guidance and clipping.

@@ -113,7 +113,6 @@ def written(value: Any) -> str:
 
 
 def _plain(each: Explained) -> dict[str, Any]:
-    """Return an explained field for `--json`."""
     field = each.field
     return {
         "key": field.key,

@@ -209,7 +209,6 @@ def _planned_before(source: str, budget: str, overrides: list[str]) -> Config:
 
 
 def _at_services(config: Config, services: Config) -> Config:
-    """Return a configuration with the addresses of another."""
     found = {"storage": services.storage, "tracking": config.tracking.model_copy(update={"uri": services.tracking.uri})}
     found["cluster"] = config.cluster.model_copy(update={"address": services.cluster.address})
     return config.model_copy(update=found)

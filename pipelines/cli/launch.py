@@ -72,7 +72,6 @@ def launch(
 
 
 def _to_kuberay(command: ClusterCommand, *, dry_run: bool, detach: bool, as_json: bool) -> None:
-    """Apply the RayJob of a command and follow it, or print it."""
     from pipelines.launch import kubectl, kuberay
 
     if dry_run:
@@ -109,7 +108,6 @@ def _to_aws(command: ClusterCommand, to: Path | None, *, dry_run: bool, as_json:
 
 
 def _to_ray(command: ClusterCommand, *, dry_run: bool, detach: bool, as_json: bool) -> None:
-    """Submit a command to a Ray cluster and follow it."""
     launch = _ray_launch(command.config)
     config, home = _find_ray(command.config)
 
@@ -136,7 +134,6 @@ def _to_ray(command: ClusterCommand, *, dry_run: bool, detach: bool, as_json: bo
 
 
 def _look_or_stop(target: str, name: str, given: list[str], *, stop: bool, as_json: bool) -> None:
-    """Show the jobs of a name, or stop the one that runs."""
     image = ["launch.image=none"] if target == "kuberay" else []  # it is not looked at
     config = compose([f"launch={target}", *image, *given])
     if target == "kuberay":
@@ -159,7 +156,6 @@ def _look_or_stop(target: str, name: str, given: list[str], *, stop: bool, as_js
 
 
 def _in_kubernetes(config: Config, name: str, *, stop: bool, as_json: bool) -> None:
-    """Show the RayJob of a name, or stop it."""
     from pipelines.config import KubeRayLaunch
     from pipelines.launch import LaunchError, kubectl
     from pipelines.launch.command import object_name
@@ -184,7 +180,6 @@ def _find_ray(config: Config) -> tuple[Config, Path | None]:
 
 
 def _jobs(config: Config) -> RayJobs:
-    """Return the jobs of the cluster that a configuration names."""
     from pipelines.launch.ray_jobs import RayJobs
 
     assert config.cluster.address is not None
@@ -192,7 +187,6 @@ def _jobs(config: Config) -> RayJobs:
 
 
 def _ray_launch(config: Config) -> RayLaunch:
-    """Return the settings of a launch on a Ray cluster."""
     from pipelines.config import RayLaunch
 
     assert isinstance(config.launch, RayLaunch)

@@ -92,7 +92,6 @@ def _draw(
 
 
 def _verb(kind: type[Request], says: str) -> Callable[..., None]:
-    """Return the verb that draws requests of a kind, with their options."""
 
     def verb(**given: Any) -> None:
         _draw(kind, **given)
@@ -110,7 +109,6 @@ def _verb(kind: type[Request], says: str) -> Callable[..., None]:
 
 
 def _parameter(option: Option) -> inspect.Parameter:
-    """Return an option of a request as a parameter of a Typer command."""
     kind: Any = str if option.several else option.type
     says, shown = option.meaning[0].upper() + option.meaning[1:], None
     if option.several == "repeat":

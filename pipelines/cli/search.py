@@ -128,7 +128,6 @@ def status(
 
 
 def _run(search: Search, resume: bool, after: list[str] | None, as_json: bool) -> None:
-    """Run a study with a live table of its trials, then show its result."""
     from pipelines.search import table
 
     with table.shown(terminal.console, terminal.stage) as on_change:

@@ -86,7 +86,6 @@ def serve(
 
 
 def _add_page(service: ModelService, config: Config, token_digest: str | None) -> str:
-    """Start the page of what is served, and return its address."""
     from pipelines.serving.limits import Limits
     from pipelines.serving.page import page_application
 

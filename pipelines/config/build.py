@@ -73,7 +73,7 @@ def timestep_sampler(config: Config) -> TimestepSampler:
 
 
 def learned_weight(config: Config) -> LearnedWeight | None:
-    """Return the weight of the loss that a run learns, as it is at first; None where it learns none."""
+    """Return the initial learned weight of the loss; None where a run learns none."""
     if not config.objective.learned_weight:
         return None
     return chosen(config.objective, LearnedWeighting, "learned_weight_").make(noise_schedule(config), config.seed)
@@ -90,7 +90,7 @@ def sampling(config: Config) -> Sampling:
 
 
 def sampling_overrides(settings: Sampling) -> list[str]:
-    """Return sampler, guidance and clipping as overrides for the command line; `sampling` of them is the settings."""
+    """Return sampler, guidance and clipping as command-line overrides, from which `sampling` restores the settings."""
     plain = settings.to_json()
     guidance = {setting.name for setting in settings_of(GUIDANCE[plain["guidance"]])}
     fields = [f"sampler={plain['kind']}", f"guidance.kind={plain['guidance']}"]
@@ -105,7 +105,7 @@ def noise_schedule(config: Config) -> NoiseSchedule:
     """Return the noise schedule.
 
     Raises:
-        ConfigError: a parameter is not valid for the family.
+        ConfigError: a parameter is not valid for the kind of schedule.
     """
     try:
         return make_schedule(**config.schedule.model_dump())

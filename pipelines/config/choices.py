@@ -1,7 +1,7 @@
-"""Pydantic models for the choices of `ddpm`, which defines their fields, defaults, ranges and meanings.
+"""Pydantic models of the choices of `ddpm`, which defines their fields, defaults, ranges and meanings.
 
-A choice is a settings class in `ddpm` with a line in the list of its kind, or an entry point of another package; this
-module names none of them. A section of the configuration has the name of a kind and, beside it, its settings:
+A choice is a settings class in `ddpm` that is listed with its kind, or an entry point of another package; this module
+names none of them. A section of the configuration has the name of a kind and the settings of that kind:
     sampler, schedule, model   one pydantic model per kind, which rejects the fields of other kinds;
     guidance                   one pydantic model with the fields of all kinds; only those of the kind may be changed;
     objective                  names a weight and a timestep sampler, with settings named KIND_FIELD (min_snr_gamma);
@@ -46,16 +46,16 @@ class ScheduleSection(ConfigSection):
     """The fields of every noise schedule."""
 
     num_steps: PositiveInt = Field(1000, description="number of noising steps, T")
-    zero_terminal_snr: bool = Field(False, description="rescale the schedule so that nothing of the image is left at T")
-    log_snr_shift: float = Field(0.0, description="constant added to the log-SNR at every step; below 0 is more noise")
+    zero_terminal_snr: bool = Field(False, description="rescale the schedule so that x_T is pure noise")
+    log_snr_shift: float = Field(0.0, description="constant added to the log-SNR at every step; negative: more noise")
 
 
 class ModelSection(ConfigSection):
     """The fields of every network; its input and output channels and classes come from the data."""
 
-    class_conditional: bool = Field(True, description="give the network the class of the image that it denoises")
+    class_conditional: bool = Field(True, description="condition the network on the class of the image")
     inpainting: bool = Field(False, description="condition on the known pixels of a masked image")
-    learned_variance: bool = Field(False, description="learn the reverse variance, with objective.loss hybrid or vlb")
+    learned_variance: bool = Field(False, description="learn the reverse variance; needs objective.loss hybrid or vlb")
 
 
 class GuidanceSection(ConfigSection):
@@ -73,7 +73,7 @@ class GuidanceSection(ConfigSection):
             value = getattr(self, name)
             if name not in own and not setting.reference and value != setting.default:
                 raise ValueError(
-                    f"{name} = {value} has no use with guidance.kind = {self.kind}: leave it at {setting.default}"
+                    f"{name} = {value} has no effect with guidance.kind = {self.kind}: leave it at {setting.default}"
                 )
         GUIDANCE[self.kind](**{name: getattr(self, name) for name in own})
         return self
@@ -86,12 +86,13 @@ class ObjectiveSection(ConfigSection):
         0.1, description="probability of the null condition (label and text), per sample"
     )
     learned_weight: bool = Field(
-        False, description="divide the loss at each noise level by its mean, which is learned beside the network (EDM2)"
+        False, description="divide the loss at each noise level by its mean, which is learned with the network (EDM2)"
     )
     noise_candidates: PositiveInt = Field(
-        1, description="draws of noise for each image, of which the nearest is used (immiscible diffusion); 1: one draw"
+        1,
+        description="noise draws per image, of which the nearest is used (immiscible diffusion); 1: ordinary training",
     )
-    mask: MaskKind = Field("any", description="kind of mask of the hidden pixels in inpainting training")
+    mask: MaskKind = Field("any", description="shape of the hidden region in inpainting training")
 
 
 def _field(setting: Setting) -> Any:
@@ -138,7 +139,7 @@ def _variants(
             return self
 
         validators: Any = {"_check": model_validator(mode="after")(check)}
-        meaning = f"kind of {suffix.lower()}, whose settings stand beside it"
+        meaning = f"kind of {suffix.lower()}; its settings are the other fields of this section"
         fields: Any = {"kind": (Literal[kind], Field(kind, description=meaning))} | _fields([*own, *beside])
         name = f"{cls.__name__.removesuffix('Config')}{suffix}"
         found[kind] = create_model(
@@ -154,7 +155,6 @@ def _variants(
 
 
 def _union(variants: Mapping[str, type[ConfigSection]], default: str | None = None) -> Any:
-    """Return the union type of these models, discriminated by `kind`."""
     kinds: Any = Union[tuple(variants.values())]  # noqa: UP007
     union: Any = Annotated[kinds, Field(discriminator="kind")]
     if default is None:
@@ -165,12 +165,10 @@ def _union(variants: Mapping[str, type[ConfigSection]], default: str | None = No
 
 
 def _one_of(choices: Mapping[str, Any]) -> Any:
-    """Return the Literal type of the names of choices."""
     return Literal[tuple(choices)]
 
 
 def _prefixed(choices: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of every choice of a list, named KIND_FIELD."""
     return {k: v for kind, cls in choices.items() for k, v in _fields(settings_of(cls), f"{kind}_").items()}
 
 
@@ -211,7 +209,7 @@ ObjectiveConfig = create_model(
     __doc__=ObjectiveSection.__doc__,
     **_fields(_LOSS)
     | {
-        "weight": (_one_of(WEIGHTS), Field("uniform", description="weight of the squared error by timestep")),
+        "weight": (_one_of(WEIGHTS), Field("uniform", description="weight of the squared error at each timestep")),
         "timesteps": (_one_of(TIMESTEPS), Field("uniform", description="sampler of the timesteps of a batch")),
     }
     | _prefixed(WEIGHTS)

@@ -1,4 +1,4 @@
-"""Composition of `conf/` and Hydra overrides into a validated `Config`, with errors that explain how to fix them."""
+"""Composition of `conf/` and Hydra overrides into a validated `Config`, with errors that say how to fix them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def conf_dir() -> Path:
 
 
 def groups() -> dict[str, list[str]]:
-    """Return config groups and their choices, without `conf/search/`, whose studies are not part of a run."""
+    """Return config group -> its choices, without `conf/search/`, whose studies are not part of a run."""
     return _groups(conf_dir())
 
 
@@ -50,10 +50,10 @@ def compose(overrides: Sequence[str] = ()) -> Config:
 
 @lru_cache(maxsize=256)
 def _composed(folder: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Return what Hydra composes of a folder and overrides.
+    """Return the configuration that Hydra composes from a folder and overrides.
 
-    What only sets fields is applied to what the other overrides choose, as Hydra does it, so that Hydra has to read
-    and merge the files of a choice once.
+    Overrides of fields are applied after those that choose files, as in Hydra, so that Hydra has to read and merge the
+    files of a choice only once.
 
     Raises:
         ConfigError: an override is not valid, or a field has no value.
@@ -80,7 +80,7 @@ def _composed(folder: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _chosen(folder: Path, lines: tuple[str, ...]) -> Any:
-    """Return Hydra's configuration of a folder and those overrides that choose its files; it takes tens of ms."""
+    """Return Hydra's configuration of a folder and the overrides that choose its files; takes tens of milliseconds."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
@@ -89,12 +89,12 @@ def _chosen(folder: Path, lines: tuple[str, ...]) -> Any:
 
 
 def fields_and_others(overrides: Sequence[str]) -> tuple[list[Any], list[str]]:
-    """Return the overrides that set a field, parsed, and the lines of those that Hydra itself has to read.
+    """Return the parsed overrides that set a field, and the other overrides, which Hydra itself has to read.
 
-    A field that the shipped YAML leaves at its default is not in Hydra's struct, so it may be added as well as changed.
+    A field that the shipped YAML does not set is not in Hydra's struct, so an override may add it too.
 
     Raises:
-        ConfigError: one cannot be read, or names neither a field nor a group.
+        ConfigError: an override cannot be parsed, or names neither a field nor a group.
     """
     from hydra.core.override_parser.types import OverrideType
 
@@ -121,7 +121,7 @@ def _quoted(text: str) -> str:
 
 
 def override_value(value: Any) -> str:
-    """Return a value as Hydra's overrides have it."""
+    """Return a value in Hydra's override syntax."""
     match value:
         case None:
             return "null"
@@ -138,10 +138,10 @@ def override_value(value: Any) -> str:
 
 
 def override_settings(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return what Hydra overrides set: field or group -> value.
+    """Return field or group -> the value that Hydra overrides set.
 
     Raises:
-        ConfigError: one cannot be read, or names no field.
+        ConfigError: an override cannot be parsed, or names no field.
     """
     found = {}
     for override in parse_overrides(overrides):
@@ -152,10 +152,10 @@ def override_settings(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def changed_sampling(own: Sampling, overrides: Sequence[str]) -> Sampling:
-    """Return a model's own sampling settings with what overrides change.
+    """Return a model's own sampling settings with overrides applied.
 
-    Of `sampler` and `guidance` either fields are set, as in `sampler.steps=20`, and the others stay the model's own; or
-    another one is chosen, as by `sampler=heun` or `guidance=none`, which comes with its own defaults.
+    An override either sets a field, as in `sampler.steps=20`, and the model's other settings are kept; or it chooses
+    another sampler or guidance with its defaults, as in `sampler=heun` or `guidance=none`.
 
     Raises:
         ConfigError: an override or the resulting configuration is not valid.
@@ -170,10 +170,10 @@ def changed_sampling(own: Sampling, overrides: Sequence[str]) -> Sampling:
 
 
 def parse_overrides(overrides: Sequence[str]) -> Sequence[Any]:
-    """Return overrides as Hydra reads them.
+    """Parse overrides with Hydra's grammar.
 
     Raises:
-        ConfigError: one cannot be read.
+        ConfigError: an override cannot be parsed.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -183,9 +183,9 @@ def parse_overrides(overrides: Sequence[str]) -> Sequence[Any]:
     except HydraException as error:
         raise ConfigError(f"cannot read the overrides {' '.join(overrides)!r}: {str(error).splitlines()[0]}") from error
     except ValueError as error:
-        raise ConfigError(f"an override has a number of too many digits: {error}") from error
+        raise ConfigError(f"an override has a number with too many digits: {error}") from error
     except RecursionError as error:
-        raise ConfigError("an override has more brackets inside of each other than can be read") from error
+        raise ConfigError("an override has too many nested brackets") from error
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -203,7 +203,9 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         given = OmegaConf.load(path)
         if not isinstance(given, DictConfig):
-            raise ConfigError(f"{path}: a configuration is a mapping from names to values, this is none")
+            raise ConfigError(
+                f"{path}: a configuration is a mapping from names to values; this file holds something else"
+            )
         if isinstance(given.get("tracking"), DictConfig):
             given.tracking.pop("grid_rows", None)  # of an earlier release: images per class in a grid
         merged = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
@@ -213,7 +215,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except (OmegaConfBaseException, YAMLError, OSError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        line = getattr(getattr(error, "problem_mark", None), "line", None)  # YAML's own message begins with the context
+        line = getattr(getattr(error, "problem_mark", None), "line", None)  # YAML's own message starts with the context
         said = str(error).splitlines()[0] if line is None else f"{getattr(error, 'problem', error)}, line {line + 1}"
         raise ConfigError(f"{path}: {said}") from error
     return from_dict(typing.cast("dict[str, Any]", plain)).portable()
@@ -246,7 +248,7 @@ def _check_override(key: str, value: Any, line: str) -> None:
     if key in choices:
         names = value if isinstance(value, list) else [value]
         if not line.startswith("~") and any(name is None or isinstance(name, bool | int | float) for name in names):
-            raise ConfigError(f"{line}: {key} is chosen by a name. Allowed: {', '.join(choices[key])}")
+            raise ConfigError(f"{line}: {key} is chosen by name. Allowed: {', '.join(choices[key])}")
         if isinstance(value, str) and value not in choices[key]:
             raise ConfigError(
                 f"{line}: no '{value}' in {key}. Allowed: {', '.join(choices[key])}.{suggest(value, choices[key])}"
@@ -263,7 +265,7 @@ def check_key(key: str, line: str) -> None:
         line: what the user wrote, for the message.
 
     Raises:
-        ConfigError: there is none; the message names what there is, and the closest name.
+        ConfigError: there is none; the message lists the allowed names and suggests the closest one.
     """
     choices = groups()
     allowed: set[str] = set(Config.model_fields) | set(choices)
@@ -272,7 +274,7 @@ def check_key(key: str, line: str) -> None:
     for part in key.split("."):
         fields = {name: f.annotation for model in types_here for name, f in model.model_fields.items()}
         if not types_here:
-            raise ConfigError(f"{line}: {path.rstrip('.')} is a field, which has none below it")
+            raise ConfigError(f"{line}: {path.rstrip('.')} is a field and has no fields of its own")
         if part not in fields:
             where = f"in {path.rstrip('.')}" if path else "at the top"
             allowed = set(fields) | (set() if path else set(choices))

@@ -1,4 +1,4 @@
-"""A composed configuration, explained: every value with what it means and which file or override it came from."""
+"""Explanation of a composed configuration: the meaning of every value, and the file or override that set it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ OVERRIDE = "override"
 
 @dataclass(frozen=True)
 class Explained:
-    """A field with the value that it has in a composed configuration.
+    """A field and its value in a composed configuration.
 
     Attributes:
-        field: what the field is.
+        field: definition of the field.
         value: its value in JSON form; None where it is not used.
-        origin: what set it: "default" for the field's own default, a file such as "conf/experiment/digits.yaml", or
-            "override" for the command line.
-        unused: why the configuration does not have the field, such as "sampler.kind is heun"; empty where it has.
+        origin: source of the value: "default" for the field's own default, a file such as
+        "conf/experiment/digits.yaml", or "override" for the command line.
+        unused: reason why the configuration does not have the field, such as "sampler.kind is heun"; else empty.
     """
 
     field: ConfigField
@@ -37,7 +37,7 @@ def explain(overrides: Sequence[str] = (), key: str = "") -> list[Explained]:
 
     Args:
         overrides: Hydra overrides.
-        key: a section or a field, to explain it alone; empty explains everything that the configuration has.
+        key: section or field to explain; empty for the whole configuration.
 
     Raises:
         ConfigError: there is no such key, or the configuration is not valid.
@@ -52,7 +52,7 @@ def explain(overrides: Sequence[str] = (), key: str = "") -> list[Explained]:
             continue
         section = field.key.rpartition(".")[0]
         chosen = values[section] if section else values
-        if chosen is None:  # a section that is left out, such as `launch`
+        if chosen is None:  # a section that is absent, such as `launch`
             if key:
                 found.append(Explained(field, field.default, "", f"{section} is null"))
             elif section not in {each.field.key for each in found}:
@@ -68,7 +68,7 @@ def explain(overrides: Sequence[str] = (), key: str = "") -> list[Explained]:
 
 
 def origins(overrides: Sequence[str] = ()) -> dict[str, str]:
-    """Return what sets each key that is not left at its default: a file of `conf/`, or "override".
+    """Return key -> what sets it, a file of `conf/` or "override"; keys at their defaults are left out.
 
     Raises:
         ConfigError: an override is not valid.
@@ -87,7 +87,7 @@ def origins(overrides: Sequence[str] = ()) -> dict[str, str]:
 
 
 def _files(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the files that are composed, as (path below `conf/`, key that their content is put under), in order."""
+    """Yield the composed files in order, as (path below `conf/`, key under which their content is placed)."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -107,7 +107,6 @@ def _files(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _plain(path: str) -> dict[str, Any]:
-    """Return what a file of `conf/` sets."""
     from omegaconf import OmegaConf
 
     plain = OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{path}.yaml"), resolve=False)

@@ -1,6 +1,6 @@
-"""What every field of the configuration is: type, default, allowed values and meaning, as `ddpm config` shows it.
+"""The definition of every configuration field: type, default, allowed values and meaning, as `ddpm config` shows them.
 
-All of it is read from the pydantic models, which get a choice's fields from its settings class in `ddpm`.
+Everything is read from the pydantic models, which take a choice's fields from its settings class in `ddpm`.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class ConfigField:
     """One field of the configuration.
 
     Attributes:
-        key: path by which it is set, such as "optim.lr".
-        type: type of its values in words.
-        allowed: values that it may have, in words; empty where the type says all.
-        default: value where nothing sets it, in JSON form; None where `required`.
-        required: whether it has no default, so that a file or an override has to set it.
+        key: path of the field, such as "optim.lr".
+        type: type of the values in words.
+        allowed: allowed values in words; empty where the type says everything.
+        default: default value in JSON form; None where `required`.
+        required: whether a file or an override has to set the field, because it has no default.
         meaning: one or more sentences for users.
-        kinds: kinds of its section that have the field; empty where all have it.
+        kinds: kinds of the section that have the field; empty where all have it.
     """
 
     key: str
@@ -58,8 +58,8 @@ class ConfigChoice:
     """One file of a group of `conf/`.
 
     Attributes:
-        override: how it is chosen, such as "schedule=cosine".
-        meaning: the comment at the head of the file, or what the class of its kind says; may be empty.
+        override: override that chooses it, such as "schedule=cosine".
+        meaning: comment at the top of the file, or the docstring of its kind; may be empty.
     """
 
     override: str
@@ -68,7 +68,7 @@ class ConfigChoice:
 
 def sections() -> dict[str, str]:
     """Return every section of the configuration with its meaning; the section of the fields at the top is ""."""
-    found = {"": "What the run is called, how long it is, and the size of a training step."}
+    found = {"": "Name and length of the run, and the size of a training step."}
     for name, field in Config.model_fields.items():
         models = models_in(field.annotation)
         if models:
@@ -80,7 +80,7 @@ def sections() -> dict[str, str]:
 def config_fields() -> tuple[ConfigField, ...]:
     """Return every field of every section, in the order of the schema.
 
-    A key comes more than once where kinds of a section have unlike fields of that name.
+    A key appears more than once where kinds of a section define the field differently.
     """
     found = [field for field in _fields_of(Config, "") if field.key not in sections()]
     for section in sections():
@@ -102,17 +102,18 @@ def kinds_of(section: str) -> Mapping[str, type[pydantic.BaseModel]]:
 
 
 def left_out(section: str) -> ConfigField:
-    """Return a section that a configuration need not have, as the field that it is then."""
+    """Return an optional section as the field that stands for it where it is absent."""
     return ConfigField(section, "null", ", ".join(kinds_of(section)), None, False, _sentence(sections()[section]))
 
 
 def kind_meanings(section: str) -> dict[str, str]:
-    """Return the kinds of a section with what their classes say; empty for a section without kinds of its own."""
+    """Return kind -> first paragraph of its docstring; empty for a section without kinds."""
     return {kind: _doc(model) for kind, model in kinds_of(section).items()} if section in sections() else {}
 
 
 def choices(group: str) -> list[ConfigChoice]:
-    """Return the files of a group of `conf/`; an experiment is added to the defaults, so that its override has a +."""
+    """Return the files of a group of `conf/`; the override of an experiment has a +, because it adds to the
+    defaults."""
     found = []
     for name in groups().get(group, []):
         path = conf_dir() / group / f"{name}.yaml"
@@ -125,13 +126,12 @@ def choices(group: str) -> list[ConfigChoice]:
 
 
 def _comment(line: str) -> str:
-    """Return a line of a comment; a command, which is set off by spaces, becomes code in a sentence."""
+    """Return a line of a comment; an indented command becomes inline code."""
     text = line.removeprefix("#")
     return f"`{text.strip()}`." if text.startswith("    ") else text.strip()
 
 
 def _doc(model: type[pydantic.BaseModel]) -> str:
-    """Return the first paragraph of a class's docstring as one line."""
     return " ".join((inspect.getdoc(model) or "").partition("\n\n")[0].split())
 
 
@@ -148,7 +148,8 @@ def _fields_of(model: type[pydantic.BaseModel], section: str, kind: str = "") ->
 
 
 def _merged(fields: Sequence[ConfigField]) -> list[ConfigField]:
-    """Return fields of several kinds, with equal ones as one; `kind` itself as one that allows every kind."""
+    """Return the fields of several kinds, merging equal ones; `kind` itself becomes one field that allows every
+    kind."""
     merged: dict[ConfigField, list[str]] = {}
     all_kinds = list(dict.fromkeys(kind for field in fields for kind in field.kinds))
     for field in fields:
@@ -172,7 +173,6 @@ def _thawed(value: Any) -> Any:
 
 
 def _sentence(text: str) -> str:
-    """Return text with a capital at its beginning and a full stop at its end."""
     if not text:
         return ""
     return f"{text[0].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"

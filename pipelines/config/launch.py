@@ -1,7 +1,7 @@
-"""What only a launch on a cluster needs to know: images, names of the cluster's objects, machines.
+"""Settings that only a launch on a cluster needs: container images, names of cluster objects, machines.
 
-`ddpm launch --target KIND` chooses `conf/launch/KIND.yaml`. A run does not see these settings: they are left out of the
-command that the cluster gets, of a run's identity and of its stored configuration.
+`ddpm launch --target KIND` chooses `conf/launch/KIND.yaml`. A run does not see these settings: they are not part of the
+command that runs on the cluster, of a run's identity, or of its stored configuration.
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pipelines.config.choices import ConfigSection
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
-"""Of an object in Kubernetes."""
+"""Name of a Kubernetes object."""
 SPOT_LABEL = r"^[A-Za-z0-9./_-]+:[A-Za-z0-9._-]+$"
 
 
 class Launch(ConfigSection):
-    """What clusters of every kind are told."""
+    """Settings for clusters of every kind."""
 
-    stop_wait_s: PositiveInt = Field(120, description="how long a stopped command may take to write its checkpoint")
+    stop_wait_s: PositiveInt = Field(120, description="seconds that a stopped command may take to write its checkpoint")
 
 
 class KubeRayLaunch(Launch):
-    """A RayJob of KubeRay: a Ray cluster of its own for the command, which goes when the command ends."""
+    """A KubeRay RayJob: a Ray cluster for this command, deleted after the command ends."""
 
     kind: Literal["kuberay"] = Field("kuberay", description="kind of cluster on which the command runs")
-    image: str = Field(description="image of the workers, with CUDA where they have GPUs")
+    image: str = Field(description="container image of the workers, with CUDA if they have GPUs")
     head_image: str | None = Field(
-        None, description="image of head and submitter, which need no CUDA, with the same Python and Ray; null: image"
+        None,
+        description="container image of head and submitter (no CUDA needed), with the same Python and Ray; null: image",
     )
-    image_pull_secret: Name | None = Field(None, description="Secret for a private registry")
-    namespace: Name = Field("default", description="namespace in Kubernetes, which has the Secrets")
+    image_pull_secret: Name | None = Field(None, description="Secret with the credentials of a private registry")
+    namespace: Name = Field("default", description="Kubernetes namespace, in which the Secrets are")
     service_account: Name | None = Field(
         None,
         description="service account of head and workers; where its role may use the bucket (IRSA on AWS, Workload "
@@ -47,93 +48,101 @@ class KubeRayLaunch(Launch):
     )
     signing_secret: Name | None = Field(
         None,
-        description="Secret whose key `signing.pem` is the private key that signs versions; null: one that the head "
-        "makes, which goes with it",
+        description="Secret whose key `signing.pem` is the private key that signs versions; null: a key that the head "
+        "makes, and that is deleted with the head",
     )
-    token: bool = Field(True, description="whoever speaks to the Ray cluster needs its token; KubeRay makes one")
+    token: bool = Field(True, description="require a token for access to the Ray cluster; KubeRay makes one")
     token_secret: Name | None = Field(
-        None, description="Secret whose key `auth_token` is that token; null: one that KubeRay makes for each cluster"
+        None, description="Secret whose key `auth_token` is that token; null: a token that KubeRay makes per cluster"
     )
-    queue: Name | None = Field(None, description="LocalQueue of Kueue; null: the job starts at once")
-    workers_per_node: PositiveInt = Field(1, description="how many of the cluster.num_workers workers a pod holds")
-    memory_gib: PositiveFloat = Field(24, description="memory of a worker")
-    shm_gib: PositiveFloat = Field(8, description="of that, the most that may lie in /dev/shm")
-    head_cpus: PositiveFloat = Field(2, description="CPUs of the head, which trains nothing")
-    head_memory_gib: PositiveFloat = Field(8, description="memory of the head")
+    queue: Name | None = Field(None, description="Kueue LocalQueue; null: the job starts at once")
+    workers_per_node: PositiveInt = Field(1, description="workers of cluster.num_workers in each pod")
+    memory_gib: PositiveFloat = Field(24, description="memory of a worker, in GiB")
+    shm_gib: PositiveFloat = Field(8, description="largest size of /dev/shm, in GiB, as part of memory_gib")
+    head_cpus: PositiveFloat = Field(2, description="CPUs of the head, which does not train")
+    head_memory_gib: PositiveFloat = Field(8, description="memory of the head, in GiB")
     gpu_product: str | None = Field(None, description="label nvidia.com/gpu.product of the nodes; null: any GPU")
-    zone: str | None = Field(None, description="where all workers run: gradients between zones are slow, and billed")
+    zone: str | None = Field(None, description="zone of all workers: traffic between zones is slow and billed")
     spot: Annotated[str, Field(pattern=SPOT_LABEL)] | None = Field(
         None,
-        description="label KEY:VALUE of spot nodes, tolerated as their taint too: karpenter.sh/capacity-type:spot, "
+        description="label KEY:VALUE of spot nodes, also tolerated as a taint: karpenter.sh/capacity-type:spot, "
         "eks.amazonaws.com/capacityType:SPOT, cloud.google.com/gke-spot:true; null: no spot nodes",
     )
-    on_demand: NonNegativeInt = Field(0, description="with spot, how many workers run on other nodes, as the head does")
+    on_demand: NonNegativeInt = Field(
+        0, description="with spot: number of workers on on-demand nodes, where the head runs too"
+    )
     spot_notice_s: NonNegativeInt = Field(
-        25, description="how long a pod that has to leave its spot node may go on: clouds give 30 to 120 s"
+        25, description="seconds that a pod may still run after its spot node was reclaimed: clouds give 30 to 120 s"
     )
     cache_class: Name | None = Field(
-        None, description="storage class of a worker pod's own volume for shards; null: the disk of its node"
+        None, description="storage class of each worker pod's volume for shards; null: the disk of its node"
     )
     backoff_limit: NonNegativeInt = Field(
-        0, description="how often KubeRay starts a new cluster after the command has failed, for whatever reason"
+        0, description="number of times that KubeRay starts a new cluster after the command failed, for any reason"
     )
     submitter_backoff_limit: NonNegativeInt = Field(
         4,
-        description="how often the pod that submits the command and shows its output is replaced; the command goes on",
+        description="restarts of the pod that submits the command and shows its output; the command keeps running",
     )
-    deadline_s: PositiveInt | None = Field(None, description="seconds after which the job is ended; null: no limit")
-    ttl_s: NonNegativeInt = Field(600, description="how long the cluster stays after the command, to look at")
+    deadline_s: PositiveInt | None = Field(
+        None, description="seconds after which the job is terminated; null: no limit"
+    )
+    ttl_s: NonNegativeInt = Field(600, description="seconds that the cluster is kept after the command, for inspection")
 
     @model_validator(mode="after")
     def _consistent(self) -> KubeRayLaunch:
         if self.shm_gib >= self.memory_gib:
             raise ValueError(
-                f"shm_gib = {self.shm_gib:g} must be below memory_gib = {self.memory_gib:g}, which it is a part of"
+                f"shm_gib = {self.shm_gib:g} must be below memory_gib = {self.memory_gib:g}, which includes it"
             )
         if self.on_demand and not self.spot:
-            raise ValueError(f"on_demand = {self.on_demand} has no use without spot: all workers are on other nodes")
+            raise ValueError(
+                f"on_demand = {self.on_demand} has no effect without spot: all workers are on on-demand nodes"
+            )
         if self.token_secret and not self.token:
-            raise ValueError("token_secret has no use with token = False: leave one of them out")
+            raise ValueError("token_secret has no effect with token = False: leave one of them out")
         return self
 
 
 class AwsLaunch(Launch):
-    """A cluster on EC2 that `ray up` starts: a head on demand, spot workers; with its policies and its bucket rules."""
+    """An EC2 cluster started by `ray up`: an on-demand head and spot workers, with IAM policies and bucket rules."""
 
     kind: Literal["aws"] = Field("aws", description="kind of cluster on which the command runs")
-    image: str = Field(description="image of the workers, with CUDA where they have GPUs")
+    image: str = Field(description="container image of the workers, with CUDA if they have GPUs")
     head_image: str | None = Field(
-        None, description="image of the head, which needs no CUDA, with the same Python and Ray; null: image"
+        None, description="container image of the head (no CUDA needed), with the same Python and Ray; null: image"
     )
     account: Annotated[str, Field(pattern=r"^[0-9]{12}$")] | None = Field(
-        None, description="number of the AWS account in the policies; null: a * in its place"
+        None, description="AWS account number in the policies; null: *"
     )
     region: str = Field("us-east-1", description="AWS region")
-    zone: str = Field("us-east-1a", description="zone of all nodes: gradients between zones are slow, and billed")
+    zone: str = Field("us-east-1a", description="zone of all nodes: traffic between zones is slow and billed")
     instance_type: str = Field("g5.2xlarge", description="instance type of the workers")
-    head_instance_type: str = Field("m6i.xlarge", description="instance type of the head, which trains nothing")
-    workers_per_node: PositiveInt = Field(
-        1, description="how many of the cluster.num_workers workers an instance holds"
-    )
-    spot: bool = Field(True, description="workers on spot instances; the head never is")
+    head_instance_type: str = Field("m6i.xlarge", description="instance type of the head, which does not train")
+    workers_per_node: PositiveInt = Field(1, description="workers of cluster.num_workers on each instance")
+    spot: bool = Field(True, description="run the workers on spot instances; the head is always on demand")
     head_profile: str = Field("ddpm-head", description="instance profile with iam-head.json")
     worker_profile: str = Field("ddpm-worker", description="instance profile with iam-worker.json")
     ami: str = Field(
         "resolve:ssm:/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id",
-        description="machine image with Docker and an NVIDIA driver; the default is AWS's newest, ami-… pins one",
+        description="machine image with Docker and an NVIDIA driver; default: AWS's newest; ami-… pins one",
     )
-    disk_gib: PositiveInt = Field(100, description="disk of a node in GiB, beside the workers' cache of shards")
-    idle_min: NonNegativeFloat = Field(10, description="minutes after which an idle node above the minimum is ended")
+    disk_gib: PositiveInt = Field(100, description="disk of a node in GiB, in addition to the shard cache")
+    idle_min: NonNegativeFloat = Field(
+        10, description="minutes after which an idle node above the minimum is terminated"
+    )
 
 
 class RayLaunch(Launch):
-    """A job on a Ray cluster that is there already, by Ray's Jobs API."""
+    """A job on an existing Ray cluster, submitted through Ray's Jobs API."""
 
     kind: Literal["ray"] = Field("ray", description="kind of cluster on which the command runs")
     command: str | None = Field(
-        None, description="what the cluster calls this program; null: ddpm, or this very one on the local stack"
+        None, description="command of this program on the cluster; null: ddpm, or this installation on the local stack"
     )
-    patience_s: PositiveFloat = Field(300, description="how long a cluster that does not answer is asked again")
+    patience_s: PositiveFloat = Field(
+        300, description="seconds for which a cluster that does not answer is tried again"
+    )
 
 
 LaunchConfig = Annotated[KubeRayLaunch | AwsLaunch | RayLaunch, Field(discriminator="kind")]

@@ -1,4 +1,4 @@
-"""A run's configuration, complete, checked and frozen."""
+"""The complete, validated and frozen configuration of a run."""
 
 from __future__ import annotations
 
@@ -55,47 +55,43 @@ _FIRST = frozenset(
     + [f"optim.{name}" for name in ("lr", "betas", "weight_decay", "warmup_images", "decay", "decay_images")]
     + [f"optim.{name}" for name in ("grad_clip", "ema_half_life", "power_ema", "precision")]
 )
-"""What an identity has had from the first release on, whatever the values."""
+"""Fields that are always part of an identity: those of the first release."""
 _FIRST_KINDS = frozenset(["unet", "linear", "cosine", "sigmoid", "uniform", "min_snr", "stratified", "importance"])
-"""The kinds of the first release, whose identities have what they had then."""
+"""Kinds of the first release, whose identities keep their original fields."""
 
 FORMER_DEFAULTS = {"objective.prediction": "eps"}
-"""Defaults of earlier releases that are others now, among what decides a run's loss trace."""
+"""Former defaults of fields that decide a run's loss trace and have another default now."""
 
 
 class Config(ConfigSection):
-    """One run, complete and frozen."""
+    """The complete configuration of one run."""
 
     name: Name = Field(description="name of the run; a second training of the same name resumes it")
     task: Literal["denoiser", "classifier"] = Field(
         "denoiser",
-        description="what is trained: the model, or a classifier of noisy images for classifier guidance, of classes, "
-        "or of captions with model.text_dim",
+        description="network to train: the model, or a classifier of noisy images for classifier guidance, of classes "
+        "or, with model.text_dim, of captions",
     )
     init_from: str | None = Field(
-        None, description="MODEL reference to a model whose weights a new run starts from; null: random weights"
+        None, description="MODEL reference to the initial weights of a new run; null: random weights"
     )
-    seed: Seed = Field(
-        0, description="seed of the order of samples, of their noise and timesteps, and of the first weights"
-    )
-    images: PositiveInt = Field(
-        le=10**15, description="length of the training: images seen, each as often as it is repeated"
-    )
+    seed: Seed = Field(0, description="seed of the sample order, noise, timesteps and initial weights")
+    images: PositiveInt = Field(le=10**15, description="length of the training in images seen, repetitions included")
     training_s: PositiveFloat | None = Field(
         None,
-        description="seconds of training steps after which the run ends: `images` is a first guess then, which is "
-        "corrected by the run's own speed while it trains; null: it ends after `images`",
+        description="seconds of training steps after which the run ends; `images` is then a first guess, which is "
+        "corrected by the measured speed during training; null: the run ends after `images`",
     )
-    batch_size: PositiveInt = Field(description="images of one training step, over all workers together")
+    batch_size: PositiveInt = Field(description="images per training step, over all workers")
     micro_batch_size: PositiveInt | None = Field(
-        None, description="most images that a worker computes at once, which bounds its memory; null: no limit"
+        None, description="largest number of images that a worker processes at once, to limit memory; null: no limit"
     )
     data: DataConfig
     model: ModelConfig = Field(description="The network. Its channels and number of classes follow from the data.")
-    schedule: ScheduleConfig = Field(description="How much noise an image has after each step of the forward process.")
+    schedule: ScheduleConfig = Field(description="Noise level after each step of the forward process.")
     objective: ObjectiveConfig
     guidance: GuidanceConfig
-    sampler: SamplerConfig = Field(description="How images are drawn from the trained model.")
+    sampler: SamplerConfig = Field(description="Sampler that draws images from the trained model.")
     optim: OptimConfig
     cluster: ClusterConfig
     storage: StorageConfig
@@ -104,7 +100,7 @@ class Config(ConfigSection):
     evaluation: EvaluationConfig
     registry: RegistryConfig
     serving: ServingConfig = ServingConfig.model_validate({})
-    launch: LaunchConfig | None = Field(None, description="where `ddpm launch` puts a command; no part of a run")
+    launch: LaunchConfig | None = Field(None, description="cluster of `ddpm launch`; not part of a run")
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -137,12 +133,12 @@ class Config(ConfigSection):
         return self
 
     def _check_loss(self) -> None:
-        """Raise where a loss and what it is averaged over, or divided by, do not go together."""
+        """Raise if the loss is incompatible with its timesteps, noise or learned weight."""
         objective = self.objective
         if objective.learned_weight and objective.loss != "simple":
             raise ValueError(
-                f"objective.learned_weight = True weighs a squared error by noise level, and objective.loss = "
-                f"{objective.loss} is none: use objective.loss=simple, or objective.learned_weight=false"
+                f"objective.learned_weight = True weights a squared error by noise level, and objective.loss = "
+                f"{objective.loss} is not one: use objective.loss=simple, or objective.learned_weight=false"
             )
         if objective.loss in ("hybrid", "vlb") and objective.noise_candidates > 1:
             raise ValueError(
@@ -152,7 +148,7 @@ class Config(ConfigSection):
             )
         if objective.loss in ("hybrid", "vlb") and not getattr(TIMESTEPS[objective.timesteps], "unbiased", True):
             raise ValueError(
-                f"objective.timesteps = {objective.timesteps} makes the noise levels a part of the objective, and "
+                f"objective.timesteps = {objective.timesteps} makes the noise levels part of the objective, and "
                 f"objective.loss = {objective.loss} has to be a mean over all of them: use uniform, stratified, "
                 "low_discrepancy or importance, or objective.loss=simple"
             )
@@ -175,7 +171,7 @@ class Config(ConfigSection):
         for name, value in unused.items():
             if value != "uniform":
                 raise ValueError(
-                    f"{name} = {value} has no use with objective.loss = consistency, which draws its levels by "
+                    f"{name} = {value} has no effect with objective.loss = consistency, which draws its levels by "
                     "objective.consistency_p_mean and objective.consistency_p_std: leave it at uniform"
                 )
         scale = objective.consistency_guidance
@@ -190,7 +186,7 @@ class Config(ConfigSection):
         if every is not None and self.task == "classifier":
             raise ValueError("evaluation.every scores samples, and task = classifier draws none: leave it at null")
         if keep_best is not None and every is None:
-            raise ValueError("checkpoint.keep_best chooses by scores, and nothing is scored: set evaluation.every")
+            raise ValueError("checkpoint.keep_best selects by scores, and nothing is scored: set evaluation.every")
         if keep_best is not None and self.optim.power_ema:
             raise ValueError(
                 "checkpoint.keep_best would delete the snapshots that optim.power_ema is reconstructed from: "
@@ -226,10 +222,10 @@ class Config(ConfigSection):
         }
         wrong = [name for name, is_set in denoiser_only.items() if is_set]
         if wrong:
-            raise ValueError(f"task = classifier has no use for {', '.join(wrong)}: leave them at their defaults")
+            raise ValueError(f"task = classifier does not use {', '.join(wrong)}: leave them at their defaults")
 
     def portable(self) -> Config:
-        """Without the addresses of the local stack, which are found anew and may have changed by then."""
+        """This configuration without the addresses of the local stack, which may have changed when it is read again."""
         if not self.storage.local_stack:
             return self
         storage = self.storage.model_copy(update={"endpoint_url": None, "credentials_file": None})
@@ -238,10 +234,10 @@ class Config(ConfigSection):
         return self.model_copy(update={"storage": storage, "tracking": tracking, "cluster": cluster})
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide the loss trace, flat; a resumed run must have the same.
+        """Return the settings that decide the loss trace, flat; a run resumes only with the same identity.
 
-        A setting that the first release did not have is left out while it has its default, with which nothing changes;
-        those of a kind that came later are all there.
+        A field that was added later is left out while it has its default, which changes nothing; of a kind that was
+        added later, all fields are included.
         """
         data = self.model_dump(
             mode="json",
@@ -264,11 +260,11 @@ class Config(ConfigSection):
         }
 
     def with_later_defaults(self, stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a stored configuration with the defaults of fields that `now` has and an earlier release had not.
+        """Return a stored configuration with the defaults of the fields that were added after it was stored.
 
         Args:
-            stored: what `model_dump` gave, by this or an earlier release, perhaps of some sections only.
-            now: the same of this configuration.
+            stored: result of `model_dump` in this or an earlier release, possibly of some sections only.
+            now: result of `model_dump` of this configuration.
         """
         found = dict(stored)
         for section, fields in now.items():
@@ -278,7 +274,7 @@ class Config(ConfigSection):
         return found
 
     def _default(self, key: str) -> Any:
-        """Return the default of SECTION.FIELD: of a network's kind, the one that a configuration need not name."""
+        """Return the default of SECTION.FIELD; for networks, that of the default kind."""
         if key == "model.kind":
             return UNNAMED_NETWORK
         section, _, field = key.partition(".")

@@ -19,11 +19,11 @@ from pipelines.config.choices import ConfigSection
 from pipelines.presentation.errors import ConfigError
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-"""What runs, studies and served applications may be called: their names are parts of addresses."""
+"""Names of runs, studies and served applications, which are parts of addresses."""
 Name = Annotated[str, Field(pattern=NAME, max_length=200)]
 MODEL_NAME = r"[^/:@'\\\x00-\x1f\x7f]+"
-"""What registered models may be called: what a MODEL reference divides, and what MLflow's filters cannot hold in the
-quotes in which they ask for a name, is no part of it."""
+"""Names of registered models: without the separators of a MODEL reference, and without characters that MLflow's filters
+cannot quote."""
 MODEL_NAME_RULE = "the name of a model has no / : @ ' or \\ in it, and no control character"
 CANDIDATE = "candidate"
 """Alias of the newest version of a registered model; nothing guards it."""
@@ -39,74 +39,74 @@ class DataConfig(ConfigSection):
     """The dataset and how it is read."""
 
     source: str | None = Field(
-        None, description="what `ddpm flow` ingests: `digits`, a folder, a .zip, or a .csv or .jsonl of paths"
+        None, description="source that `ddpm flow` ingests: `digits`, a folder, a .zip, or a .csv or .jsonl of paths"
     )
-    uri: str = Field(description="where the shards and dataset.json are")
+    uri: str = Field(description="address of the folder with the shards and dataset.json")
     image_size: PositiveInt = Field(le=4096, description="height and width in pixels")
     channels: Literal[1, 3] = Field(description="1 for grey images, 3 for colour")
     num_classes: NonNegativeInt = Field(description="number of classes; 0 for images without labels")
-    lanes: PositiveInt = Field(8, description="places in the data that are read in parallel; must divide batch_size")
+    lanes: PositiveInt = Field(8, description="positions in the data that are read in parallel; must divide batch_size")
     window: PositiveInt = Field(4, description="consecutive shards of a lane that are shuffled together")
     flip: bool = Field(False, description="mirror every image with probability 1/2")
-    geometry: Geometry = Field("crop", description="how an ingest brings images to size: crop takes the central square")
+    geometry: Geometry = Field("crop", description="how an ingest resizes images: crop takes the central square")
     encoding: Encoding = Field("png", description="file format of ingested images; only jpg loses detail")
-    shard_samples: PositiveInt = Field(1000, description="images in each shard that an ingest writes")
-    shard_bytes: PositiveInt | None = Field(None, description="size of a shard to aim at, instead of shard_samples")
+    shard_samples: PositiveInt = Field(1000, description="images per shard that an ingest writes")
+    shard_bytes: PositiveInt | None = Field(
+        None, description="target size of a shard in bytes, instead of shard_samples"
+    )
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.1, description="share of the images that is kept for testing, where the source has no test split"
+        0.1, description="share of the images used for testing if the source has no test split"
     )
     text_encoder: str | None = Field(
-        None, description="hub name or folder of the encoder whose embeddings of the captions an ingest stores"
+        None, description="hub name or folder of the text encoder that embeds captions in an ingest"
     )
-    allow_changed: bool = Field(False, description="resume a run although its data or their quarantine have changed")
+    allow_changed: bool = Field(False, description="resume a run even if its data or quarantine have changed")
     cache_dir: str | None = Field(None, description="node-wide shard cache; null: the user's cache folder")
-    cache_gib: PositiveFloat = Field(20.0, description="most space that the shard cache takes on a node's disk, in GiB")
+    cache_gib: PositiveFloat = Field(20.0, description="largest size of the shard cache on a node's disk, in GiB")
     memory_mib: NonNegativeFloat = Field(
         256.0,
-        description="a worker keeps the decoded pixels of a split that takes no more than this, in MiB; 0 keeps none. "
+        description="largest size of a split, in MiB, whose decoded pixels a worker keeps in memory; 0: never. "
         "Captioned images are never kept",
     )
-    decode_threads: PositiveInt = Field(2, description="threads of a worker that decode images")
-    prefetch_batches: PositiveInt = Field(4, description="batches that a worker reads ahead of the training")
+    decode_threads: PositiveInt = Field(2, description="image decoding threads per worker")
+    prefetch_batches: PositiveInt = Field(4, description="batches that a worker prefetches")
 
 
 class OptimConfig(ConfigSection):
-    """Optimizer, learning rate by images seen, and the average of the weights."""
+    """Optimizer, learning-rate schedule by images seen, and the moving average of the weights."""
 
     kind: Literal["adamw", "radam", "muon"] = Field(
         "adamw",
-        description="the optimizer: AdamW, or RAdam, which rectifies the first steps' variance instead of warming up "
-        "(Liu et al. 2020), or Muon, which makes updates of hidden matrices orthogonal and leaves the rest to AdamW",
+        description="optimizer: AdamW; RAdam, which rectifies the variance of the first steps instead of warming up "
+        "(Liu et al. 2020); or Muon, which orthogonalizes the updates of hidden matrices and uses AdamW for the rest",
     )
     lr: PositiveFloat = Field(2e-4, description="learning rate after the warm-up, before any decay")
     lr_scaling: tuple[Literal["sqrt", "linear"], PositiveInt] | None = Field(
         None,
-        description="[sqrt, N] or [linear, N]: optim.lr is for batches of N images, and grows with batch_size / N by "
-        "its root or by itself. null: optim.lr is for every batch size",
+        description="[sqrt, N] or [linear, N]: optim.lr is for batches of N images and is scaled by the square root of "
+        "batch_size / N or by the ratio itself; null: no scaling",
     )
     betas: tuple[Fraction, Fraction] = Field(
-        (0.9, 0.999), description="how slowly AdamW forgets: its averages of the gradient and of the gradient's square"
+        (0.9, 0.999), description="decay rates of AdamW's averages of the gradient and of its square"
     )
-    weight_decay: NonNegativeFloat = Field(
-        0.0, description="weight decay of AdamW and Muon, taken from the weights themselves"
-    )
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled weight decay of AdamW and Muon")
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.95, description="how slowly Muon forgets: the momentum of hidden matrices"
+        0.95, description="momentum of Muon, for hidden matrices"
     )
     warmup_images: NonNegativeInt = Field(
-        0, description="images over which the learning rate rises from 0 to optim.lr at the beginning of a run"
+        0, description="images over which the learning rate rises from 0 to optim.lr at the start of a run"
     )
     decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = Field(
         "constant",
-        description="how the learning rate falls: not at all (constant), to 2 % at the end of the run by a line or a "
-        "cosine, or as 1/sqrt(images seen)",
+        description="decay of the learning rate: none (constant), linear or cosine to 2 % at the end of the run, or "
+        "1/sqrt(images seen)",
     )
-    decay_images: PositiveInt = Field(1_000_000, description="images after which decay=inverse_sqrt begins to fall")
+    decay_images: PositiveInt = Field(1_000_000, description="images after which decay=inverse_sqrt starts")
     grad_clip: PositiveFloat | None = Field(
-        1.0, description="largest norm of a gradient; a longer one is scaled down to it. null: no limit"
+        1.0, description="largest gradient norm; larger gradients are scaled down to it; null: no limit"
     )
     ema_half_life: PositiveFloat = Field(
-        500_000, description="half-life, in images, of the average of the weights, from which samples are drawn"
+        500_000, description="half-life, in images, of the moving average of the weights that samples are drawn from"
     )
     power_ema: tuple[PositiveFloat, ...] = Field(
         (), description="relative widths of power-function averages, whose width can be chosen after training"
@@ -117,7 +117,8 @@ class OptimConfig(ConfigSection):
         "cores, else fp32; weights stay float32",
     )
     max_skipped: PositiveInt = Field(
-        10, description="updates in a row that are left out for a loss or gradient that is not finite"
+        10,
+        description="largest number of consecutive updates that are skipped because the loss or gradient is not finite",
     )
 
     @model_validator(mode="after")
@@ -131,38 +132,43 @@ class OptimConfig(ConfigSection):
 
 
 class ClusterConfig(ConfigSection):
-    """What the run asks of Ray."""
+    """Resources that a run requests from Ray, and how it handles failures."""
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
         2,
-        description="processes that train together. [min, max]: start with as many as the cluster has room for, go on "
+        description="number of worker processes. [min, max]: start with as many as the cluster has room for, continue "
         "with fewer when nodes are lost, grow back when they return",
     )
-    cpus_per_worker: PositiveFloat = Field(1, description="processors that Ray reserves for each worker")
-    gpus_per_worker: Literal[0, 1] = Field(0, description="1: each worker trains on a GPU of its own; 0: on processors")
-    threads_per_worker: PositiveInt = Field(1, description="threads of torch in each worker that trains on processors")
+    cpus_per_worker: PositiveFloat = Field(1, description="CPUs that Ray reserves for each worker")
+    gpus_per_worker: Literal[0, 1] = Field(0, description="GPUs per worker; 0: train on CPUs")
+    threads_per_worker: PositiveInt = Field(1, description="torch threads per worker when training on CPUs")
     parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="a copy of the network per worker, or its parts shared out over them (FSDP2)"
+        "ddp",
+        description="ddp: a copy of the network per worker; fsdp: its parameters are sharded over the workers (FSDP2)",
     )
-    compile: bool = Field(False, description="torch.compile the network; what it makes is kept on the node's disk")
+    compile: bool = Field(
+        False, description="compile the network with torch.compile; compiled code is cached on the node's disk"
+    )
     peak_tflops: PositiveFloat | None = Field(
-        None, description="dense bf16 peak of one GPU, for the utilization; null: from the card's name"
+        None, description="peak dense bf16 TFLOP/s of one GPU, for the utilization; null: from the name of the card"
     )
-    max_failures: NonNegativeInt = Field(3, description="failures without a new checkpoint before the run fails")
+    max_failures: NonNegativeInt = Field(
+        3, description="consecutive failures without a new checkpoint after which the run fails"
+    )
     max_preemption_failures: Annotated[int, Field(ge=-1)] = Field(
-        -1, description="restarts after a node was taken away, which max_failures does not count; -1: without a limit"
+        -1, description="restarts after preemptions, which max_failures does not count; -1: no limit"
     )
     preemption_grace_s: NonNegativeFloat = Field(
-        0, description="seconds that the other workers go on after a preempted one is due to go, to end an upload"
+        0, description="seconds that the other workers continue after a preemption is due, to finish an upload"
     )
-    patience_s: PositiveFloat = Field(300, description="seconds to wait for nodes that are missing")
+    patience_s: PositiveFloat = Field(300, description="seconds to wait for missing nodes")
     step_timeout_s: NonNegativeFloat | None = Field(
         1800,
-        description="seconds without progress after which the workers are started again; longer than an outage of "
-        "storage (300 s), compilation or a sample grid. null or 0: only the backend's 30 minutes count",
+        description="seconds without progress after which the workers are restarted; set it longer than an outage of "
+        "storage (300 s), a compilation or a sample grid. null or 0: only the backend's timeout of 30 minutes",
     )
     resize_every_s: PositiveFloat = Field(
-        60, description="seconds between looks whether a run with num_workers=[min, max] can grow"
+        60, description="seconds between checks whether a run with num_workers=[min, max] can grow"
     )
     address: str | None = Field(None, description="address of the Ray cluster; null: RAY_ADDRESS, else the local stack")
 
@@ -174,29 +180,31 @@ class ClusterConfig(ConfigSection):
 
     @property
     def min_workers(self) -> int:
-        """Fewer cannot train."""
+        """Smallest number of workers with which the run trains."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def max_workers(self) -> int:
-        """More are not asked for."""
+        """Largest number that is requested."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class StorageConfig(ConfigSection):
-    """Where data, checkpoints and artifacts are."""
+    """Storage of data, checkpoints and artifacts."""
 
-    root: str = Field(description="s3://BUCKET[/PREFIX], file:///PATH or the address of another registered storage")
+    root: str = Field(
+        description="address of everything that is stored: s3://BUCKET[/PREFIX], file:///PATH or another known scheme"
+    )
     endpoint_url: str | None = Field(
         None, description="address of an S3 server that is not AWS, such as http://HOST:PORT"
     )
     credentials_file: str | None = Field(None, description="file with S3 keys, in the format of ~/.aws/credentials")
-    region: str | None = Field(None, description="region of the S3 bucket; null: by AWS's own rules")
-    local_stack: bool = Field(False, description="start the local S3 when nothing else is named")
+    region: str | None = Field(None, description="region of the S3 bucket; null: AWS's default rules")
+    local_stack: bool = Field(False, description="start the local S3 server if no other storage is configured")
 
     @model_validator(mode="after")
     def _known_scheme(self) -> StorageConfig:
-        # Which schemes there are is checked by `pipelines.stack.connect`: storage is built on the configuration.
+        # `pipelines.stack.connect` checks the scheme: storage is built on the configuration.
         scheme, separator, rest = self.root.partition("://")
         if not (scheme and separator and rest) or (scheme == "file" and not rest.startswith("/")):
             raise ValueError(f"root must be s3://BUCKET[/PREFIX] or file:///PATH, got {self.root!r}")
@@ -204,24 +212,26 @@ class StorageConfig(ConfigSection):
 
 
 class TrackingConfig(ConfigSection):
-    """MLflow, and what else receives a run's curves."""
+    """MLflow, and other sinks of a run's metrics."""
 
     uri: str | None = Field(
         None, description="address of the MLflow server; null: MLFLOW_TRACKING_URI, else the local stack"
     )
-    experiment: str = Field("ddpm", description="MLflow experiment that runs are recorded in")
-    sinks: tuple[Literal["mlflow", "jsonl"], ...] = Field(("mlflow",), description="what a run's curves are sent to")
-    log_every: PositiveInt = Field(2_000, description="images between points of a run's curves")
+    experiment: str = Field("ddpm", description="MLflow experiment of runs")
+    sinks: tuple[Literal["mlflow", "jsonl"], ...] = Field(("mlflow",), description="sinks of a run's metrics")
+    log_every: PositiveInt = Field(2_000, description="images between logged metrics")
     grid_every: PositiveInt | None = Field(10_000, description="images between sample grids; null: none")
-    grid_images: PositiveInt = Field(64, description="most images in a grid, whatever the number of classes")
-    profile_at: NonNegativeInt | None = Field(None, description="images seen at which torch.profiler begins to look")
-    profile_steps: PositiveInt = Field(5, description="training steps that torch.profiler records, from profile_at on")
+    grid_images: PositiveInt = Field(64, description="largest number of images in a sample grid")
+    profile_at: NonNegativeInt | None = Field(
+        None, description="images seen at which torch.profiler starts; null: never"
+    )
+    profile_steps: PositiveInt = Field(5, description="training steps that torch.profiler records")
 
     @model_validator(mode="after")
     def _mlflow_is_there(self) -> TrackingConfig:
         if "mlflow" not in self.sinks or len(set(self.sinks)) < len(self.sinks):
             raise ValueError(
-                f"sinks = {list(self.sinks)}: name each once, mlflow among them, which records the run's checkpoints"
+                f"sinks = {list(self.sinks)}: name each once, and always mlflow, which records the run's checkpoints"
             )
         return self
 
@@ -230,74 +240,81 @@ class TrackingConfig(ConfigSection):
         """Address of the MLflow server.
 
         Raises:
-            ConfigError: none is named.
+            ConfigError: no server is configured.
         """
         if self.uri is None:
-            raise ConfigError("no MLflow server is named: set tracking.uri or MLFLOW_TRACKING_URI, or run `ddpm up`")
+            raise ConfigError(
+                "no MLflow server is configured: set tracking.uri or MLFLOW_TRACKING_URI, or run `ddpm up`"
+            )
         return self.uri
 
 
 class CheckpointConfig(ConfigSection):
-    """How often state is saved, in images."""
+    """How often checkpoints are saved, and which are kept."""
 
-    every: PositiveInt = Field(description="images between checkpoints: most that is trained again after a crash")
-    keep: Annotated[int, Field(ge=1)] = Field(2, description="newest checkpoints that stay for a restart")
+    every: PositiveInt = Field(
+        description="images between checkpoints, at most as many are trained again after a crash"
+    )
+    keep: Annotated[int, Field(ge=1)] = Field(2, description="newest checkpoints that are kept for a restart")
     backlog: NonNegativeInt = Field(
-        2, description="checkpoints that may wait in memory behind an upload before the training waits for it"
+        2, description="checkpoints that may wait in memory for an upload before the training blocks"
     )
     publish_every: PositiveInt = Field(
-        50_000, description="images between checkpoints that stay for good and that MODEL references can name"
+        50_000, description="images between published checkpoints, which are kept and which MODEL references can name"
     )
     keep_best: PositiveInt | None = Field(
         None,
-        description="how many scored checkpoints stay: those of the lowest Frechet distance, beside the newest one and "
-        "those that a version or another run names; null: all",
+        description="number of scored checkpoints that are kept: those with the lowest Frechet distance, besides the "
+        "newest one and those that a version or another run refers to; null: all",
     )
 
 
 class EvaluationConfig(ConfigSection):
-    """How samples are scored."""
+    """Evaluation of samples."""
 
     n: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="samples drawn from each noise seed; null: as many as the test split has. Papers use 50_000"
+        None, description="samples per noise seed; null: as many as the test split has. Papers use 50_000"
     )
-    seed: Seed = Field(1, description="first seed of the noise that samples are drawn from")
-    seeds: PositiveInt = Field(
-        3, description="how many noise seeds are drawn from; scores are means over them, with their spread"
-    )
-    batch_size: PositiveInt = Field(90, description="images that are drawn together")
+    seed: Seed = Field(1, description="first noise seed of the samples")
+    seeds: PositiveInt = Field(3, description="number of noise seeds; scores are means over them, with their spread")
+    batch_size: PositiveInt = Field(90, description="images per network batch while samples are drawn")
     actors: PositiveInt | None = Field(
-        None, description="processes that draw, each with a CPU or GPU of the Ray cluster; null: as many as it has"
+        None,
+        description="sampling processes, each with a CPU or GPU of the Ray cluster; null: as many as the cluster has",
     )
     likelihood_images: NonNegativeInt = Field(
-        32, le=256, description="test images whose bits per dimension are computed, by the bound and by the ODE"
+        32,
+        le=256,
+        description="test images whose bits per dimension are computed, with the bound and with the ODE; 0: none",
     )
     evaluator: Literal["auto", "classifier", "contrastive", "inception", "encoder"] = Field(
         "auto",
-        description="network whose features are compared; auto: the dataset's own classifier, or contrastive for data "
+        description="network that computes features; auto: the dataset's own classifier, or contrastive for data "
         "without labels",
     )
     evaluator_passes: PositiveInt | None = Field(
         None,
-        description="passes over its images by which the dataset's own evaluator is trained, where none is there yet; "
+        description="passes over its images in the training of the dataset's own evaluator, if it is not trained yet; "
         "null: 40 for classifier, 20 for contrastive",
     )
     weights: str | None = Field(None, description="path or address of the network of evaluator=inception or encoder")
     encoder_size: PositiveInt | None = Field(
         None,
-        description="size of the images that evaluator=encoder gets; null: what its folder says, else 224",
+        description="input size of evaluator=encoder, in pixels; null: the value in its folder, else 224",
     )
     encoder_mean: tuple[float, ...] | None = Field(
-        None, description="subtracted from pixels in [0, 1], per channel; null: what the folder says, else ImageNet's"
+        None,
+        description="mean per channel of pixels in [0, 1], subtracted; null: the value in the folder, else ImageNet's",
     )
     encoder_std: tuple[PositiveFloat, ...] | None = Field(
-        None, description="what pixels are divided by after encoder_mean is subtracted, per channel"
+        None,
+        description="divisor of pixels per channel; null: the value in the folder, else ImageNet's",
     )
     every: PositiveInt | None = Field(
-        None, description="images between checkpoints that are published, and scored while training goes on; null: none"
+        None, description="images between checkpoints that are published and scored during training; null: none"
     )
     wait_s: Annotated[float, Field(ge=10)] = Field(
-        3600, description="seconds that a training which has seen all its images waits for evaluations that still run"
+        3600, description="seconds that a finished training waits for running evaluations"
     )
 
     @model_validator(mode="after")
@@ -313,32 +330,29 @@ class EvaluationConfig(ConfigSection):
 
 
 class RegistryConfig(ConfigSection):
-    """Under which name a model is registered, which alias the gate guards, who signs and who is believed."""
+    """Name of the registered model, alias that the gate guards, signing key and trusted keys."""
 
-    model: str = Field(description="name under which the model is registered; unless set, the name of the run")
+    model: str = Field(description="name of the registered model; default: the name of the run")
     alias: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = Field(
-        "champion", description="alias that only a version which passes the gate gets"
+        "champion", description="alias that the gate guards: only a version that passes gets it"
     )
     n: Annotated[int, Field(ge=2)] | None = Field(
         None,
-        description="samples of each version that the gate compares; null: 5,000, or 20 for each feature where that "
-        "is more",
+        description="samples per version that the gate compares; null: 5,000, or 20 per feature if that is more",
     )
     signing_key: str | None = Field(
-        None, description="private key (PEM) that signs versions and verdicts; null: one that is made on first use"
+        None, description="private key (PEM) that signs versions and verdicts; null: a key that is made on first use"
     )
     signing_certificate: str | None = Field(None, description="certificate (PEM) of the signing key")
     signing_chain: tuple[str, ...] = Field(
         (), description="certificates (PEM) between the signing certificate and its root"
     )
     trusted_keys: tuple[str, ...] = Field(
-        (), description="public keys (PEM) whose signatures are believed; without one and without certificates: our own"
+        (), description="trusted public keys (PEM); without keys and certificates: the public half of signing_key"
     )
-    trusted_certificates: tuple[str, ...] = Field(
-        (), description="root certificates (PEM) below which signatures are believed"
-    )
+    trusted_certificates: tuple[str, ...] = Field((), description="trusted root certificates (PEM)")
     trusted_evaluators: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
-        (), description="SHA-256 of records of evaluators that are believed although nobody who is trusted signed them"
+        (), description="SHA-256 of evaluator records that are trusted without a trusted signature"
     )
 
     @field_validator("model")
@@ -359,49 +373,49 @@ class RegistryConfig(ConfigSection):
 
 
 class ServingConfig(ConfigSection):
-    """How `ddpm serve` answers: where, with how many replicas of a model, and how much it accepts."""
+    """Serving with `ddpm serve`: address, replicas, and limits on requests."""
 
     name: Name = Field(
         "ddpm", description="name of the Ray Serve application; a cluster has one application of each name"
     )
     prefix: Annotated[str, Field(pattern=r"^/([A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*)?$")] = Field(
-        "/", description="path of the URL below which the server answers, without a slash at its end"
+        "/", description="URL path prefix of the server, without a trailing slash"
     )
     host: Annotated[str, Field(pattern=r"^[^:/ ]+$")] = Field(
-        "127.0.0.1", description="network interface that the server listens on, by IPv4; 0.0.0.0: all of them"
+        "127.0.0.1", description="IPv4 address that the server listens on; 0.0.0.0: all interfaces"
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        8000, description="port that the server listens on; 0: any that is free"
+        8000, description="port that the server listens on; 0: any free port"
     )
     token_file: str | None = Field(
-        None, description="file with the bearer token; null: DDPM_SERVE_TOKEN, else one that is made on first use"
+        None, description="file with the bearer token; null: DDPM_SERVE_TOKEN, else a token that is made on first use"
     )
     replicas: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
-        1, description="processes that hold each model; [min, max]: as many as the requests need"
+        1, description="replicas of each model; [min, max]: scaled with the number of requests"
     )
-    cpus_per_replica: NonNegativeFloat = Field(1, description="processors that Ray reserves for each replica")
-    gpus_per_replica: NonNegativeFloat = Field(0, description="GPUs of each replica; 0.5: two of them share one")
-    batch_size: PositiveInt = Field(64, description="most pictures that are drawn together in one batch")
+    cpus_per_replica: NonNegativeFloat = Field(1, description="CPUs that Ray reserves for each replica")
+    gpus_per_replica: NonNegativeFloat = Field(0, description="GPUs per replica; 0.5: two replicas share one")
+    batch_size: PositiveInt = Field(64, description="largest number of pictures in one network batch")
     batch_wait_ms: NonNegativeFloat = Field(
-        5, description="milliseconds that a request waits for others to be drawn with it"
+        5, description="milliseconds that a request waits to be batched with others"
     )
-    follow_s: PositiveFloat = Field(5, description="seconds between looks whether an alias has moved")
-    patience_s: PositiveFloat = Field(
-        60, description="seconds for which a request is tried again when its replica dies"
-    )
-    max_pictures: PositiveInt = Field(64, description="most pictures that one request may ask for")
-    max_steps: PositiveInt = Field(2_500, description="most network evaluations that a request may ask for per picture")
-    max_prompt: PositiveInt = Field(2_000, description="most characters of a prompt")
+    follow_s: PositiveFloat = Field(5, description="seconds between checks whether an alias has moved")
+    patience_s: PositiveFloat = Field(60, description="seconds for which a request is retried when its replica dies")
+    max_pictures: PositiveInt = Field(64, description="largest number of pictures per request")
+    max_steps: PositiveInt = Field(2_500, description="largest number of network evaluations per picture")
+    max_prompt: PositiveInt = Field(2_000, description="largest number of characters of a prompt")
     max_body_mib: PositiveFloat = Field(16, description="largest size of a request, in MiB")
     max_answer_mib: PositiveFloat = Field(
-        64, description="largest size of an answer's pixels before compression, in MiB"
+        64, description="largest size of a response's pixels before compression, in MiB"
     )
     max_megapixels: PositiveFloat = Field(16, description="largest size of a picture in a request, in megapixels")
     max_total_megapixels: PositiveFloat = Field(
         64, description="largest size of all pictures and masks of a request together, in megapixels"
     )
-    max_queue: PositiveInt = Field(256, description="most requests to a model that wait or are drawn at a time")
-    body_s: PositiveFloat = Field(30, description="seconds in which a request must have arrived completely")
+    max_queue: PositiveInt = Field(
+        256, description="largest number of requests to a model that wait or are being drawn"
+    )
+    body_s: PositiveFloat = Field(30, description="seconds within which a request must have arrived completely")
 
     @model_validator(mode="after")
     def _ordered(self) -> ServingConfig:
@@ -411,10 +425,10 @@ class ServingConfig(ConfigSection):
 
     @property
     def min_replicas(self) -> int:
-        """Fewer never run."""
+        """Smallest number of replicas."""
         return self.replicas if isinstance(self.replicas, int) else self.replicas[0]
 
     @property
     def max_replicas(self) -> int:
-        """More are not asked for."""
+        """Largest number that is requested."""
         return self.replicas if isinstance(self.replicas, int) else self.replicas[1]

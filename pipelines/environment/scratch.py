@@ -111,7 +111,6 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def _make(parent: Path) -> tuple[Path, int]:
-    """Return a new folder, and the open file by which this process holds it."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         try:

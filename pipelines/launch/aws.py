@@ -144,7 +144,6 @@ def _node(instance_type: str, profile: str, disk_gib: int, launch: AwsLaunch) ->
 
 
 def _nodes(workers: int, launch: AwsLaunch) -> int:
-    """Return how many instances hold these workers."""
     if workers % launch.workers_per_node:
         raise ConfigError(
             f"cluster.num_workers: {workers} workers do not divide into instances of "

@@ -203,7 +203,6 @@ def _cache(config: Config, launch: KubeRayLaunch) -> Plain:
 
 
 def _placement(config: Config, launch: KubeRayLaunch, *, spot: bool) -> tuple[dict[str, str], list[Plain]]:
-    """Return the labels of nodes that a worker pod needs, and the taints that it tolerates."""
     selector: dict[str, str] = {}
     tolerations: list[Plain] = []
     if config.cluster.gpus_per_worker:  # GPU nodes are usually tainted so

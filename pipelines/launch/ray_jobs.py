@@ -234,7 +234,6 @@ def _submission(job: Any) -> Submission:
 
 @contextmanager
 def _reporting(address: str) -> Iterator[None]:
-    """Turn what Ray's client raises into a `LaunchError` with the fix."""
     try:
         yield
     except AuthenticationError as error:

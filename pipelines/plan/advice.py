@@ -44,6 +44,5 @@ def more_time(
 
 
 def _named(key: str) -> str:
-    """Return a network and size in words."""
     network, _, size = key.partition("@")
     return f"{network} UNet at {size}x{size}"

@@ -195,7 +195,6 @@ def methods(user: UserOverrides) -> dict[str, Any]:
 
 
 def _workers(machine: MachineFacts, user: UserOverrides) -> int:
-    """Return the number of workers."""
     given = user.get("cluster.num_workers", None)
     if given is not None:
         return int(given[-1] if isinstance(given, list | tuple) else given)

@@ -96,7 +96,6 @@ def drawing_rate(speed: Speed, machine: MachineFacts) -> float:
 
 
 def _of_all(rate: float, machine: MachineFacts) -> float:
-    """Return the rate of all processes together, from that of a bare one while all compute."""
     return rate * processes(machine) * together(machine)
 
 

@@ -254,5 +254,4 @@ class UserOverrides:
 
 
 def _groups(settings: Mapping[str, Any]) -> set[str]:
-    """Return the groups that fields belong to."""
     return {key.partition(".")[0] for key in settings}

@@ -121,7 +121,6 @@ def network_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> lis
 
 
 def _condition_line(source: SourceFacts, basis: Basis, user: UserOverrides) -> PlanLine:
-    """Return the line about what the network is conditioned on."""
     settings: dict[str, Any] = {"model.class_conditional": basis.labels}
     parts = [f"{len(source.class_counts)} classes"] if basis.labels else []
     why = "the folders or labels of the images" if basis.labels else "the images have no labels"
@@ -227,7 +226,6 @@ def machine_lines(machine: MachineFacts, basis: Basis, user: UserOverrides) -> l
 
 
 def _why_workers(machine: MachineFacts, basis: Basis) -> str:
-    """Return the reason for the number of workers."""
     cores = clock.processes(machine)
     if machine.gpus or cores == 1 or basis.workers not in (1, cores):
         return f"what {machine.where} has"

@@ -106,7 +106,6 @@ def _open_some(images: Sequence[SourceImage], storage: Storage) -> tuple[list[Op
 
 
 def _opened(image: SourceImage, storage: Storage) -> OpenedImage:
-    """Open an image."""
     picture = open_image(image.read(storage), reduced_to=4 * SIDE)
     rgb = picture.image.convert("RGB")
     pixels = np.asarray(rgb.resize((4 * SIDE, 4 * SIDE), Image.Resampling.BOX), dtype=np.int16)
@@ -116,7 +115,6 @@ def _opened(image: SourceImage, storage: Storage) -> OpenedImage:
 
 
 def _mirror(opened: Sequence[OpenedImage]) -> Mirror:
-    """Return whether the images can be told from their mirror images."""
     if len(opened) < 2 * LEAST_OPENED:
         return Mirror(0.5, 0)
     images = np.stack([image.small for image in opened])
@@ -125,7 +123,6 @@ def _mirror(opened: Sequence[OpenedImage]) -> Mirror:
 
 
 def _share_with_sides(captions: Sequence[str]) -> float:
-    """Return the share of captions that name left or right."""
     return sum(bool(re.search(r"\b(left|right)\b", text.lower())) for text in captions) / max(len(captions), 1)
 
 

@@ -62,7 +62,6 @@ def tell_mirrored(images: NDArray[np.uint8], labels: NDArray[np.int64], *, seed:
 
 
 def _trained(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Mirror:
-    """Train on the first half, and count on the second."""
     x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     y = torch.from_numpy(labels)
     half = len(x) // 2

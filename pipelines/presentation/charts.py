@@ -112,7 +112,6 @@ class Chart:
             axes.fill_between(xs, lows, highs, color=color, alpha=0.18, linewidth=0)
 
     def _dress(self, axes: Axes) -> None:
-        """Set the scales, and give everything beside the curves the page's colours."""
         if self.log_y:
             axes.set_yscale("log")
             low, high = axes.get_ylim()

@@ -53,7 +53,6 @@ def words(shown: Words) -> str:
 
 
 def _kept_spaces(part: str | Code | Strong | Link) -> str:
-    """Return a part of a line with the spaces that it begins or ends with."""
     if not isinstance(part, str):
         return words(part)
     before, after = part[: len(part) - len(part.lstrip())], part[len(part.rstrip()) :]

@@ -76,7 +76,6 @@ class ActorPool:
             ray.kill(actor)
 
     def _start(self) -> None:
-        """Start an actor, when the cluster has room for it."""
         actor = self.kind.remote(*self.arguments)
         self.actors.append(actor)
         self.starting[actor.ready.remote()] = actor

@@ -152,7 +152,6 @@ def _resolve(facts: Facts, subject: ReportSubject, config: Config, storage: Stor
 
 
 def _short(sampling: Sampling) -> Sampling:
-    """Return the settings with at most `MOST_STEPS` steps."""
     return sampling if sampling.sampler.steps <= MOST_STEPS else sampling.with_fields(steps=MOST_STEPS)
 
 

@@ -308,7 +308,6 @@ class _Reader:
         return tuple(Point(t, bits) for t, bits in zip(plain["timesteps"], plain["bits_per_dim"], strict=True))
 
     def _tried_by_studies(self) -> list[Tried]:
-        """Return the finished trials of studies of guidance that sampled a model of this run."""
         root = join(self.config.storage.root, layout.STUDIES)
         below = {entry.uri[len(root) + 1 :].split("/")[0] for entry in self.storage.list(root)}
         found = []
@@ -343,7 +342,6 @@ def own_scores(
 
 
 def _seen_in(artifact: str) -> int | None:
-    """Return the images seen that the name of the artifact of an evaluation begins with."""
     text = artifact.rsplit("/", 1)[-1].split("-")[0]
     return int(text) if text.isdecimal() else None
 

@@ -235,7 +235,6 @@ class ShardCache:
         return excess <= 0
 
     def _remove_leftovers(self) -> None:
-        """Delete the partial files of killed processes."""
         for path in self.folder.glob("*.part"):
             file = _held(path)
             if file is not None:

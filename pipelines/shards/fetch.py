@@ -244,7 +244,6 @@ class ShardFetcher:
             partial.give_up(error)
 
     def _submit(self, fetch: Callable[..., T], *arguments: object) -> Future[T]:
-        """Submit a request that a reader waits for."""
         with self._idle:
             self._wanted += 1
         future = self._ranged.submit(fetch, *arguments)
@@ -252,7 +251,6 @@ class ShardFetcher:
         return future
 
     def _answered(self, future: Future[T]) -> None:
-        """Count a finished request of a reader."""
         with self._idle:
             self._wanted -= 1
             self._idle.notify_all()
@@ -310,7 +308,6 @@ class ShardFetcher:
     def _from_spans(
         self, shard: ShardInfo, members: Sequence[Member], spans: Sequence[Span], futures: Sequence[Future[memoryview]]
     ) -> list[memoryview]:
-        """Wait for ranged requests, and return the bytes of the members in them."""
         starts, parts = [start for start, _ in spans], [future.result() for future in futures]
         found = []
         for m in members:
@@ -393,7 +390,6 @@ class ShardFetcher:
         self.stats.add(requests=requests, bytes=stop - start)
 
     def _read_index(self, shard: ShardInfo) -> ShardIndex:
-        """Read the sidecar of a shard."""
         where = join(self.uri, layout.index_name(shard.name))
         try:
             index = ShardIndex.from_json(self.storage.read(where))
@@ -437,7 +433,6 @@ def _await(partial: PartialShard) -> None:
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:
-    """Group consecutive numbers."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and runs[-1][-1] == n - 1:

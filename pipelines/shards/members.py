@@ -324,7 +324,6 @@ def examine(members: Mapping[str, bytes], form: SampleFormat, others: Collection
 
 
 def _check_pixels(pixels: NDArray[np.uint8], form: SampleFormat) -> list[Flaw]:
-    """Return the flaws of an image's size and channels."""
     height, width, channels = pixels.shape
     flaws = []
     if form.image_size is not None and (height, width) != (form.image_size, form.image_size):
@@ -350,7 +349,6 @@ def _check_png(members: Mapping[str, bytes]) -> None:
 
 
 def _check_label(label: int | None, form: SampleFormat) -> list[Flaw]:
-    """Return the flaws of a label, or of a missing one."""
     if label is None:
         return [Flaw("label", "has no cls member, other samples of the dataset do")] if form.labelled else []
     if form.labelled is False:
@@ -362,7 +360,6 @@ def _check_label(label: int | None, form: SampleFormat) -> list[Flaw]:
 
 
 def _check_texts(members: Mapping[str, bytes]) -> list[Flaw]:
-    """Return the flaws of caption, JSON and embedding."""
     flaws = []
     try:
         members.get("txt", b"").decode()

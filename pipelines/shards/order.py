@@ -151,7 +151,6 @@ class SampleOrder:
         return stretches
 
     def _make_plan(self, epoch: int) -> _EpochPlan:
-        """Permute the shards of an epoch, and deal them to the lanes."""
         key = int.from_bytes(hashlib.sha256(f"{self.digest}/{self.seed}/{epoch}".encode()).digest()[:16], "little")
         order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self.shard_samples))
         dealt: list[list[int]] = [[] for _ in range(self.lanes)]

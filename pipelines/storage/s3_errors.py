@@ -124,7 +124,6 @@ def sort_error(uri: str, error: Exception, *, temporary_credentials: bool = Fals
 
 
 def _sort_answer(uri: str, error: Any, temporary_credentials: bool) -> StorageError:
-    """Return the error for an answer of the server."""
     answer = error.response
     code = str(answer.get("Error", {}).get("Code", ""))
     status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

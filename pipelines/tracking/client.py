@@ -151,7 +151,6 @@ def http_status(error: MlflowException) -> int:
 
 
 def _answered(uri: str, status: int, message: str) -> TrackingError:
-    """Return the error for an answer of the server."""
     kind = UnreachableError if status >= 500 or status in _BUSY else TrackingError
     first = message.strip().splitlines()[0][:500] if message.strip() else f"HTTP {status}"
     return kind(f"MLflow at {uri}: {first}{f'; {_HINTS[status]}' if status in _HINTS else ''}", status)

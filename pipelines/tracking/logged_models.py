@@ -117,6 +117,5 @@ def starting_points(uri: str, run_id: str) -> list[str]:
 
 
 def _of_run(client: MlflowClient, experiment: str, run_id: str, further: str = "") -> list[Any]:
-    """Return the logged models of a run."""
     wanted = f"source_run_id = '{run_id}'{further}"
     return list(pages(lambda token: client.search_logged_models([experiment], wanted, page_token=token)))

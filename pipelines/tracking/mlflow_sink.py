@@ -70,7 +70,6 @@ class MlflowSink:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Count what is refused for other reasons than the point itself as worth another try."""
         try:
             yield
         except UnreachableError:
@@ -89,7 +88,6 @@ class MlflowSink:
             raise
 
     def _in_trash(self) -> bool:
-        """Return whether the run has been deleted, or nobody can say."""
         try:
             return self.tracker.is_deleted()
         except TrackingError:

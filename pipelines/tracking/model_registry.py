@@ -112,7 +112,6 @@ def log_pyfunc(tracker: Tracker, pyfunc: Pyfunc, images_seen: int) -> str:
 
 
 def _delete_unregistered(client: MlflowClient, run_id: str) -> None:
-    """Delete the logged pyfuncs of a run of which there is no version."""
     wanted = f"source_run_id = '{run_id}' AND name = '{PYFUNC}'"
     experiment = client.get_run(run_id).info.experiment_id
     logged = list(pages(lambda token: client.search_logged_models([experiment], wanted, page_token=token)))

@@ -241,7 +241,6 @@ def _kind(path: Path) -> str:
 
 
 def _described(path: Path, data: bytes) -> str:
-    """Return which point of the run a file holds, for messages."""
     try:
         step = int(path.name.split("-")[0])
         if path.suffix == ".metrics":

@@ -104,7 +104,6 @@ class Tracker:
         return (f"images/{key}", step) in self._pictures()
 
     def _pictures(self) -> list[tuple[str, int]]:
-        """Return (images/KEY, step) of every recorded picture."""
         named = [f"{name}+++".split("+")[:3] for name in self.names("images")]
         return [(key, int(step)) for key, word, step in named if word == "step"]
 
@@ -194,7 +193,6 @@ class Tracker:
         self._ask(write)
 
     def _ask(self, call: Callable[[MlflowClient], T]) -> T:
-        """Return what a call of the client returns."""
         return ask(self.uri, call, self.patience_s)
 
 

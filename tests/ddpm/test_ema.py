@@ -263,7 +263,7 @@ def test_steps_that_leave_a_gap_are_refused():
     ema = PowerEMA(module)
     ema.update(module, 64, 64)
     for images_seen, batch_size in ((192, 64), (64, 64), (64, 0)):
-        with pytest.raises(ValueError, match="does not follow an average that stands at 64"):
+        with pytest.raises(ValueError, match="does not follow an average at 64"):
             ema.update(module, images_seen, batch_size)
 
 
@@ -282,7 +282,7 @@ def test_steps_that_leave_a_gap_are_refused():
         (lambda: posthoc_weights([], [], 10, 0.1), "at least one snapshot"),
         (lambda: posthoc_weights([10, 10], [0.1, 0.1], 10, 0.1), "none twice"),
         (lambda: posthoc_weights([0, 10], [0.1, 0.1], 10, 0.1), "images_seen must be >= 1, got 0"),
-        (lambda: posthoc_weights([10, 20], [0.1, 0.1], 21, 0.1), "stands at 21 images, the last snapshot at 20"),
+        (lambda: posthoc_weights([10, 20], [0.1, 0.1], 21, 0.1), "is at 21 images, the last snapshot at 20"),
         (lambda: posthoc_weights([10, 20], [0.1, 0.1], 20, 0.4), r"got 0\.4"),
     ],
 )

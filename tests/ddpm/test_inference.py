@@ -187,7 +187,7 @@ def test_classes_go_by_name_before_index():
         (
             Noise(torch.zeros(1).expand(MAX_VALUES), torch.zeros(1).expand(MAX_VALUES)),
             {},
-            "too many at a time, at most",
+            "too many for one call, at most",
         ),
         (Noise.numbered(0, 5), {"sampling": Sampling.of(steps=51)}, r"steps must be in 1\.\.50 for this model, got 51"),
         (Noise.numbered(0, 5), {"cond": LABELS[:2]}, "the condition has 2 rows for 5 pictures"),

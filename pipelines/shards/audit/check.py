@@ -148,7 +148,6 @@ def show(report: CheckReport, console: Console, notice: StageNotice) -> None:
 def _check_shard(
     info: ShardInfo, *, stored: dict[str, Entry], dataset: Dataset, storage: Storage, counter: ByteCounter
 ) -> list[Problem]:
-    """Return the problems of one shard."""
     whole = partial(Problem, info.name, None, None)
     entry = stored.get(info.name)
     if entry is None:
@@ -217,7 +216,6 @@ def _changed(recorded: Mapping[str, Member], there: Mapping[str, Member]) -> tup
 
 
 def _difference(index: ShardIndex, scan: ShardScan) -> str:
-    """Return in words how a sidecar differs from the tar."""
     if len(index) != len(scan.index):
         return f"it lists {len(index)} samples, the tar holds {len(scan.index)}"
     keys = enumerate(zip(index.keys, scan.index.keys, strict=True))

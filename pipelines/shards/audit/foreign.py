@@ -319,7 +319,6 @@ def _scan(
 def _describe(
     uri: str, splits: dict[str, list[_Scanned]], form: SampleFormat, classes: Sequence[str], described: Dataset | None
 ) -> Dataset:
-    """Return the dataset of the scanned shards."""
     everything = Tally.of([scanned.tally for shards in splits.values() for scanned in shards])
     channels = 3 if everything.coloured else 1
     mean, std = Tally.of([scanned.tally for scanned in splits["train"]]).statistics(channels)

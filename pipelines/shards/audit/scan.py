@@ -210,14 +210,12 @@ def _is_data(info: tarfile.TarInfo, extension: str) -> bool:
 
 
 def _fault(error: Exception, stream: ObjectStream) -> TarFaultError:
-    """Return an error of tarfile as a fault."""
     if "unexpected end of data" in str(error):
         return TarFaultError("truncated", f"ends inside a member at byte {stream.tell():,}")
     return TarFaultError("archive", f"has a damaged header before byte {stream.tell():,}, {error}")
 
 
 def _add(sample: RawSample, info: tarfile.TarInfo, extension: str, stream: ObjectStream) -> None:
-    """Read a member, and add it to its sample."""
     if extension in sample.members:
         sample.flaws.append(
             Flaw("duplicate", f"has the member {extension} twice, where WebDataset stops with an error")

@@ -108,7 +108,6 @@ def leaders(found: Sequence[Fingerprint | None]) -> list[int]:
 
 
 def _alike(one: Fingerprint, other: Fingerprint | None) -> bool:
-    """Return whether two images are near-duplicates."""
     return other is not None and (one.hash ^ other.hash).bit_count() <= BITS and float(one.small @ other.small) > ALIKE
 
 

@@ -327,7 +327,6 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _reshape(image: Image.Image, form: ImageFormat) -> Image.Image:
-    """Bring an image to the size of the format."""
     size = form.size
     if form.geometry == "keep":
         if image.size != (size, size):

@@ -231,5 +231,4 @@ def compose_report(
 
 
 def _some(names: Sequence[str]) -> dict[str, Any]:
-    """Return the number of names, and the first of them."""
     return {"count": len(names), "examples": list(names[:EXAMPLES])}

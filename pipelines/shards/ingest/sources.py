@@ -147,7 +147,6 @@ def source_digest(source: str, storage: Storage | None = None) -> str:
 
 
 def _is_table(uri: str) -> bool:
-    """Return whether a source is a single table."""
     return uri.lower().endswith((".csv", ".jsonl")) and not (is_local(uri) and local_path(uri).is_dir())
 
 
@@ -199,7 +198,6 @@ def _class_folders(where: str, tree: Tree, test_fraction: float) -> Source:
 
 
 def _is_child(folder: str, prefix: str) -> bool:
-    """Return whether a folder is directly below a prefix."""
     return folder.startswith(prefix) and "/" not in folder.removeprefix(prefix)
 
 
@@ -219,7 +217,6 @@ def _split_folders(tree: Tree) -> dict[str, str]:
 
 
 def _from_tables(table: ImageTable, tree: Tree, test_fraction: float) -> Source:
-    """Return a source of images that are listed in tables."""
     bad = [*table.bad, *(BadImage(name, reason) for name, reason in tree.bad)]
     tops = {row.path.partition("/")[0] for row in table.rows if "/" in row.path}
     test = next((name for name in TEST_FOLDERS if name in tops), None)

@@ -187,7 +187,6 @@ def seconds_of_image(images: Sequence[SourceImage], storage: Storage, form: Imag
 
 
 def _is_whole(record: ShardRecord, settings: IngestSettings, scratch: Path) -> bool:
-    """Return whether tar and sidecar are at the destination with the recorded checksums."""
     if not record.samples:
         return True
     copy = scratch / "copy"

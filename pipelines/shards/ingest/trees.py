@@ -153,7 +153,6 @@ class ZipMember:
         return data
 
     def _inflate(self, data: bytes) -> bytes:
-        """Decompress the bytes."""
         if self.method == zipfile.ZIP_STORED:
             return data
         if self.method != zipfile.ZIP_DEFLATED:
@@ -373,7 +372,6 @@ def _way_to(name: str, here: str, way: tuple[str, ...]) -> tuple[str, ...] | Non
 
 
 def _zip_tree(uri: str, storage: Storage) -> Tree:
-    """List the files of a zip."""
     raw = _Ranged(uri, _size(uri, storage), storage)
     try:
         with zipfile.ZipFile(io.BufferedReader(raw, buffer_size=1 << 20)) as archive:
@@ -462,7 +460,6 @@ def _resolve(base: str, path: str) -> str:
 
 
 def _list_common(base: str, uris: list[str], storage: Storage) -> list[Entry]:
-    """List the deepest folder that holds all of `uris`."""
     if not uris:
         return []
     scheme = split_scheme(base)[0]

@@ -158,7 +158,6 @@ def _check_settings(
 
 
 def _recorded(uri: str, storage: Storage) -> dict[str, ShardRecord]:
-    """Return the records of an earlier ingest at the destination, by shard."""
     found = storage.list(join(uri, layout.INGEST_PROGRESS))
     with ThreadPoolExecutor(16) as pool:
         records = pool.map(lambda entry: ShardRecord.from_json(storage.read(entry.uri)), found)
@@ -266,7 +265,6 @@ def _obstacle_to_ray(source: str, uri: str) -> str | None:
 
 
 def _ray_cpus() -> int:
-    """Return the number of CPUs of the Ray cluster."""
     import ray
 
     return int(ray.cluster_resources().get("CPU", 0))
@@ -305,7 +303,6 @@ def _publish(
     written: Sequence[tuple[ShardRecord, bool]],
     alike: tuple[str, ...],
 ) -> Ingested:
-    """Write the report and `dataset.json`, and delete what is left of an earlier dataset."""
     storage, uri = settings.storage, settings.uri
     records = [record for record, _ in written]
     missing = [image.origin for image in listed.images if settings.captioned and not image.caption]

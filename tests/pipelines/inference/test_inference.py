@@ -358,7 +358,7 @@ def test_a_mask_is_turned_as_its_exif_says_and_its_16_bits_are_scaled(models, im
         (
             InpaintRequest,
             {"images": ["x.png"], "masks": ["half:left"], "method": "magic"},
-            "unknown method of inpainting 'magic'",
+            "unknown inpainting method 'magic'",
         ),
     ],
 )
@@ -405,7 +405,7 @@ def test_a_request_that_is_wrong_by_itself_is_refused_before_a_model_is_read(kin
         (
             "classes",
             lambda p: SampleRequest.of(count=10**8),
-            "500,000,000 pictures are too many at a time, at most 16,777,216",
+            "500,000,000 pictures are too many for one call, at most 16,777,216",
         ),
         ("classes", lambda p: EditRequest.of(images=[p / "none.png"]), "none.png cannot be read: No such file"),
         ("classes", lambda p: EditRequest.of(images=[p / "text.png"]), "text.png is not an image of a known kind"),

@@ -191,7 +191,7 @@ def test_spot_workers_are_a_group_of_their_own_beside_those_that_stay():
     assert groups(*more, "launch.on_demand=2") == {"gpu": (2, 2, 2), "spot": (0, 0, 6)}
     with pytest.raises(ConfigError, match=r"launch.on_demand = 3 exceeds the smallest number of workers, 2"):
         job(*more, "launch.on_demand=3")
-    with pytest.raises(ConfigError, match="on_demand = 1 has no use without spot"):
+    with pytest.raises(ConfigError, match="on_demand = 1 has no effect without spot"):
         job("launch.on_demand=1")
 
 
@@ -242,7 +242,7 @@ def test_a_command_that_fails_is_not_tried_again_and_one_whose_head_was_lost_is_
 def test_tokens_are_asked_for_unless_they_are_switched_off():
     assert cluster()["authOptions"] == {"mode": "token"}
     assert cluster("launch.token=false")["authOptions"] == {"mode": "disabled"}
-    with pytest.raises(ConfigError, match="token_secret has no use with token = False"):
+    with pytest.raises(ConfigError, match="token_secret has no effect with token = False"):
         job("launch.token=false", "launch.token_secret=x")
 
 
