@@ -92,16 +92,19 @@ def train(
     """
     if run.complete:
         return _complete(run, notice, evaluate)
-    config, tracker = run.job.config, run.job.tracker
-    began, notice = time.time(), on_the_page(tracker, notice)
+    config, began, notice = run.job.config, time.time(), on_the_page(run.job.tracker, notice)
     for fault in expected_faults(config):
         notice(f"{NOT_WORKING}{fault}")
+
+    # Wait for a cluster that can hold the workers, and take the run over from earlier drivers.
     connect_ray(config, run.job.storage)
     require_resources(config, notice)
     with only_driver(config) as monitor:
         job = replace(run.job, fence=checkpoints.take_over(run.job.storage, run.job.run_uri))
         run = replace(run, job=job)
         ledger = Ledger(job.storage, job.run_uri, job.epoch)
+
+        # Start the workers, and do what the states of the training call for until it is over.
         with _evaluations(job, run.length, evaluate, notice) as evaluations:
             watch = Watch(run, monitor, ledger, _with_scores(report, evaluations), notice)
             with ledger.session(began), closing(watch), stop_on_interrupt(monitor, notice), _killed_by_interrupt(job):

@@ -199,7 +199,7 @@ TRAINING = (
         "pipelines/checkpoints/catalog.py",
         "if name in kept or (name in complete and complete[name] >= current.checkpoints[0]):",
         "if name in kept:",
-        ("tests/pipelines/checkpoints/test_catalog.py::test_a_sweep_deletes_only_what_is_of_no_use_and_at_rest",),
+        ("tests/pipelines/checkpoints/test_catalog.py::test_a_sweep_deletes_only_remains_that_nobody_writes_any_more",),
     ),
     Fault(
         "resumed_stream",

@@ -258,7 +258,7 @@ def test_two_workers_that_enter_at_once_lose_nothing_of_each_other(run):
     assert run.listed() == [names[images] for images in sorted(names)]
 
 
-def test_a_sweep_deletes_only_what_is_of_no_use_and_at_rest(run):
+def test_a_sweep_deletes_only_remains_that_nobody_writes_any_more(run):
     oldest, newest = run.enter(300, epoch=2), run.enter(500, epoch=2)
     superseded, unlisted_newer, between = run.store(200, epoch=1), run.store(600, epoch=2), run.store(400, epoch=2)
     half, half_of_now = run.store(100, epoch=1), run.store(700, epoch=2)

@@ -58,7 +58,7 @@ def test_a_folder_without_its_last_file_is_incomplete(folder):
         load_checkpoint(folder)
 
 
-def test_a_state_of_another_release_or_of_no_sense_is_refused(folder):
+def test_a_state_of_another_release_or_without_sense_is_refused(folder):
     path = folder / "state.json"
     plain = json.loads(path.read_text())
     for damaged in ("[]", "", "{}", json.dumps({**plain, "checkpoint_version": 99}), json.dumps({**plain, "x": 1})):

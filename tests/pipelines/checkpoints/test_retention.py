@@ -133,7 +133,7 @@ def test_a_record_of_an_earlier_release_is_read(tmp_path):
     assert list_published(tracker) == [FIVE[0]]
 
 
-def test_a_retired_folder_is_no_complete_checkpoint_at_any_moment(tmp_path, monkeypatch):
+def test_a_folder_being_retired_is_never_a_complete_checkpoint(tmp_path, monkeypatch):
     """`state.json` goes first: whoever looks in between finds an incomplete folder."""
     tracker, storage = MemoryTracker(), Storage()
     published(tmp_path, tracker, 100)

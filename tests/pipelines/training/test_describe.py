@@ -37,7 +37,7 @@ def test_a_user_without_a_name_is_a_number(monkeypatch):
     assert user_name() == "ada"
 
 
-def test_the_goodput_is_told_in_a_sentence_and_in_one_table_that_has_every_part():
+def test_the_goodput_is_a_sentence_and_a_table_with_every_part():
     first = Attempt(0, 100, 0, 1000, {"startup": 0.0, "step": 100.0})
     second = Attempt(110, 250, 600, 2000, {"startup": 0.0, "step": 140.0}, uploaded_bytes=3 << 20, upload_s=2.5)
     goodput = measure([Session(0, 250, (first, second))])
@@ -55,7 +55,7 @@ def test_the_goodput_is_told_in_a_sentence_and_in_one_table_that_has_every_part(
     assert goodput.metrics() == {"train/goodput": pytest.approx(0.8)}
 
 
-def test_the_page_says_what_is_trained_on_what():
+def test_the_page_names_the_network_and_the_data_of_a_training():
     shard = ShardInfo("train-000000.tar", 1438, 1, "")
     ten = Dataset("s3://ddpm/datasets/digits", {"train": (shard,)}, tuple("0123456789"), 1, 8, (0.0,), (1.0,), "d")
     config = compose(["+experiment=digits", "images=10240", "cluster.num_workers=2"])

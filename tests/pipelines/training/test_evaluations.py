@@ -179,7 +179,7 @@ def test_scores_are_recorded_while_training_goes_on_on_the_run_the_record_and_on
     assert [line for line in run.notices if "at 200 images: distance Frechet 5.00" in line]
 
 
-def test_whether_something_is_left_to_do_is_told_without_a_trace(run):
+def test_asking_for_outstanding_evaluations_writes_nothing(run):
     config = run.driver().config
 
     def left(**fields) -> bool:
@@ -201,7 +201,7 @@ def test_whether_something_is_left_to_do_is_told_without_a_trace(run):
     assert not left()
 
 
-def test_without_room_beside_the_training_the_newest_alone_is_scored_at_its_end_and_both_is_said_once(run):
+def test_without_free_resources_only_the_newest_checkpoint_is_scored_at_the_end_and_both_is_reported_once(run):
     run.room = False
     run.publish(100, 200, 300)
     with run.driver() as evaluations:
@@ -234,7 +234,7 @@ def test_a_failed_evaluation_is_reported_and_tagged_and_the_others_are_scored(ru
     )
 
 
-def test_a_resumed_run_scores_what_was_not_tried_and_tries_the_newest_again(run):
+def test_a_resumed_run_scores_untried_checkpoints_and_retries_the_newest(run):
     run.fails = {200: PipelineError("first"), 300: PipelineError("first")}
     run.publish(200, 300)
     with run.driver():
@@ -285,7 +285,7 @@ def test_a_driver_that_was_replaced_records_nothing_more(run):
     assert run.curve() == [(100, 10.0), (200, 5.0)]
 
 
-def test_a_training_that_is_stopped_leaves_what_is_being_scored_to_the_next_driver(run):
+def test_a_stopped_training_leaves_a_running_evaluation_to_the_next_driver(run):
     begun = threading.Event()
 
     def until_cancelled(published, cancelled):

@@ -23,7 +23,7 @@ def test_lines_of_several_rows_and_any_characters_are_read_as_they_were_written(
     assert LogReader(STORAGE, folder).new_lines() == said
 
 
-def test_a_log_that_grows_is_read_on_and_what_is_no_log_is_left_alone(tmp_path):
+def test_a_growing_log_is_read_further_and_other_files_are_ignored(tmp_path):
     folder = f"file://{tmp_path}"
     STORAGE.write(f"{folder}/logs/notes.txt", b"mine")
     reader = LogReader(STORAGE, folder)
@@ -56,7 +56,7 @@ def test_a_run_has_ended_when_mlflow_says_so_or_nothing_is_written_any_more(stat
     assert has_ended(status, None if idle_s is None else now - idle_s, now) is ended
 
 
-def test_a_run_that_is_not_there_is_named(tmp_path):
+def test_a_missing_run_is_named_in_the_error(tmp_path):
     with pytest.raises(NoSuchRunError, match=r"nothing is stored at .*nobody"):
         last_write(STORAGE, f"file://{tmp_path}/runs/nobody")
     STORAGE.write(f"file://{tmp_path}/runs/first/driver", b"x")

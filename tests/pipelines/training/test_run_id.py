@@ -73,7 +73,7 @@ def test_a_new_run_has_an_id_in_its_folder_and_the_same_on_its_mlflow_run(config
     assert tracker.tag(ID_TAG) == own_id(config)
 
 
-def test_no_two_runs_have_the_same_id(config):
+def test_every_run_has_an_id_of_its_own(config):
     other = config.model_copy(update={"name": f"{config.name}-other"})
     open_training_run(config, STORAGE)
     open_training_run(other, STORAGE)
@@ -157,7 +157,7 @@ def test_the_earlier_run_of_another_folder_is_refused(config):
     assert tracker.tag(ID_TAG) is None
 
 
-def test_of_two_folders_that_shared_an_earlier_run_one_keeps_it(config, tmp_path):
+def test_one_of_two_folders_that_shared_an_earlier_run_keeps_it(config, tmp_path):
     tracker, other = earlier(config), elsewhere(config, f"file://{tmp_path}/other")
     store(config, tracker)
     store(other, tracker)

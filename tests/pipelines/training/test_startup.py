@@ -26,7 +26,7 @@ def test_the_collector_runs_after_the_startup_and_leaves_what_was_imported_alone
     assert kept - 100 < gc.get_freeze_count() <= kept  # another thread of the test's process may free some of it
 
 
-def test_a_process_that_was_not_started_so_keeps_its_collector_as_it_is():
+def test_a_process_whose_collector_was_on_keeps_it_unchanged():
     startup.end_startup()
     assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
 

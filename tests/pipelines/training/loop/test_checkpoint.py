@@ -99,7 +99,9 @@ def test_a_checkpoint_is_published_where_that_or_an_evaluation_is_due(
 
 
 @pytest.mark.parametrize("backlog", [0, 2])
-def test_so_many_checkpoints_wait_for_storage_before_training_does(digits, tmp_path, monkeypatch, backlog):
+def test_training_waits_for_storage_only_when_the_backlog_of_checkpoints_is_full(
+    digits, tmp_path, monkeypatch, backlog
+):
     (tmp_path / "r").mkdir()
     # Every step saves; the first upload hangs until the loop has done all the steps that it may.
     shell = ReportingShell(tmp_path / "r", opens_after=1 + backlog + 1)

@@ -55,7 +55,7 @@ def test_a_learned_variance_is_trained_and_used_by_the_sampler_that_has_one(digi
 
 
 @pytest.mark.heavy
-def test_the_score_of_a_model_is_walked_along(digits, tmp_path):
+def test_a_score_model_trains_and_is_sampled_by_annealed_langevin(digits, tmp_path):
     model, losses = trained(tmp_path, digits, "digits_score", "tracking.log_every=128")
     assert losses[-1] < 0.75 * losses[0]
     assert isinstance(model.spec.sampling.sampler, AnnealedLangevin)

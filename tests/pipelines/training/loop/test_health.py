@@ -37,7 +37,7 @@ def falling(share):
     return 0.15 + 0.8 * math.exp(-20 * share) + 0.01 * math.sin(300 * share)
 
 
-def test_a_consistency_model_that_is_drawn_as_a_denoiser_or_guided_twice_is_told_before_it_starts():
+def test_a_consistency_model_sampled_as_a_denoiser_or_guided_twice_is_reported_before_it_starts():
     tuned = ["+experiment=digits_consistency", "init_from=/m"]
     assert "set sampler=consistency" in expected_faults(compose([*tuned, "sampler=ddim"]))[0]
     guided = ["guidance.scale=1.5", "objective.label_drop=0.1"]
@@ -60,7 +60,7 @@ def test_no_shipped_experiment_is_expected_to_fail_and_a_loss_that_falls_is_no_f
     assert fed(config, falling) == []
 
 
-def test_a_loss_that_stays_is_told_once_with_a_rate_to_try():
+def test_a_loss_that_does_not_fall_is_reported_once_with_a_rate_to_try():
     (said,) = fed(of_digits(), lambda share: 0.95 + 0.01 * math.sin(99 * share))
     assert said.startswith(f"{NOT_WORKING}the loss is 0.9")
     assert "try optim.lr=0.006" in said
@@ -82,14 +82,14 @@ def test_a_loss_and_gradient_that_rise_ask_for_a_lower_rate():
     assert fed(of_digits(), falling, lambda share: 9.0 * share) == []
 
 
-def test_steps_that_are_not_finite_are_somebody_elses_to_tell():
+def test_steps_that_are_not_finite_are_left_to_the_skip_guard():
     judge = Health(of_digits(), 0)
     assert [judge.curves(200 * 128 * n, math.nan, math.inf) for n in range(1, 9)] == [[]] * 8
 
 
 # Squared errors of predicted images of MNIST at a signal-to-noise ratio of about 1 / 400; the mean image has 0.19.
 @pytest.mark.parametrize("prediction, error, told", [("eps", 0.7, True), ("v", 0.22, False), ("v", 0.9, True)])
-def test_predictions_worse_than_the_mean_image_are_told_with_what_mends_them(prediction, error, told):
+def test_predictions_worse_than_the_mean_image_are_reported_with_the_remedy(prediction, error, told):
     judge = Health(of_digits(f"objective.prediction={prediction}"), 0)
     assert judge.prediction(10_240, error, 0.19, 0.3) == []  # it is early
     assert judge.prediction(51_200, error, 0.19, 0.0) == []  # no sample shows it
@@ -107,7 +107,7 @@ def real(count=32):
 
 
 @pytest.mark.parametrize("level, colour", [(127, "grey"), (250, "white")])
-def test_samples_without_a_picture_are_told_by_their_colour(level, colour):
+def test_samples_without_a_picture_are_reported_with_their_colour(level, colour):
     judge = Health(of_digits(), 0)
     drawn = np.full((32, 8, 8, 1), level, np.uint8)
     assert judge.samples(10_240, drawn, real()) == []
@@ -145,7 +145,7 @@ def test_no_label_drop_is_fine_without_guidance_or_condition():
 
 
 @pytest.mark.heavy
-def test_a_short_training_of_eps_says_what_is_wrong_and_one_of_v_does_not(digits, tmp_path, monkeypatch, caplog):
+def test_a_short_training_of_eps_reports_a_fault_and_one_of_v_does_not(digits, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(health, "LEAST_STEPS", 20)
     short = ["data.lanes=4", "optim.lr=0.004", "optim.warmup_images=160", "tracking.log_every=320"]
     said = {}

@@ -32,7 +32,7 @@ def run(folder, dataset, *overrides, precision="fp16", **requests):
     return train_here(folder, dataset, config, **requests)
 
 
-def test_it_is_changed_as_pytorchs_scaler_changes_its_own(monkeypatch):
+def test_the_scale_changes_as_that_of_pytorchs_scaler(monkeypatch):
     monkeypatch.setattr(loss_scale, "GROWTH_STEPS", 3)
     ours, weight = LossScale(enabled=True), nn.Parameter(torch.zeros(1))
     theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
@@ -48,7 +48,7 @@ def test_it_is_changed_as_pytorchs_scaler_changes_its_own(monkeypatch):
         optimizer.zero_grad()
 
 
-def test_it_stays_between_1_and_2_to_the_24_and_an_overflow_at_1_or_of_the_loss_is_none_of_its_business():
+def test_the_scale_stays_between_1_and_2_to_the_24_and_ignores_overflows_at_1_and_of_the_loss():
     scale = LossScale(enabled=True)
     assert [scale.update(True, False) for _ in range(18)] == [True] * 16 + [False] * 2
     assert scale.factor == 1.0
@@ -60,7 +60,7 @@ def test_it_stays_between_1_and_2_to_the_24_and_an_overflow_at_1_or_of_the_loss_
     assert scale.factor == 2.0**24
 
 
-def test_in_other_precisions_the_factor_is_1_and_nothing_changes():
+def test_in_other_precisions_the_loss_scale_is_1_and_never_changes():
     scale = LossScale(enabled=False)
     assert not scale.update(True, False)
     assert scale.factor == 1.0

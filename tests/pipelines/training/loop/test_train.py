@@ -323,7 +323,7 @@ def test_consistency_tuning_has_the_same_trace_on_any_number_of_ranks(digits, te
 
 
 @pytest.mark.integration
-def test_nor_on_the_number_of_ranks(captioned, tmp_path):
+def test_its_loss_does_not_depend_on_the_number_of_ranks(captioned, tmp_path):
     runs, images = {}, 4 * 25
     for world, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
         folder = tmp_path / f"{world}-{parallel}"
@@ -337,7 +337,7 @@ def test_nor_on_the_number_of_ranks(captioned, tmp_path):
         torch.testing.assert_close(losses(folder), losses(runs[1, "ddp"][0]), rtol=1e-9, atol=0)
 
 
-def test_text_of_another_width_is_refused(captioned, tmp_path):
+def test_text_embeddings_of_another_width_are_refused(captioned, tmp_path):
     with pytest.raises(ValueError, match=r"text_dim = 5, and the samples' text embeddings have 4 numbers"):
         run(tmp_path / "wide", captioned, *TEXT, "model.text_dim=5")
 

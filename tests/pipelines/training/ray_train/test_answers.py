@@ -6,7 +6,7 @@ from pipelines.training.errors import TrainingError
 from pipelines.training.ray_train.answers import answer
 
 
-def test_an_answer_that_does_not_come_is_an_error_that_says_what_was_asked(monkeypatch):
+def test_a_missing_answer_is_an_error_that_names_the_question(monkeypatch):
     def get(reference, timeout):
         if timeout < 100:
             raise GetTimeoutError

@@ -32,7 +32,7 @@ def test_resources_of_the_newest_worker_group_are_freed_when_the_controller_ends
     assert removed == freed
 
 
-def test_the_controller_of_every_training_does_so():
+def test_the_controller_of_every_training_frees_its_workers_resources():
     trainer = make_trainer(lambda settings: None, {}, compose(["+experiment=digits"]).cluster, "digits")
     assert [type(c) for c in trainer._create_default_callbacks() if isinstance(c, FreeWorkers)] == [FreeWorkers]
 

@@ -39,7 +39,7 @@ def test_messages_and_samples_are_delivered_once_and_newer_samples_replace_older
     assert monitor.take() == ([], None, [], None)
 
 
-def test_workers_that_have_started_again_take_the_run_under_way_and_none_that_has_ended():
+def test_restarted_workers_take_the_current_run_and_never_one_that_has_ended():
     queue = JobQueue(idle_s=60)
     queue.group_started()
     queue.put("first")

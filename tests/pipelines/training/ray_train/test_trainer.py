@@ -45,7 +45,7 @@ def test_a_collective_outlasts_the_watchdog_which_can_say_where_it_hangs(seconds
     assert torch_config(cluster(f"step_timeout_s={seconds}")).timeout_s == group_timeout
 
 
-def test_of_what_ray_train_does_beside_a_training_only_the_manager_of_its_datasets_is_left_out():
+def test_of_ray_trains_default_callbacks_only_that_of_datasets_is_left_out():
     trainer = make_trainer(print, {}, cluster(), "r")
     found = {type(callback).__name__ for callback in trainer._create_default_callbacks()}
     usual = {type(callback).__name__ for callback in TorchTrainer._create_default_callbacks(trainer)}
