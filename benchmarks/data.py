@@ -182,7 +182,6 @@ def summary(rows: list[dict[str, Any]], systems: list[str], images: int, size: S
         "images": images,
         **ratios,
         "systems": table,
-        "rows": rows,
     }
 
 
