@@ -1,4 +1,4 @@
-"""A view of a model while it trains: a grid of samples, or a classifier's accuracy by noise level."""
+"""Previews of a model during training: a grid of samples, or a classifier's accuracy by noise level."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Preview:
         return None if drawn is None else drawn[:SHOWN]
 
     def _judge(self, state: TrainingState, drawn: NDArray[np.uint8] | None) -> None:
-        """Compare samples with test images, and predictions where nearly all is noise with their mean image.
+        """Compare samples with test images, and predictions at a high noise level with the mean test image.
 
         Args:
             drawn: samples, uint8 [N, H, W, C], on rank 0; None on the other ranks.
@@ -130,7 +130,7 @@ class Preview:
         return self.context.config.model.text_dim == 0 and not self.context.config.model.inpainting
 
     def _conditions(self, image_ids: Tensor, classes: Sequence[int]) -> Conditioning | None:
-        """Return these classes in turn, or captions and known pixels of the first test images."""
+        """Return these classes in turn, or the captions and known pixels of the first test images."""
         config, device = self.context.config, self.context.device
         if self._by_class:
             return Conditioning(label=torch.tensor(classes)[image_ids % len(classes)].to(device)) if classes else None
@@ -144,7 +144,7 @@ class Preview:
         return cond
 
     def _log_accuracies(self, state: TrainingState) -> None:
-        """Log how many test images get their class, or of the texts of all of them their own, by noise level."""
+        """Log by noise level the share of test images that are given their own class, or their own text among all."""
         schedule, device = self.context.schedule, self.context.device
         levels = [max(1, round(fraction * schedule.num_steps)) for fraction in NOISE_LEVELS]
         count, texts = sum(shard.samples for shard in self.test_images.shards), None
@@ -169,13 +169,13 @@ class Preview:
             self.log.metrics(values, state.images_seen)
 
     def _texts(self, count: int) -> Tensor:
-        """Return the directions of the texts of the first test images, [count, D], on the device of every rank."""
+        """Return the normalized text embeddings of the first test images, [count, D], on the device of every rank."""
         batch = read_samples(self.test_images, rank_indices(count, self.context.rank))
         assert batch.pooled is not None
         return F.normalize(all_gather_items(batch.pooled.to(self.context.device), count), dim=1)
 
     def _right(self, scores: Tensor, batch: Batch, image_ids: Tensor, texts: Tensor | None) -> Tensor:
-        """Return whether a classifier is right about each image, bool [B]."""
+        """Return whether each image is classified correctly, bool [B]."""
         if texts is None:
             assert batch.labels is not None
             return scores.argmax(1) == batch.labels.to(scores.device)

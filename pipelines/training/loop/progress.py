@@ -116,7 +116,7 @@ class Clock:
 
 
 class Length:
-    """Says after how many images a run ends that is to train for some seconds.
+    """The length in images of a run that is given seconds of training, corrected by its measured speed.
 
     The machine's speed is known only while it trains: a length that was fixed before is too short or too long wherever
     the machine is faster or slower than when it was measured. A rate that decays to the end does so to the new one.

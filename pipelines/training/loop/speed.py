@@ -74,7 +74,7 @@ def measure_drawing(config: Config, device: torch.device, seconds: float) -> flo
 def _drawing(
     config: Config, state: TrainingState, batch: Batch, device: torch.device, seconds: float, arithmetic: Arithmetic
 ) -> float:
-    """Return images per second of single network evaluations in an arithmetic."""
+    """Return the images per second of network evaluations in a precision."""
     with ema_weights(state) as network, torch.no_grad():
         images, t = batch.images.to(device), torch.full((len(batch),), 500.0, device=device)
         cond, weights = _condition(config, batch, device), next(network.parameters()).dtype
@@ -103,7 +103,7 @@ def made_up(config: Config) -> Batch:
 
 
 def made_up_job(config: Config) -> Job:
-    """Return a job on data that nobody reads."""
+    """Return a job for a measurement, whose data is never read."""
     data = config.data
     dataset = make_dataset(
         "file:///nowhere",
@@ -123,7 +123,6 @@ def _step(context: RunContext, state: TrainingState, batch: Batch) -> None:
 
 
 def _condition(config: Config, batch: Batch, device: torch.device) -> Conditioning | None:
-    """Return the condition of a batch, as sampling gives it."""
     labels = batch.labels if config.model.class_conditional else None
     if labels is None and batch.text is None:
         return None
@@ -131,7 +130,7 @@ def _condition(config: Config, batch: Batch, device: torch.device) -> Conditioni
 
 
 def _rate(call: Callable[[], object], images: int, device: torch.device, seconds: float) -> float:
-    """Return images per second of a call that is repeated, without its first time.
+    """Return the images per second of a repeated call, its first repetition left out.
 
     It is repeated three times at least, unless it takes long. The mean counts what other guests of the machine take
     now and then, as a long training meets it; a median would not.

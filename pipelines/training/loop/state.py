@@ -86,7 +86,7 @@ class TrainingState:
         return found | {f"timesteps.{name}": tensor for name, tensor in self.timesteps.state_dict().items()}
 
     def set_counters(self, images_seen: int, optimizer_steps: int, skipped: int) -> None:
-        """Go on from the counters of a checkpoint."""
+        """Set the counters to those of a checkpoint."""
         self.images_seen, self.optimizer_steps, self.skipped = images_seen, optimizer_steps, skipped
         if self.power_ema is not None:
             self.power_ema.images_seen = images_seen
@@ -133,7 +133,7 @@ def make_network(config: Config) -> nn.Module:
 
 
 def load_weights(state: TrainingState, weights: Mapping[str, Tensor], device: torch.device) -> None:
-    """Set the network and all its averages to the given weights; called by every rank.
+    """Load weights into the network and all its averages; called by every rank.
 
     Args:
         weights: on rank 0, by the network's own names; ignored on the other ranks.

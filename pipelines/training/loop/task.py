@@ -21,7 +21,7 @@ from pipelines.training.loop.hardware import to_device
 
 
 def batch_texts(context: RunContext, batch: Batch) -> Tensor | None:
-    """Return the texts of a global batch, among which a classifier finds the one of each image; None for other tasks.
+    """Return the texts of a global batch, to which a classifier of texts matches its images; None for other tasks.
 
     They are the same on any number of ranks but for their order, so that the loss is as well. Called by every rank.
 
@@ -70,7 +70,7 @@ def losses(context: RunContext, network: nn.Module, batch: Batch, t: Tensor, tex
 
 
 def conditions(context: RunContext, batch: Batch, x_0: Tensor) -> Conditioning | None:
-    """Return what the network is conditioned on; label and text are dropped together, known pixels never are.
+    """Return the condition of each sample; label and text are dropped together, known pixels never are.
 
     Args:
         x_0: the images of the batch as they are trained on, [B, C, H, W].
@@ -86,7 +86,7 @@ def conditions(context: RunContext, batch: Batch, x_0: Tensor) -> Conditioning |
 
 
 def label_and_text(context: RunContext, batch: Batch) -> Conditioning | None:
-    """Return the label and text of each sample, as far as the network is conditioned on them.
+    """Return the label and text of each sample, where the network is conditioned on them.
 
     Raises:
         ValueError: the text embeddings are of another width than the network's.
@@ -111,7 +111,7 @@ def _pooled(context: RunContext, batch: Batch) -> Tensor:
 
 
 def _check_widths(text_dim: int, *embeddings: Tensor) -> None:
-    """Raise where embeddings of a sample are of another width than the network's; the first ones were looked at before.
+    """Check the width of text embeddings; only those of the first sample were checked before the training.
 
     Raises:
         ValueError: they are.

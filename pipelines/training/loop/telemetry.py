@@ -40,7 +40,7 @@ class StepStatistics:
             self.grad_norms.append(result.grad_norm)
 
     def metrics(self, state: TrainingState) -> dict[str, float]:
-        """Return the metrics to log now, and begin anew. `worker/mfu` is a share of the bf16 peak at any precision."""
+        """Return the metrics since the last call. `worker/mfu` is a share of the bf16 peak at any precision."""
         config, seen, spent = self.context.config, state.images_seen, self.clock.seconds()
         stepping, waiting = spent["step"] - self.spent["step"], spent["data"] - self.spent["data"]
         rate = (seen - self.start) / max(stepping + waiting, 1e-9)
@@ -87,7 +87,7 @@ class Profiler:
         self.profile: profile | None = None
 
     def before_step(self, images_seen: int) -> None:
-        """Start or stop the trace where the configuration says so; called before every step."""
+        """Start or stop the trace where that is due; called before every step."""
         if self.at is None or images_seen < self.at:
             return
         if self.profile is None:

@@ -1,4 +1,4 @@
-"""The training of one rank, from top to bottom: what it opens, step after step, and the end.
+"""The training of one rank, from top to bottom: set up, steps, and the end.
 
 It uses torch.distributed and a `Shell`, and knows nothing of Ray.
 """
@@ -171,7 +171,7 @@ def _gradient_norm(network: nn.Module) -> Tensor:
 
 
 def _update_weights(context: RunContext, state: TrainingState, norm: Tensor, each: Tensor) -> None:
-    """Clip, step the optimizer, and pass the losses to what learns from them.
+    """Clip the gradient, step the optimizer, and update the parts that learn from the losses.
 
     Args:
         norm: the norm of the gradient.
@@ -198,7 +198,7 @@ def _update_weights(context: RunContext, state: TrainingState, norm: Tensor, eac
 
 
 class _Rank:
-    """Everything of one attempt of one rank but its steps.
+    """One attempt of one rank: everything around its steps.
 
     Args:
         shell: the surroundings of the loop.
@@ -248,7 +248,7 @@ class _Rank:
         return self.state.images_seen >= self.state.length
 
     def next_batch(self) -> Batch | None:
-        """Return the next batch, None at the end of the run; where it cannot be read, one that stands in for it."""
+        """Return the next batch, None at the end of the run; a stand-in where it cannot be read."""
         if self.finished:
             return None
         with self.clock.during("data"):
@@ -307,7 +307,7 @@ class _Rank:
                 say(self.health.curves(seen, values["train/loss"], values["updates/grad_norm"]))
 
     def draw_samples(self) -> None:
-        """Draw where that is due; first after one step, when all is known to work."""
+        """Draw a preview where one is due; the first after one step, when training is known to work."""
         every = self.config.tracking.grid_every
         first = self.state.images_seen == self.config.batch_size
         if every is None or not (first or self.finished or self._crossed(every)):
@@ -325,7 +325,7 @@ class _Rank:
                 hook(self.state, self.context.spec, self.context.device)
 
     def save_if_due(self, result: StepResult) -> None:
-        """Save a checkpoint at the end, on request, and where one is due; what is to be scored as well."""
+        """Save a checkpoint at the end, on request, and where a checkpoint or an evaluation is due."""
         if result.checkpoint and self.log:
             logger.warning(
                 "a node is about to be taken away: a checkpoint is saved at %s images", f"{self.state.images_seen:,}"

@@ -1,4 +1,4 @@
-"""Ends a rank that makes no progress, and the ranks that wait for one that has failed."""
+"""The watchdog of a rank: it ends one that makes no progress, and ranks that wait for one that has failed."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class Watchdog:
 
 
 def stacks() -> str:
-    """Return where each thread of this process is, as `faulthandler` writes it."""
+    """Return the stack of each thread of this process, as `faulthandler` writes it."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file)
         file.seek(0)

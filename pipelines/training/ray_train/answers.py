@@ -1,4 +1,4 @@
-"""Answers of the small actors between driver and workers, which come at once or not at all."""
+"""Calls to the actors between driver and workers, with a time limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ANSWER_S = 120.0
 
 
 def answer(reference: Any, what: str, timeout_s: float = ANSWER_S) -> Any:
-    """Return the answer of an actor.
+    """Wait for the answer of an actor and return it.
 
     Args:
         reference: what the call returned.

@@ -17,10 +17,10 @@ from ray.util import remove_placement_group
 
 
 class QuickStart(ControllerCallback):
-    """Lets the garbage collector of a process rest from the moment in which Ray Train hands this callback to it.
+    """Turns off the garbage collector of a process as soon as Ray Train sends this callback to it.
 
-    Settings of torch follow in the same message, and with them its import. In a worker the collector rests until
-    `pipelines.training.startup.end_startup`, in the controller until it has started.
+    Settings of torch follow in the same message, and with them its import. It stays off in a worker until
+    `pipelines.training.startup.end_startup`, and in the controller until it has started.
     """
 
     def __reduce__(self) -> tuple[Callable[[], QuickStart], tuple[()]]:
@@ -28,7 +28,7 @@ class QuickStart(ControllerCallback):
         return _receive, ()
 
     def after_controller_start(self, train_run_context: object) -> None:
-        """Let the controller's collector run again."""
+        """Turn the controller's collector on again."""
         gc.enable()
 
 
@@ -40,7 +40,7 @@ def _receive() -> QuickStart:
 
 
 class FreeWorkers(ControllerCallback, WorkerGroupCallback):
-    """Frees what the newest group of workers had reserved when Ray Train's controller ends.
+    """Frees the resources of the newest group of workers when Ray Train's controller ends.
 
     A controller that loses a worker while it launches the training on a group, which is neither the start of the group
     nor the training, ends without it. The reservation lasts as long as the driver, and the driver's next controller
@@ -51,7 +51,7 @@ class FreeWorkers(ControllerCallback, WorkerGroupCallback):
         self._reserved: Any = None
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """Remember what the workers of a new group have reserved."""
+        """Remember the placement group of a new group of workers."""
         self._reserved = worker_group.get_worker_group_state().placement_group_handle.placement_group
 
     async def before_controller_shutdown(self) -> None:

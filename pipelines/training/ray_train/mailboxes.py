@@ -69,7 +69,7 @@ class Monitor:
         return self.final
 
     def hear(self, lines: list[tuple[int, str]]) -> None:
-        """Keep what workers say, as (rank, text), until the driver takes it."""
+        """Keep messages of workers, as (rank, text), until the driver takes them."""
         self.lines.extend(lines)
 
     def show(self, samples: Any) -> None:
@@ -85,7 +85,7 @@ class Monitor:
         return list(self.attempts.values()), self.loss
 
     def take(self) -> ProgressUpdate:
-        """Return the state of the run, and what workers have said and shown since the last call."""
+        """Return the state of the run, with the messages and samples since the last call."""
         lines, samples = list(self.lines), self.samples
         self.lines.clear()
         self.samples = None

@@ -58,7 +58,7 @@ def connect_ray(config: Config, storage: Storage) -> None:
 
 
 def group_start_s() -> float:
-    """Return how long Ray Train waits for the resources of a group of workers before it looks again what there is.
+    """Return the seconds that Ray Train waits for the resources of a group of workers before it counts the nodes again.
 
     For Ray a node that was lost is there for 15 to 30 s more. A group that counts on it waits in vain, by Ray Train's
     own default for a minute.
@@ -78,7 +78,7 @@ def possible_workers(nodes: Sequence[Mapping[str, float]], worker: Mapping[str, 
 
 
 def has_room_beside(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]], needs: Mapping[str, float]) -> bool:
-    """Return whether nodes with these resources can hold all workers and, on one node, something else beside them.
+    """Return whether the nodes can hold all workers and, on one node, a further task.
 
     Workers that start again, or an elastic run that grows, then find all that they need.
 
@@ -95,13 +95,13 @@ def has_room_beside(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]]
 
 
 def is_free(needs: Mapping[str, float]) -> bool:
-    """Return whether nobody on the cluster uses so much at the moment, by Ray's names."""
+    """Return whether these resources, by Ray's names, are free on the cluster at the moment."""
     free = ray.available_resources()
     return all(free.get(name, 0.0) >= need for name, need in needs.items())
 
 
 def shortage(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> str | None:
-    """Return why the nodes cannot hold the smallest number of workers, in words; None where they can."""
+    """Return why the nodes cannot hold the smallest number of workers, as text; None where they can."""
     worker = per_worker(cluster)
     fits = possible_workers(nodes, worker)
     if fits >= cluster.min_workers:

@@ -97,7 +97,7 @@ class _Group:
         self.thread.start()
 
     def fits(self, cluster: ClusterConfig) -> bool:
-        """Return whether the group is what a run asks for, idle, and has never failed: Ray Train counts failures."""
+        """Return whether the group fits a run, is idle, and has never failed: Ray Train counts failures."""
         if self.cluster != cluster or not self.thread.is_alive():
             return False
         with suppress(RayError, TrainingError):

@@ -39,7 +39,7 @@ class DriverLostError(PipelineError):
 
 @contextmanager
 def open_rank(job: Job, monitor: Any, started: float) -> Iterator[tuple[RunContext, RayShell]]:
-    """Yield this Ray Train worker's place in a run, for `train_rank`; inside, what is logged reaches the driver.
+    """Yield the context and shell of this Ray Train worker's rank; inside, its log lines reach the driver.
 
     Args:
         monitor: handle of the run's monitor actor, which is told of an error that would come again.
@@ -93,7 +93,7 @@ class RayShell:
             self._post()
 
     def samples(self, images: NDArray[np.uint8]) -> None:
-        """Send samples to be shown; nobody waits for them, and some that are lost are followed by others."""
+        """Send samples to be shown, without waiting; lost ones are followed by others."""
         self.monitor.show.remote(images)
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class RayShell:
             self._read_reply(timeout=10)
 
     def stop_requested(self) -> bool:
-        """Return the driver's last reply."""
+        """Return whether the driver's last reply asks for a stop."""
         return self.stop
 
     def checkpoint_requested(self) -> bool:

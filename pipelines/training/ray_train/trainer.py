@@ -74,7 +74,7 @@ def make_trainer(
 
 
 def torch_config(cluster: ClusterConfig) -> TorchConfig:
-    """Return the settings of the process group: a collective is given up after the watchdog has said where it hangs."""
+    """Return the settings of the process group; a collective times out after the watchdog has logged where it hangs."""
     return TorchConfig(timeout_s=math.ceil(cluster.step_timeout_s) + 60) if cluster.step_timeout_s else TorchConfig()
 
 
@@ -87,7 +87,7 @@ def dedicated_workers(job: Job, monitor: Any) -> Callable[[], object]:
 
 
 def take_over_reservation(fence: Fence, trainer: TorchTrainer) -> None:
-    """Cancel what the controller of a killed driver had reserved, and record the name of this one's reservation.
+    """Cancel the reservation of a killed driver's controller, and record the name of this one's.
 
     Ray's coordinator, which outlives drivers, keeps a reservation for three minutes; for so long an elastic run would
     wait for resources that its own former driver had reserved.

@@ -96,7 +96,7 @@ class WorkerLog(logging.Handler):
         super().close()
 
     def _take(self) -> None:
-        """Take lines as they come: post those that the driver shows, hand all of them to the stored log."""
+        """Post lines that the driver shows, and pass all lines on to the stored log."""
         ending = False
         while not ending:
             self._wake.wait()
@@ -131,7 +131,7 @@ class _StoredLog:
         self._lock = threading.Lock()
 
     def add(self, lines: Sequence[Line]) -> None:
-        """Append lines, in another part where the last one is full."""
+        """Append lines; a new part begins where the last one is full."""
         with self._lock:
             for line in lines:
                 data, last = encode([line]), max(self.parts)
@@ -217,7 +217,7 @@ class LogDeduplicator:
         self.texts: dict[str, _Text] = {}
 
     def add(self, lines: Sequence[tuple[int, str]]) -> None:
-        """Take (rank, text) of lines that workers have said since the last call."""
+        """Add new messages of workers, as (rank, text)."""
         due: dict[str, _Text] = {}
         for rank, full in lines:
             text = full.split("\nTraceback (most recent call last):")[0].rstrip()
