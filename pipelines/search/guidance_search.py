@@ -31,12 +31,11 @@ from pipelines.presentation.errors import PipelineError
 from pipelines.remote.actors import processors
 from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
 from pipelines.search.judge import Drawn, SampleScorer, Subject, asked_for, hopeless, rungs
-from pipelines.search.observer import Observer
 from pipelines.search.space import Params, Value, apply
 from pipelines.search.studies import Lines, Search
 from pipelines.search.study import TrialRecord, done, loss, pareto_front
 from pipelines.search.study_config import StudyConfig
-from pipelines.search.tune_trials import Trial, run_trials
+from pipelines.search.tune_trials import Trial, Trials
 from pipelines.shards.index import Dataset, read_dataset
 from pipelines.storage import Storage, layout
 from pipelines.tracking import ModelVersion, Tracker
@@ -157,21 +156,16 @@ class GuidanceSearch(Search):
         settings = sampling(apply(self.base, params))
         return subject_of(self.model.guided(settings), digest_of(self.resolved), settings, self.data)
 
-    def run_trials(self, records: Sequence[TrialRecord], observer: Observer, first: Sequence[Params]) -> None:
-        """Run the trials that the study still lacks, on as many processors as there are."""
+    def trials(self, records: Sequence[TrialRecord], parent: str) -> Trials:
+        """Return how trials are run: on as many processors as there are."""
         study, use_gpu = self.study, self.base.cluster.gpus_per_worker > 0
         room = processors(use_gpu=use_gpu)
         # `hopeless` looks at distance and cost only; a setting may be good in another objective.
         cheap = set(study.objectives) <= {"frechet_distance", "evaluations"}
-        run_trials(
+        return Trials(
             tune.with_parameters(GuidanceTrial, subject=self.model, study=study, base=self.base, seed=self.noise_seed),
             {"cpu": 1, **({"gpu": 1} if use_gpu else {})},
-            study,
-            self.base,
-            records,
-            observer,
             min(study.concurrent or room, room),
-            first,
             stop=stop_hopeless() if cheap else None,
         )
 

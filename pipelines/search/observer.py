@@ -15,6 +15,7 @@ from typing import Any
 from ray.tune import Callback
 
 from pipelines import tracking
+from pipelines.config import Config
 from pipelines.search.space import Value
 from pipelines.search.study import StudyStore, TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
@@ -41,8 +42,7 @@ class Observer(Callback):
         store: holds the records.
         study: the settings of the study.
         tracker: the study's MLflow run, the parent of the trials' runs.
-        experiment: name of the MLflow experiment.
-        length: value of a trial's axis (see `AXIS`) at which it is finished; a trial that ends before was stopped.
+        config: names the MLflow experiment, and says after how many images a training trial is finished.
         on_change: called after every change of a trial.
         watch: ends trials whose process stands still.
     """
@@ -52,13 +52,14 @@ class Observer(Callback):
         store: StudyStore,
         study: StudyConfig,
         tracker: Tracker,
-        experiment: str,
-        length: float,
+        config: Config,
         on_change: OnChange = lambda observer: None,
         watch: Watch | None = None,
     ) -> None:
-        self.store, self.study, self.tracker, self.experiment = store, study, tracker, experiment
-        self.length, self.on_change, self.watch = length, on_change, watch
+        self.store, self.study, self.tracker, self.experiment = store, study, tracker, config.tracking.experiment
+        # Of the axis, see `AXIS`: a trial that ends before was stopped.
+        self.length = config.images if study.kind == "training" else study.samples
+        self.on_change, self.watch = on_change, watch
         self.records: dict[str, TrialRecord] = {}
         self.unlogged: set[str] = set()
         self.began = time.monotonic()

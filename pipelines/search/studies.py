@@ -33,6 +33,7 @@ from pipelines.search.study import (
     trials_seed,
 )
 from pipelines.search.study_config import StudyConfig, check_space
+from pipelines.search.tune_trials import Trials, run_trials
 from pipelines.search.watch import Watch
 from pipelines.shards.index import Dataset
 from pipelines.storage import join, layout
@@ -92,8 +93,13 @@ class Search(ABC):
         """Load what trials share of `data`, by which samples are judged, and check that trials can run."""
 
     @abstractmethod
-    def run_trials(self, records: Sequence[TrialRecord], observer: Observer, first: Sequence[Params]) -> None:
-        """Run the trials that the study still lacks; see `tune_trials.run_trials`."""
+    def trials(self, records: Sequence[TrialRecord], parent: str) -> Trials:
+        """Return how trials are run.
+
+        Args:
+            records: of those that there are.
+            parent: ID of the study's MLflow run.
+        """
 
     @abstractmethod
     def confirm(self, records: Sequence[TrialRecord], seed: int) -> list[Confirmed]:
@@ -165,11 +171,10 @@ class Search(ABC):
         self.open()
         records = self.store.open(self.study, self.base, self.identity, resume=resume)
         with self._opened_run() as tracker:
-            length = config.images if self.study.kind == "training" else self.study.samples
             watch = Watch(config.cluster.patience_s, self.say)
-            observer = Observer(self.store, self.study, tracker, config.tracking.experiment, length, on_change, watch)
+            observer = Observer(self.store, self.study, tracker, config, on_change, watch)
             observer.begin(records)
-            self.run_trials(records, observer, first)
+            run_trials(self.trials(records, tracker.run_id), self.study, self.base, records, observer, first)
             observer.settle()
             return self._publish(tracker, self.store.records(), began)
 

@@ -28,14 +28,14 @@ from pipelines.evaluation.samples import Subject
 from pipelines.evaluation.scoring import digest_of, subject_of
 from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
 from pipelines.search.judge import asked_for
-from pipelines.search.observer import Observer, identify
+from pipelines.search.observer import identify
 from pipelines.search.rung_judge import RungJudge, held_out_images
-from pipelines.search.space import Params, apply
+from pipelines.search.space import apply
 from pipelines.search.studies import Search
 from pipelines.search.study import StudyError, TrialRecord, best, loss, trial_name
 from pipelines.search.study_config import DIRECTIONS, StudyConfig
 from pipelines.search.training_trial import TrainingTrial, median_seconds, rungs
-from pipelines.search.tune_trials import run_trials
+from pipelines.search.tune_trials import Trials
 from pipelines.shards.captions import Captions
 from pipelines.shards.index import Dataset, read_dataset
 from pipelines.storage import layout
@@ -158,8 +158,8 @@ class TrainingSearch(Search):
         self.fresh = fresh_images(self.study, *self.held_out)
         self.concurrent = concurrency(self.study, config, ray.cluster_resources())
 
-    def run_trials(self, records: Sequence[TrialRecord], observer: Observer, first: Sequence[Params]) -> None:
-        """Run the trials that the study still lacks, stopped by ASHA where they are behind."""
+    def trials(self, records: Sequence[TrialRecord], parent: str) -> Trials:
+        """Return how trials are run: stopped by ASHA where they are behind."""
         study, base = self.study, self.base
         at = rungs(base.images, base.batch_size, study)
         scheduler = StopBehind(
@@ -173,26 +173,19 @@ class TrainingSearch(Search):
             grace_period=at[0],
             reduction_factor=study.reduction,
         )
-        run_trials(
+        return Trials(
             tune.with_parameters(
                 TrainingTrial,
                 study=study,
                 base=base,
                 name=self.name,
                 lineage=self.lineage,
-                parent=observer.tracker.run_id,
+                parent=parent,
                 judge=self.judge(),
             ),
-            {
-                "cpu": 0,
-                "memory": 1 << 20,
-            },  # a trial itself needs no CPU, because its workers reserve their own resources
-            study,
-            base,
-            records,
-            observer,
+            # A trial itself needs no CPU, because its workers reserve their own resources.
+            {"cpu": 0, "memory": 1 << 20},
             self.concurrent,
-            first,
             scheduler=scheduler,
         )
 

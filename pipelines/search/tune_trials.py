@@ -8,6 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,28 +62,37 @@ class Trial(tune.Trainable):
         """Load nothing."""
 
 
+@dataclass(frozen=True)
+class Trials:
+    """How Ray Tune runs the trials of a study.
+
+    Attributes:
+        trainable: of Tune, with whatever the trials share.
+        resources: that a trial itself reserves, by Tune's names.
+        concurrent: trials at a time.
+        stop, scheduler: of Tune, which end trials early.
+    """
+
+    trainable: Any
+    resources: Mapping[str, float]
+    concurrent: int
+    stop: Callable[[str, dict[str, Any]], bool] | None = None
+    scheduler: Any = None
+
+
 def run_trials(
-    trainable: Any,
-    resources: Mapping[str, float],
+    trials: Trials,
     study: StudyConfig,
     base: Config,
     records: Sequence[TrialRecord],
     observer: Observer,
-    concurrent: int,
     first: Sequence[Params] = (),
-    *,
-    stop: Callable[[str, dict[str, Any]], bool] | None = None,
-    scheduler: Any = None,
 ) -> None:
     """Run the trials that the study still lacks; the observer records them.
 
     Args:
-        trainable: of Tune, with whatever the trials share.
-        resources: that a trial itself reserves, by Tune's names.
         records: the trials so far.
-        concurrent: trials at a time.
         first: parameters to try after the values of the configuration and before any other.
-        stop, scheduler: of Tune, which end trials early.
     """
     left = study.trials - len(ended(records))
     if left <= 0:
@@ -90,18 +100,18 @@ def run_trials(
     # Tune needs a folder for its own state, which is not used: the records are the state of the study.
     with tempfile.TemporaryDirectory(prefix="tune-", dir=scratch_folder(), ignore_cleanup_errors=True) as scratch:
         tune.Tuner(
-            tune.with_resources(trainable, dict(resources)),
+            tune.with_resources(trials.trainable, dict(trials.resources)),
             tune_config=tune.TuneConfig(
                 search_alg=searcher(study, base, records, Path(scratch), first=[study.nearest(base), *first]),
-                scheduler=scheduler,
+                scheduler=trials.scheduler,
                 num_samples=left,
-                max_concurrent_trials=concurrent,
+                max_concurrent_trials=trials.concurrent,
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name="study",
                 storage_path=scratch,
-                stop=stop,
+                stop=trials.stop,
                 callbacks=[observer],
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),

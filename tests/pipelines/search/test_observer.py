@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipelines import tracking
+from pipelines.config import compose
 from pipelines.search.observer import Observer
 from pipelines.search.study import StudyStore
 from pipelines.search.study_config import StudyConfig
@@ -51,7 +52,7 @@ class Mlflow:
 def an_observer(tmp_path) -> Observer:
     study = StudyConfig.model_validate({"kind": "training", "trials": 1, "space": {"model.width": {"int": [8, 64]}}})
     store = StudyStore(Storage(), f"file://{tmp_path}/studies/s")
-    return Observer(store, study, Tracker("http://nowhere", "parent"), "e", 100)
+    return Observer(store, study, Tracker("http://nowhere", "parent"), compose(["+experiment=digits", "images=100"]))
 
 
 def trial(width: int) -> SimpleNamespace:

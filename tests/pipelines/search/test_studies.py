@@ -48,7 +48,7 @@ class Bench:
         monkeypatch.setattr(references, "resolve", lambda *given, **options: resolved)
         for kind in (guidance_search, training_search):
             monkeypatch.setattr(kind, "read_dataset", lambda uri, storage: DATASET)
-            monkeypatch.setattr(kind, "run_trials", self._run_trials)
+        monkeypatch.setattr(studies, "run_trials", self._run_trials)
         monkeypatch.setattr(guidance_search, "processors", lambda use_gpu: 1)
         monkeypatch.setattr(EvaluationData, "evaluator", SimpleNamespace(encoder=None))
         monkeypatch.setattr(EvaluationData, "real", None)
@@ -117,7 +117,7 @@ def test_a_study_that_is_broken_off_has_ended_in_mlflow_and_runs_when_it_goes_on
 def test_a_guidance_study_begins_with_the_models_own_settings_and_what_overrides_change(bench, overrides, changes):
     with pytest.raises(KeyboardInterrupt):
         bench.study(*overrides)
-    ((_, _, study, base, *_),) = bench.searched
+    ((_, study, base, *_),) = bench.searched
     assert study == STUDY
     assert sampling(base) == OWN.with_fields(**changes)
 
