@@ -406,7 +406,7 @@ class Table:
                 chosen = self.sampling(kind, steps).with_fields(timesteps=levels)
                 self.sample("teacher", f"{kind} chosen", chosen)
                 began = time.perf_counter()
-                learned = learn_steps(chosen, learning, exact, denoiser.schedule, noise, followed.ends, cond)
+                learned = learn_steps(chosen, learning, exact, denoiser.schedule, (noise, followed.ends), cond)
                 self.sample("teacher", f"{kind} learned", learned, learned_in_s=time.perf_counter() - began)
 
     def single_pass(self) -> None:

@@ -97,7 +97,7 @@ def record(reference: str) -> None:
     from pipelines.evaluation.evaluators import open_evaluator
     from pipelines.evaluation.real import open_real
     from pipelines.search.guidance_search import base_of
-    from pipelines.search.judge import SampleScorer, Subject, asked_for
+    from pipelines.search.judge import SampleScorer, TrialSubject, asked_for
     from pipelines.shards.index import read_dataset
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
@@ -111,7 +111,7 @@ def record(reference: str) -> None:
     base = base_of(config, model.spec.sampling)
 
     class Judge:
-        def __init__(self, subject: Subject) -> None:
+        def __init__(self, subject: TrialSubject) -> None:
             torch.set_num_threads(1)
             self.scorer = SampleScorer(subject)
 
@@ -121,7 +121,7 @@ def record(reference: str) -> None:
             distance = frechet_distance(self.scorer.subject.reference.moments, FeatureMoments.of(drawn.features))
             return {"params": params, "frechet_distance": distance, "evaluations": drawn.evaluations}
 
-    shared = ray.put(Subject.of(model, evaluator, real, {}, asked_for(real, None, SAMPLES, base.evaluation.seed)))
+    shared = ray.put(TrialSubject.of(model, evaluator, real, {}, asked_for(real, None, SAMPLES, base.evaluation.seed)))
     actor: Any = ray.remote(num_cpus=1)(Judge)
     pool = ray.util.ActorPool([actor.remote(shared) for _ in range(int(ray.cluster_resources()["CPU"]))])
     began, rows, wanted = time.monotonic(), [], list(settings())

@@ -96,12 +96,13 @@ def steps(
 
     from ddpm.step_learning import StepLearning
     from ddpm.step_search import StepSearch
-    from pipelines.search.steps import search_steps
+    from pipelines.search.steps import StepsAsked, search_steps
 
     given = {"kind": sampler, "steps": evaluations, "scale": scale}
     changes = {name: value for name, value in given.items() if value is not None}
     learning = StepLearning(updates=learn) if learn else None
-    found = search_steps(config, model, name, changes, StepSearch(grid=grid), learning, trajectories, terminal.stage)
+    asked = StepsAsked(trajectories, StepSearch(grid=grid), learning)
+    found = search_steps(config, model, name, changes, asked, terminal.stage)
     answer_json(as_json, found)
 
 

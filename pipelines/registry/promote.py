@@ -282,17 +282,17 @@ class Gate:
                 rows += [*check_data(evidence, self.storage), *absolute_bounds(evidence.scores)]
             if not all(row.passed for row in rows):
                 return candidate, _refused(verdict, rows)
+            verdict = replace(verdict, rows=tuple(rows))
             if champion is None:
-                return candidate, replace(verdict, passed=True, reason=first, rows=tuple(rows))
+                return candidate, replace(verdict, passed=True, reason=first)
             with self._opened(champion) as present:
-                return candidate, self._against(candidate, present, verdict, rows, verdicts, margin, dry_run)
+                return candidate, self._against(candidate, present, verdict, verdicts, margin, dry_run)
 
     def _against(
         self,
         candidate: OpenedVersion,
         champion: OpenedVersion,
         verdict: Verdict,
-        rows: list[VerdictRow],
         verdicts: Sequence[Verdict],
         margin: float | None,
         dry_run: bool,
@@ -311,8 +311,8 @@ class Gate:
             present = _content_digest(champion, verdicts)
             if verdict.content_digest == present:
                 reason = f"it is the model of {name}, with evidence that can be compared from now on"
-                return replace(verdict, passed=True, reason=reason, rows=tuple(rows))
-            refused = _refused(verdict, [*rows, *unlike])
+                return replace(verdict, passed=True, reason=reason)
+            refused = _refused(verdict, [*verdict.rows, *unlike])
             command = " ".join(["ddpm register", name, *_other_settings(candidate, champion)])
             mend = f"first `{command}`, which scores it anew, and promote the version that this makes"
             if present is None:
@@ -322,14 +322,14 @@ class Gate:
                 )
             return replace(refused, reason=f"{refused.reason}; {mend}")
         assert champion.evidence is not None
-        rows += unlike
         data = open_data(candidate.evidence, self.config, self.storage, self.display, self.connect)
         against = champion.evidence.served_digest
         request = request_of(
             self.config, data.evaluator.encoder.width, gate_seed(self.model, self.alias, against, dry_run)
         )
         assert request.n is not None
-        verdict = replace(verdict, champion_digest=against, n=request.n, margin=margin)
+        rows = (*verdict.rows, *unlike)
+        verdict = replace(verdict, champion_digest=against, n=request.n, margin=margin, rows=rows)
         judged = _judged_before(verdicts, verdict, unlike)
         if judged is not None:  # one that passed has lost the alias since, and takes it again by what was found then
             return replace(judged, version=verdict.version, at=now() if judged.passed else judged.at)

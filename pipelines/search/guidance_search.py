@@ -30,7 +30,7 @@ from pipelines.evaluation.scoring import digest_of, subject_of
 from pipelines.presentation.errors import PipelineError
 from pipelines.remote.actors import processors
 from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
-from pipelines.search.judge import Drawn, SampleScorer, Subject, asked_for, hopeless, rungs
+from pipelines.search.judge import SampleScorer, TrialSamples, TrialSubject, asked_for, hopeless, rungs
 from pipelines.search.space import Params, Value, apply
 from pipelines.search.studies import Lines, Search
 from pipelines.search.study import TrialRecord, done, loss, pareto_front
@@ -77,7 +77,9 @@ def base_of(config: Config, settings: Sampling) -> Config:
 class GuidanceTrial(Trial):
     """A Ray Tune trial of one setting: draws growing numbers of images and reports their scores."""
 
-    def setup(self, config: dict[str, Value], *, subject: Subject, study: StudyConfig, base: Config, seed: int) -> None:
+    def setup(
+        self, config: dict[str, Value], *, subject: TrialSubject, study: StudyConfig, base: Config, seed: int
+    ) -> None:
         """Load the networks; called once per actor."""
         torch.set_num_threads(1)
         self.subject, self.study, self.base, self.seed = subject, study, base, seed
@@ -88,7 +90,7 @@ class GuidanceTrial(Trial):
         """Start a trial of another setting with the loaded networks."""
         self.params = new_config
         self.settings = sampling(apply(self.base, new_config))
-        self.drawn: Drawn | None = None
+        self.drawn: TrialSamples | None = None
         return True
 
     def step(self) -> dict[str, Any]:
@@ -149,7 +151,7 @@ class GuidanceSearch(Search):
         prompts = data.prompts(model.spec)
         captions = None if prompts is None else prompts.captions
         cond = asked_for(data.real, captions, self.study.samples, self.noise_seed)
-        self.model = Subject.of(model, data.evaluator, data.real, guides, cond)
+        self.model = TrialSubject.of(model, data.evaluator, data.real, guides, cond)
 
     def drawing(self, params: Params) -> samples.Subject:
         """Return the model with the settings of a trial."""

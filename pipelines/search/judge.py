@@ -58,7 +58,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Subject:
+class TrialSubject:
     """The model of a study and the data that score it; picklable, put into Ray's object store once for all trials.
 
     Attributes:
@@ -83,7 +83,7 @@ class Subject:
         real: Real,
         guides: Mapping[str, NoisyClassifier | Model],
         cond: Conditioning | None,
-    ) -> Subject:
+    ) -> TrialSubject:
         """Return a model with what the evaluator says of the real images that score it."""
         alone = replace(model, classifier=None, weak=None).to("cpu")
         return cls(alone, evaluator, Reference.of(real), cond, guides)
@@ -98,7 +98,7 @@ class Subject:
 class SampleScorer:
     """Draw and score images of a subject with any sampling settings; the networks are loaded once per process."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: TrialSubject) -> None:
         self.device = device = task_device()
         self.encoder = subject.evaluator.encoder.to(device)
         guides = {name: guide.to(device) for name, guide in subject.guides.items()}
@@ -107,7 +107,9 @@ class SampleScorer:
         for guide in guides.values():
             self.meter.guide(guide)
 
-    def draw(self, settings: Sampling, image_ids: Tensor, *, seed: int, keep: int = 0, batch_size: int = 64) -> Drawn:
+    def draw(
+        self, settings: Sampling, image_ids: Tensor, *, seed: int, keep: int = 0, batch_size: int = 64
+    ) -> TrialSamples:
         """Draw the images of these numbers, and compute their features and predicted classes.
 
         Image i of a seed does not depend on the other images.
@@ -135,11 +137,11 @@ class SampleScorer:
         if cond.label is not None and subject.evaluator.labels and found.probabilities is not None:
             correct = found.probabilities.argmax(1) == cond.label.cpu()
         evaluations = (self.meter.count - before) / len(image_ids)
-        return Drawn(found.features, correct, levels[:keep].permute(0, 2, 3, 1).cpu().numpy(), evaluations)
+        return TrialSamples(found.features, correct, levels[:keep].permute(0, 2, 3, 1).cpu().numpy(), evaluations)
 
 
 @dataclass(frozen=True)
-class Drawn:
+class TrialSamples:
     """Samples that were drawn with one setting.
 
     Attributes:
@@ -160,14 +162,14 @@ class Drawn:
         """Share of samples of the requested class; None where the model or the evaluator has no classes."""
         return None if self.correct is None else Measured.mean(self.correct)
 
-    def __add__(self, other: Drawn) -> Drawn:
+    def __add__(self, other: TrialSamples) -> TrialSamples:
         """Return the samples of both, with the pixels of the first."""
         n, m = len(self.features), len(other.features)
         correct = None
         if self.correct is not None and other.correct is not None:
             correct = torch.cat([self.correct, other.correct])
         evaluations = (n * self.evaluations + m * other.evaluations) / (n + m)
-        return Drawn(torch.cat([self.features, other.features]), correct, self.pixels, evaluations)
+        return TrialSamples(torch.cat([self.features, other.features]), correct, self.pixels, evaluations)
 
 
 def asked_for(real: Real, captions: Captions | None, samples: int, seed: int) -> Conditioning | None:

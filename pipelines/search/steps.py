@@ -46,6 +46,21 @@ CHOSEN, LEARNED = "chosen", "learned"
 
 
 @dataclass(frozen=True)
+class StepsAsked:
+    """How the steps of a sampler are found.
+
+    Attributes:
+        trajectories: fine trajectories that are followed, and as many again to compare with.
+        search: how levels are chosen by them.
+        learning: how levels and weights are learned after the levels were chosen; None only chooses levels.
+    """
+
+    trajectories: int
+    search: StepSearch
+    learning: StepLearning | None = None
+
+
+@dataclass(frozen=True)
 class FoundSteps:
     """Levels that were chosen for a model, or levels and weights that were learned for it.
 
@@ -62,9 +77,7 @@ class FoundSteps:
 def find_steps(
     model: Model,
     settings: Sampling,
-    search: StepSearch,
-    learning: StepLearning | None,
-    trajectories: int,
+    asked: StepsAsked,
     seeds: tuple[int, int],
     captions: Captions | None = None,
     notice: StageNotice = lambda stage, text: None,
@@ -74,8 +87,6 @@ def find_steps(
     Args:
         model: with the networks that its guidance needs, on the device to use.
         settings: of a sampler of `LEVELS_OF`.
-        learning: how levels and weights are learned after the levels were chosen; None only chooses levels.
-        trajectories: fine trajectories that are followed, and as many again to compare with.
         seeds: of the noise of the search, and of that of the comparison.
         captions: that a model on text is asked for.
         notice: called with "steps" and a line of text as learning goes on.
@@ -83,25 +94,26 @@ def find_steps(
     Raises:
         ValueError: the grid has fewer levels than the sampler.
     """
-    schedule, kind = model.schedule, settings.to_json()["kind"]
+    schedule, kind, search = model.schedule, settings.to_json()["kind"], asked.search
     exact = settings.exact.wrap(model.denoiser, schedule, model.guides)
     device = next(model.network.parameters()).device
-    ids = torch.arange(trajectories, device=device)
+    ids = torch.arange(asked.trajectories, device=device)
     cond = _conditions(model, ids, captions)
     noise, fresh = (initial_noise(seed, ids, model.spec.shape) for seed in seeds)
     followed = search.trajectories(exact, schedule, noise, cond)
     levels, _ = search.find(followed, schedule, LEVELS_OF[kind], settings.sampler.steps)
     found = {CHOSEN: settings.with_fields(timesteps=levels)}
-    if learning is not None:
-        total = learning.updates
+    if asked.learning is not None:
+        total = asked.learning.updates
 
         def on_check(update: int, distance: float) -> None:
             notice("steps", f"{update:,} of {total:,} updates: {distance:.4g} from the ends of held-out trajectories")
 
-        found[LEARNED] = learn_steps(found[CHOSEN], learning, exact, schedule, noise, followed.ends, cond, on_check)
+        pairs = noise, followed.ends
+        found[LEARNED] = learn_steps(found[CHOSEN], asked.learning, exact, schedule, pairs, cond, on_check)
 
     def ends(sampler: Any) -> Tensor:
-        parts = [slice(i, i + 64) for i in range(0, trajectories, 64)]
+        parts = [slice(i, i + 64) for i in range(0, asked.trajectories, 64)]
         with torch.no_grad():
             return torch.cat(
                 [last(sampler(exact, schedule, fresh[p], None if cond is None else cond[p])) for p in parts]
@@ -110,8 +122,9 @@ def find_steps(
     fine = ends(DPMSolver(steps=search.grid, spacing=search.spacing))
     own = getattr(settings.sampler, "spacing", COMPARED[0])
     others = {name: settings.with_fields(spacing=name, timesteps=None) for name in dict.fromkeys((own, *COMPARED))}
-    asked = {**found, **others}
-    distances = {name: (ends(each.sampler) - fine).square().mean().sqrt().item() for name, each in asked.items()}
+    distances = {
+        name: (ends(each.sampler) - fine).square().mean().sqrt().item() for name, each in {**found, **others}.items()
+    }
     return FoundSteps(found.get(LEARNED, found[CHOSEN]), distances)
 
 
@@ -120,8 +133,7 @@ def learn_steps(
     learning: StepLearning,
     denoiser: Denoiser,
     schedule: NoiseSchedule,
-    x_T: Tensor,
-    ends: Tensor,
+    pairs: tuple[Tensor, Tensor],
     cond: Conditioning | None = None,
     on_check: Callable[[int, float], None] | None = None,
 ) -> Sampling:
@@ -129,11 +141,12 @@ def learn_steps(
 
     Args:
         chosen: settings of a sampler of `LEVELS_OF` with `timesteps`.
-        denoiser, x_T, ends, cond, on_check: see `StepLearning.learn`.
+        pairs: where fine trajectories begin, and where they end, [B, C, H, W] each.
+        denoiser, cond, on_check: see `StepLearning.learn`.
     """
     sampler: Any = chosen.sampler
     weights = weights_of(sampler, schedule, sampler.timesteps)
-    learned = learning.learn(denoiser, sampler.timesteps, weights, x_T, ends, cond, on_check)
+    learned = learning.learn(denoiser, sampler.timesteps, weights, *pairs, cond, on_check)
     return chosen.with_fields(kind="generalized", timesteps=learned.timesteps, weights=learned.weights)
 
 
@@ -142,9 +155,7 @@ def search_steps(
     reference: str,
     name: str,
     changes: dict[str, Any],
-    search: StepSearch,
-    learning: StepLearning | None,
-    trajectories: int,
+    asked: StepsAsked,
     notice: StageNotice,
 ) -> dict[str, Any]:
     """Choose or learn the steps of a model, store them beside the studies and in MLflow, and return them as JSON types.
@@ -167,7 +178,7 @@ def search_steps(
         settings = _settings(resolved, changes)
         seeds = trials_seed(config, name), confirmation_seed(config, name, [])
         captions = _captions(resolved, config, storage, notice, seeds[0])
-        found = find_steps(resolved.model, settings, search, learning, trajectories, seeds, captions, notice)
+        found = find_steps(resolved.model, settings, asked, seeds, captions, notice)
     except ValueError as error:
         raise ConfigError(f"search steps: {error}") from error
     for spacing, distance in sorted(found.distances.items(), key=lambda item: item[1]):

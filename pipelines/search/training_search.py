@@ -178,9 +178,8 @@ class TrainingSearch(Search):
                 TrainingTrial,
                 study=study,
                 base=base,
-                name=self.name,
                 lineage=self.lineage,
-                parent=parent,
+                tags={"mlflow.parentRunId": parent, "ddpm.study": self.name},
                 judge=self.judge(),
             ),
             # A trial itself needs no CPU, because its workers reserve their own resources.

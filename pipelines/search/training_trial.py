@@ -89,23 +89,21 @@ class TrainingTrial(Trial):
         *,
         study: StudyConfig,
         base: Config,
-        name: str,
         lineage: Mapping[str, Any],
-        parent: str,
+        tags: Mapping[str, str],
         judge: RungJudge,
     ) -> None:
         """Create the workers of this actor, and begin the first trial.
 
         Args:
             base: the configuration that the trials vary.
-            name: of the study.
             lineage: which code runs, see `pipelines.environment.lineage`.
-            parent: ID of the study's MLflow run.
+            tags: of the MLflow runs of trials, by which they belong to the study.
             judge: of all trials, but for a trial's rungs and the folder of its scores.
         """
-        self.study, self.base, self.name, self.judge = study, base, name, judge
-        self.lineage, self.below = dict(lineage), {"mlflow.parentRunId": parent, "ddpm.study": name}
-        self.workers = ReusableWorkers(name)
+        self.study, self.base, self.name, self.judge = study, base, tags["ddpm.study"], judge
+        self.lineage, self.below = dict(lineage), dict(tags)
+        self.workers = ReusableWorkers(self.name)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Value]) -> bool:

@@ -23,7 +23,7 @@ from pipelines.evaluation.images import unpack_samples
 from pipelines.evaluation.samples import Plan
 from pipelines.inference.pictures import picture
 from pipelines.inference.request import SampleRequest
-from pipelines.search.judge import SampleScorer, Subject
+from pipelines.search.judge import SampleScorer, TrialSubject
 from pipelines.served_model import DiffusionModel
 from pipelines.serving.bodies import decode_png
 from pipelines.serving.http import make_app
@@ -56,7 +56,7 @@ def of_a_trial(model, settings, labels):
     """By a study of guidance."""
     judge = Classifier(1, 8, 10).eval()
     evaluator = Evaluator(judge, "classifier", "d", "here", "none", labels=True, accuracy=None)
-    scorer = SampleScorer(Subject(model, evaluator, None, Conditioning(label=labels)))
+    scorer = SampleScorer(TrialSubject(model, evaluator, None, Conditioning(label=labels)))
     return scorer.draw(settings, torch.arange(COUNT), seed=SEED, keep=COUNT).pixels
 
 

@@ -11,7 +11,7 @@ from pipelines.config import compose
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.search.guidance_search import GuidanceTrial
-from pipelines.search.judge import Reference, Subject
+from pipelines.search.judge import Reference, TrialSubject
 from pipelines.search.study_config import StudyConfig
 from tests.pipelines.checkpoints.tiny import SMALL
 
@@ -22,7 +22,9 @@ def test_a_model_of_data_without_labels_is_searched_by_a_contrastive_evaluator()
     spec = ModelSpec(network, {"kind": "cosine", "num_steps": 20}, "v", 8, ())
     evaluator = Evaluator(Contrastive(1, 8).eval(), "contrastive", "d", "here", "none", labels=False, accuracy=None)
     real = evaluator.encoder(torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)).features
-    subject = Subject(Model(spec, UNet(network).eval()), evaluator, Reference(FeatureMoments.of(real), real), None, {})
+    subject = TrialSubject(
+        Model(spec, UNet(network).eval()), evaluator, Reference(FeatureMoments.of(real), real), None, {}
+    )
     base = compose(["+experiment=digits", "data.num_classes=0", "model.class_conditional=false", "guidance=none"])
     space = {"sampler.steps": {"int": [2, 4]}}
     study = StudyConfig.model_validate({"kind": "guidance", "trials": 2, "samples": 16, "rungs": 2, "space": space})

@@ -19,7 +19,7 @@ from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.evaluation.images import to_levels
-from pipelines.search.judge import Reference, SampleScorer, Subject, hopeless, rungs
+from pipelines.search.judge import Reference, SampleScorer, TrialSubject, hopeless, rungs
 from tests.pipelines.checkpoints.tiny import SMALL
 
 CLASSES = ("a", "b")
@@ -92,7 +92,7 @@ def subject():
     weak = Model(spec, UNet(network).eval().requires_grad_(False))
     classifier = NoisyClassifier(network, 2).eval().requires_grad_(False)
     guides = {"weaker": weak, "judge": classifier}
-    return Subject(
+    return TrialSubject(
         model,
         evaluator,
         Reference(FeatureMoments.of(features), features),

@@ -13,7 +13,7 @@ from ddpm.step_learning import StepLearning
 from ddpm.step_search import StepSearch
 from pipelines.checkpoints.references import Resolved
 from pipelines.config import compose, sampling, sampling_overrides
-from pipelines.search.steps import CHOSEN, LEARNED, _conditions, _settings, find_steps
+from pipelines.search.steps import CHOSEN, LEARNED, StepsAsked, _conditions, _settings, find_steps
 from tests.pipelines.drawing import model_folder
 from tests.pipelines.evaluation.test_prompts import some_captions
 
@@ -29,7 +29,7 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("learning", [None, StepLearning(updates=3)], ids=[CHOSEN, LEARNED])
 def test_what_is_found_are_settings_that_can_be_stored_registered_and_drawn(model, kind, learning):
     asked, said = Sampling.of(kind=kind, steps=3, scale=2.0), []
-    found = find_steps(model, asked, SMALL, learning, 6, (1, 2), notice=lambda *line: said.append(line))
+    found = find_steps(model, asked, StepsAsked(6, SMALL, learning), (1, 2), notice=lambda *line: said.append(line))
     assert set(found.distances) == {CHOSEN, "trailing", "karras", "exponential", *([LEARNED] if learning else [])}
     assert found.settings.to_json()["kind"] == ("generalized" if learning else kind)
     assert len(said) == (2 if learning else 0)
@@ -39,13 +39,13 @@ def test_what_is_found_are_settings_that_can_be_stored_registered_and_drawn(mode
     assert sampling(compose(sampling_overrides(found.settings))) == found.settings
     images = model.generate(torch.arange(3), sampling=found.settings)
     assert torch.equal(images, model.generate(torch.arange(3), sampling=found.settings))
-    assert find_steps(model, asked, SMALL, learning, 6, (1, 2)) == found
+    assert find_steps(model, asked, StepsAsked(6, SMALL, learning), (1, 2)) == found
 
 
 def test_learned_steps_end_no_farther_from_fine_trajectories_than_chosen_ones(model):
     """The network is untrained, so that trajectories are far from straight."""
     asked = Sampling.of(kind="dpm_solver", steps=3, scale=1.0)
-    found = find_steps(model, asked, SMALL, StepLearning(updates=60), 64, (1, 2))
+    found = find_steps(model, asked, StepsAsked(64, SMALL, StepLearning(updates=60)), (1, 2))
     assert found.distances[LEARNED] < 0.9 * found.distances[CHOSEN]
 
 

@@ -20,7 +20,7 @@ from pipelines.evaluation.real import HELD_OUT
 from pipelines.presentation.progress import no_stage_notice
 from pipelines.search import guidance_search, studies, training_search
 from pipelines.search.guidance_search import GuidanceSearch, base_of
-from pipelines.search.judge import Subject
+from pipelines.search.judge import TrialSubject
 from pipelines.search.study import StudyError, StudyStore
 from pipelines.search.study_config import StudyConfig
 from pipelines.search.training_search import TrainingSearch
@@ -53,7 +53,7 @@ class Bench:
         monkeypatch.setattr(EvaluationData, "evaluator", SimpleNamespace(encoder=None))
         monkeypatch.setattr(EvaluationData, "real", None)
         monkeypatch.setattr(studies, "connect_ray", lambda config, storage: None)
-        monkeypatch.setattr(Subject, "of", lambda *given: None)
+        monkeypatch.setattr(TrialSubject, "of", lambda *given: None)
         monkeypatch.setattr(guidance_search, "asked_for", lambda *given: None)
 
     def _note(self, method):
