@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 import time
+import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 from ddpm import prediction
 from ddpm.conditioning import Conditioning
 from ddpm.model import load_classifier, load_model
+from ddpm.objectives import Objective
 from pipelines import checkpoints
 from pipelines.checkpoints import ModelError, complete_checkpoints
 from pipelines.evaluation.plots import MIN_TILE
@@ -45,6 +48,20 @@ def run(folder, dataset, *overrides, **requests):
 
 def losses(folder):
     return torch.tensor(list(trace(folder).values()), dtype=torch.float64)
+
+
+def test_from_the_loop_of_a_rank_to_its_loss_there_are_three_functions(digits, tmp_path, monkeypatch):
+    ways = set()
+    compute = Objective.losses
+
+    def noted(self, *arguments, **options):
+        frames = [(Path(frame.filename), frame.name) for frame in traceback.extract_stack()]
+        ways.add(tuple(f"{path.stem}.{name}" for path, name in frames if path.is_relative_to(ROOT / "pipelines")))
+        return compute(self, *arguments, **options)
+
+    monkeypatch.setattr(Objective, "losses", noted)
+    run(tmp_path, digits, NO_GRIDS)
+    assert ways == {("train.train_rank", "train.step", "task.losses")}
 
 
 @pytest.fixture(scope="module")
