@@ -31,7 +31,7 @@ from pipelines.presentation.errors import ConfigError, PipelineError
 
 
 def _show_version(asked: bool) -> None:
-    """Print the versions of the package and of what it runs on, where they are asked for, and exit."""
+    """Print the versions of the package and its dependencies if requested, and exit."""
     if not asked:
         return
     from pipelines.environment.lineage import installed_versions
@@ -64,16 +64,16 @@ app.add_typer(search.app, name="search")
 def ddpm(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions that run, and exit."),
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the installed versions and exit."),
     ] = False,
 ) -> None:
     """Train denoising diffusion models on a Ray cluster, from images to a registered model."""
 
 
 def hide_secrets() -> None:
-    """Start this command anew where its arguments hold secrets, which move into its environment.
+    """Restart this command if its arguments contain secrets, which are moved into its environment.
 
-    The process list shows arguments to every user of the machine, and Ray's dashboard those of its drivers.
+    The process list shows arguments to every user of the machine, and Ray's dashboard shows those of its drivers.
     """
     cleaned, variables = clean_arguments(sys.argv[1:])
     if variables and sys.orig_argv[-len(cleaned) :] == sys.argv[1:]:

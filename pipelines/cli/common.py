@@ -1,4 +1,4 @@
-"""What the verbs share: the terminal, argument types, access to the services, and the JSON answer."""
+"""Shared parts of the verbs: the terminal, argument types, access to the services, and the JSON answer."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from pipelines.registry import Verdict
 
 terminal = Terminal()
-SERVICES = ("s3", "mlflow", "ray")  # those of pipelines.stack, which `ddpm --help` does not import
+SERVICES = ("s3", "mlflow", "ray")  # as in pipelines.stack, which `ddpm --help` does not import
 MODEL = "runs:/ID[/IMAGES|/best][/sigma_rel=WIDTH], models:/NAME@alias, models:/NAME/VERSION or a folder"
 
 
 def check_address(uri: str) -> str:
-    """Return the address of a folder without a slash at its end.
+    """Return the address of a folder without a trailing slash.
 
     Raises:
         BadParameter: no storage backend opens it.
@@ -36,15 +36,15 @@ def check_address(uri: str) -> str:
     try:
         check(uri.rstrip("/"))
     except StorageError:
-        raise typer.BadParameter(f"{uri} is no address: write {address_forms('/PATH')}") from None
+        raise typer.BadParameter(f"{uri} is not an address: write {address_forms('/PATH')}") from None
     return uri.rstrip("/")
 
 
 def finite(value: float | None) -> float | None:
-    """Return a number that is neither infinite nor none at all.
+    """Return a number after checking that it is finite.
 
     Raises:
-        BadParameter: it is.
+        BadParameter: the number is infinite or NaN.
     """
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
@@ -60,9 +60,7 @@ Arguments = Annotated[
     typer.Argument(metavar="[SOURCE] [budget=TIME] [OVERRIDES]...", help="Images, a time, Hydra overrides"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Show nothing but errors, and what does not work in the training.")
-]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only errors and problems of the training.")]
 Folder = Annotated[str, typer.Argument(callback=check_address, help="s3://BUCKET/PATH or file:///PATH of the shards")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Shards to read at a time; default twice the cores, at most 32")
@@ -70,10 +68,10 @@ Threads = Annotated[
 
 
 def connect(config: Config, services: Sequence[str]) -> Config:
-    """Return the configuration with every address filled in; start what is missing of the local stack.
+    """Return the configuration with every address filled in; start missing services of the local stack.
 
     Args:
-        services: of "s3", "mlflow" and "ray", those that the verb needs.
+        services: the services of "s3", "mlflow" and "ray" that the verb needs.
     """
     from pipelines.stack.connect import connect as connect_services
 
@@ -85,8 +83,8 @@ def find_running(config: Config, services: Sequence[str], optional: Sequence[str
     """Return the configuration with every address filled in, and start nothing.
 
     Args:
-        services: of "s3", "mlflow" and "ray", those that the verb needs.
-        optional: those that it uses where they are running.
+        services: the services of "s3", "mlflow" and "ray" that the verb needs.
+        optional: services that it uses if they are running.
     """
     from pipelines.stack.connect import find_running as find_running_services
 
@@ -99,7 +97,7 @@ def compose_running(
     """Return the configuration of these overrides, connected to services that are running already.
 
     Args:
-        name: of the run that the verb is about.
+        name: name of the run that the verb is about.
     """
     from pipelines.config import quoted_override
 
@@ -120,7 +118,7 @@ def compose_connected(overrides: list[str] | None) -> Config:
 
 
 def connect_to_folder(uri: str, overrides: list[str] | None) -> Config:
-    """Return the configuration of these overrides, connected to S3 where the folder is there."""
+    """Return the configuration of these overrides, connected to S3 if the folder is on S3."""
     return connect(compose(overrides), ["s3"] if uri.startswith("s3://") else [])
 
 
@@ -130,11 +128,11 @@ def connect_for_model(
     """Return the configuration of these overrides, connected to the services that MODEL references need.
 
     Args:
-        others: further values, of which some may be MODEL references.
+        others: further values, some of which may be MODEL references.
         more: further services that the verb needs.
 
     Raises:
-        ReferenceFormError: a reference is none, which is said before any service is asked.
+        ReferenceFormError: a reference is malformed; raised before any service is contacted.
     """
     from pipelines.checkpoints.lookup import check_form
 
@@ -146,19 +144,19 @@ def connect_for_model(
 
 
 def read_arguments(arguments: Sequence[str] | None) -> tuple[str | None, str | None, list[str]]:
-    """Return the source, the budget and the Hydra overrides among the arguments of a verb; None for what is not there.
+    """Return source, budget and Hydra overrides from the arguments of a verb; None for a missing source or budget.
 
     Raises:
-        BadParameter: two sources or two budgets, or a source that may be one of two things.
+        BadParameter: there are two sources or two budgets, or the source is ambiguous.
     """
     given = arguments or []
     sources = [text for text in given if "=" not in text and not text.startswith("~")]
     budgets = [text.partition("=")[2] for text in given if text.startswith("budget=")]
     if "" in budgets:
-        raise typer.BadParameter("budget= names no time: write budget=30m, 2h or 1h30m")
+        raise typer.BadParameter("budget= has no value: write budget=30m, 2h or 1h30m")
     if len(sources) > 1 or len(budgets) > 1:
         twice = sources if len(sources) > 1 else [f"budget={text}" for text in budgets]
-        raise typer.BadParameter(f"{' and '.join(twice)}: one is enough; settings are written KEY=VALUE")
+        raise typer.BadParameter(f"{' and '.join(twice)}: give only one; settings are written KEY=VALUE")
     overrides = [text for text in given if text not in sources and not text.startswith("budget=")]
     if sources:
         check_source(sources[0])
@@ -166,26 +164,26 @@ def read_arguments(arguments: Sequence[str] | None) -> tuple[str | None, str | N
 
 
 def check_source(source: str) -> None:
-    """Refuse the name of scikit-learn's digits where a folder has it too: one of the two would be taken for the other.
+    """Refuse the name of scikit-learn's digits if a folder has the same name, because the source is ambiguous.
 
     Raises:
         BadParameter: there is such a folder.
     """
     if source == "digits" and Path(source).exists():
         raise typer.BadParameter(
-            "digits: scikit-learn's digits have this name, and so has a folder here. Write ./digits for the folder; "
-            "for the others, rename it or work in another folder"
+            "digits is the name of scikit-learn's digits and of a folder here. Write ./digits for the folder; "
+            "for scikit-learn's digits, rename the folder or work in another one"
         )
 
 
 def check_there(source: str | None) -> None:
-    """Refuse a source that is not on this machine, before any service is asked for what is needed beside it.
+    """Refuse a source that is missing on this machine, before any service is contacted.
 
     Args:
-        source: None where there is none.
+        source: source of images; None if there is none.
 
     Raises:
-        NoSourceError: there is no such source, or it is of no kind that is known.
+        NoSourceError: the source does not exist, or is of an unknown kind.
     """
     if source not in (None, "digits"):
         from pipelines.shards.ingest.trees import check_there as check
@@ -194,28 +192,28 @@ def check_there(source: str | None) -> None:
 
 
 def check_file(option: str, path: Path, example: str) -> None:
-    """Check, before any work, that the file can be written that an option names.
+    """Check, before any work, that the file named by an option can be written.
 
     Args:
-        example: of the name of such a file.
+        example: example of a file name, for the message.
 
     Raises:
-        BadParameter: its folder is not there, it is a folder itself, or this user may not write it.
+        BadParameter: the folder is missing, the path is a folder, or this user may not write there.
     """
-    folder = path.absolute().parent  # os.path answers for what this user may not look at, where Path raises
+    folder = path.absolute().parent  # os.path answers where Path raises because this user has no access
     if not os.path.isdir(folder):
-        raise typer.BadParameter(f"{option} {path}: there is no folder {path.parent}: make it, or name another")
+        raise typer.BadParameter(f"{option} {path}: there is no folder {path.parent}: create it, or choose another")
     if os.path.isdir(path):
-        raise typer.BadParameter(f"{option} {path} is a folder: name a file, such as {path / example}")
+        raise typer.BadParameter(f"{option} {path} is a folder: give a file name, such as {path / example}")
     if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise typer.BadParameter(f"{option} {path} cannot be written by this user: name another place")
+        raise typer.BadParameter(f"{option} {path} cannot be written by this user: choose another path")
 
 
 def new_folder(path: Path | None) -> Path | None:
-    """Return a folder that is written later and need not be there yet, after making it for a moment.
+    """Return an output folder after checking that it can be created, by creating it for a moment.
 
     Raises:
-        BadParameter: it is a file, or cannot be made or written.
+        BadParameter: it is a file, or cannot be created or written.
     """
     if path is None:
         return None
@@ -228,8 +226,8 @@ def new_folder(path: Path | None) -> Path | None:
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "this user may not write into it")
     except OSError as error:
-        why = "a file is in its place" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-        raise typer.BadParameter(f"{path} cannot be made or written ({why}): name another folder") from error
+        why = "a file has this name" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise typer.BadParameter(f"{path} cannot be created or written ({why}): choose another folder") from error
     finally:
         for folder in made:
             if folder.is_dir():
@@ -238,31 +236,31 @@ def new_folder(path: Path | None) -> Path | None:
 
 
 def class_names(given: str | None) -> list[str] | None:
-    """Return the names of classes that are given comma-separated; None where nothing is.
+    """Return class names from a comma-separated list; None if there is none.
 
     Raises:
-        BadParameter: a name is empty, or there twice.
+        BadParameter: a name is empty or appears twice.
     """
     if given is None:
         return None
     names = [name.strip() for name in given.split(",")]
     if "" in names or len(set(names)) < len(names):
-        raise typer.BadParameter(f"--classes {given}: write names with a comma between each two, each of them once")
+        raise typer.BadParameter(f"--classes {given}: write names separated by commas, each only once")
     return names
 
 
 def show_verdict(verdict: Verdict, *, failed_only: bool = False) -> None:
-    """Show the gate's decision below its table, or below those lines of it that do not pass."""
+    """Show the gate's decision and its table, or only the rows of it that do not pass."""
     for row in [row for row in verdict.rows if not (failed_only and row.passed)]:
         mark = "ok" if row.passed else "NO"
-        terminal.stage("gate", f"{mark}  {row.name}: {row.figure} (asked for: {row.bound})")
+        terminal.stage("gate", f"{mark}  {row.name}: {row.figure} (required: {row.bound})")
     terminal.stage("gate", str(verdict))
 
 
 def answer_json(as_json: bool, answer: dict[str, Any]) -> None:
-    """Print the answer of a verb as one line of JSON where `--json` asks for it, the last line of stdout.
+    """With `--json`, print the answer of a verb as one line of JSON, the last line of stdout.
 
-    Ray tells on stdout, from a thread of its own, of nodes that were lost, even where it is asked for no logs.
+    Ray reports lost nodes on stdout, from its own thread, even if logging is off.
     """
     if as_json:
         print(json.dumps(answer), flush=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipelines.config.fields import ConfigChoice
 
 EXPERIMENT = "experiment"
-"""The group of `conf/` that is not a section of the configuration."""
+"""The only group of `conf/` that is not a section of the configuration."""
 
 
 def config(
@@ -27,12 +27,12 @@ def config(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show settings: value, meaning, what set it. Example: ddpm config optim.lr +experiment=digits"""
+    """Show settings: value, meaning, and origin. Example: ddpm config optim.lr +experiment=digits"""
     given = arguments or []
     keys = [text for text in given if "=" not in text and not text.startswith("~")]
     overrides = [text for text in given if text not in keys]
     if len(keys) > 1:
-        raise typer.BadParameter(f"{' and '.join(keys)}: name one section or field, or none for all of them")
+        raise typer.BadParameter(f"{' and '.join(keys)}: name one section or field, or none to see everything")
     key = keys[0] if keys else ""
 
     from pipelines.config.explain import explain
@@ -56,12 +56,12 @@ def config(
 
 
 def _show_one(console: Console, each: Explained) -> None:
-    """Show all that is known of a field."""
+    """Show everything about a field."""
     field = each.field
     value = f"not used: {each.unused}" if each.unused else written(each.value)
     console.print(Text.assemble((field.key, "bold cyan"), " = ", (value, "bold")))
     lines = [("meaning", field.meaning), ("from", each.origin), ("type", field.type), ("allowed", field.allowed)]
-    lines.append(("default", "none, it has to be set" if field.required else written(field.default)))
+    lines.append(("default", "none, must be set" if field.required else written(field.default)))
     if field.kinds:
         lines.append(("only with", f"{field.key.rpartition('.')[0]}.kind = {' or '.join(field.kinds)}"))
     lines.append(("set it by", f"{field.key}=VALUE on the command line of train, flow and other verbs"))
@@ -71,7 +71,7 @@ def _show_one(console: Console, each: Explained) -> None:
 
 
 def _show_section(console: Console, meaning: str, files: list[ConfigChoice], kinds: dict[str, str]) -> None:
-    """Show what a section or a group is, the files that it can be taken from, and kinds that have no file."""
+    """Show the meaning of a section or group, its files, and the kinds that have no file."""
     if meaning:
         console.print(Text(meaning))
     if files:
@@ -83,7 +83,7 @@ def _show_section(console: Console, meaning: str, files: list[ConfigChoice], kin
 
 
 def _show_fields(console: Console, found: list[Explained]) -> None:
-    """Show fields: aligned and wrapped on a terminal, a line each elsewhere."""
+    """Show fields: aligned and wrapped on a terminal, otherwise one line each."""
     if not found:
         return
     console.print()
@@ -108,7 +108,7 @@ def _print_grid(console: Console, rows: list[Any]) -> None:
 
 
 def written(value: Any) -> str:
-    """Return a value as an override has it: null, true, [1,2], and texts without quotes."""
+    """Return a value in the syntax of overrides: null, true, [1,2], text without quotes."""
     return value if isinstance(value, str) and value else json.dumps(value, separators=(",", ":"))
 
 

@@ -41,7 +41,7 @@ def ingest(
     check_source(source)
     config = _compose_ingest(source, to, overrides or [])
     check_there(config.data.source)
-    # A named cluster writes the shards; without one this process does, for which nothing has to be started.
+    # With a cluster address Ray writes the shards; otherwise this process does, and nothing has to be started.
     over_ray = bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
     config = connect(config, ["s3"] if any(end.startswith("s3://") for end in (source, to)) else [])
 
@@ -71,10 +71,10 @@ def ingest(
 
 
 def _compose_ingest(source: str, to: str, overrides: list[str]) -> Config:
-    """Return the configuration of an ingest: that of the shipped digits, or of a folder of unknown images."""
+    """Return the configuration of an ingest, of the shipped digits or of a folder of unknown images."""
     from pipelines.config import quoted_override
 
-    # No network is built here; one of a single level fits images of any size.
+    # No network is built here; one with a single level is valid for images of any size.
     folder = ["data=folder", "data.num_classes=1", "model.channels=[32]", "model.attention=[false]"]
     defaults = ["data=digits"] if source == "digits" else folder
     return compose([*defaults, quoted_override("data.source", source), quoted_override("data.uri", to), *overrides])
@@ -85,7 +85,7 @@ def index(
     split: Annotated[list[str] | None, typer.Option(help="NAME=PATTERN of paths, or NAME for all; repeatable")] = None,
     classes: Annotated[str | None, typer.Option(help="Class names, comma-separated; default: their numbers")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Height and width; default: the first image's")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace an index that is there already")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an existing index")] = False,
     quarantine: Annotated[
         bool,
         typer.Option("--quarantine", help="Leave bad samples out instead of refusing the dataset"),
@@ -94,7 +94,7 @@ def index(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Index WebDataset tars that other tools wrote. Example: ddpm index s3://ddpm/datasets/birds --split train"""
+    """Index WebDataset tars written by other tools. Example: ddpm index s3://ddpm/datasets/birds --split train"""
     from pipelines.shards.audit.foreign import SplitRule, index_tars
     from pipelines.storage import Storage
 

@@ -36,8 +36,10 @@ def export(
     try:
         export_diffusers(resolved.model, to)
     except ValueError as error:
-        raise ModelError(f"{model} cannot be written for diffusers: {error}") from error
-    terminal.stage("export", f"{to} holds model_index.json, unet and scheduler, and model.json for what they lack")
+        raise ModelError(f"{model} cannot be exported to diffusers: {error}") from error
+    terminal.stage(
+        "export", f"{to} holds model_index.json, unet and scheduler, and model.json for fields that diffusers lacks"
+    )
     answer_json(as_json, {"folder": str(to)})
 
 
@@ -46,13 +48,15 @@ def import_model(
     to: Annotated[Path, typer.Option("--to", callback=new_folder, help="Model folder to write")],
     last_row: Annotated[
         str | None,
-        typer.Option(help="What the last row of the class embedding is: null (the null condition) or class"),
+        typer.Option(help="Meaning of the last row of the class embedding: null (the null condition) or class"),
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Names of the classes, comma-separated")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels, where the folder does not say it")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Image size in pixels, if the folder does not have it")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a model folder of a diffusers folder. Example: ddpm import ddpm-cifar10-32 --to cifar10"""
+    """Convert a diffusers folder into a model folder. Example: ddpm import ddpm-cifar10-32 --to cifar10"""
     from ddpm.diffusers import import_diffusers
     from ddpm.model import save_model
     from pipelines.checkpoints import ModelError

@@ -35,36 +35,39 @@ if TYPE_CHECKING:
     from pipelines.plan.keep import StoredPlan
 
 _UNREGISTERED = tuple(spec.name for spec in select(GRAPH, REGISTER.name, None)[0])
-"""Stages after which there is no registered model yet."""
+"""Stages before the registration of the model."""
 
 
 def flow(
     arguments: Arguments = None,
     config_file: Annotated[
-        Path | None, typer.Option("--config", help="A whole configuration, such as `ddpm plan --save` writes")
+        Path | None, typer.Option("--config", help="A complete configuration, such as one from `ddpm plan --save`")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", callback=new_folder, help="Folder for images and a grid of the registered model"),
+        typer.Option("--out", callback=new_folder, help="Folder for sample images and a grid of the registered model"),
     ] = None,
     first: Annotated[
-        str | None, typer.Option("--from", metavar="STAGE", help="Start here; the results before it have to be there")
+        str | None,
+        typer.Option("--from", metavar="STAGE", help="Start with this stage; the results of earlier stages must exist"),
     ] = None,
     last: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and why; start nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and why; start nothing")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Ingest, train, evaluate, register; finished stages are skipped. Example: ddpm flow photos/ budget=30m
 
-    With a SOURCE and no +experiment, size, network and length are chosen for the images, this machine and the budget.
+    With a SOURCE and no +experiment, image size, network and length are chosen for the images, machine and budget.
     STAGE is ingest, train, evaluator, evaluate, register or gate.
     """
     terminal.quiet = quiet
     began = time.monotonic()
     select(GRAPH, first, last)  # before anything starts
     if out is not None and (dry_run or last in _UNREGISTERED):
-        raise typer.BadParameter("--out draws the registered model: leave --dry-run out, and --until before register")
+        raise typer.BadParameter(
+            "--out draws from the registered model: omit --dry-run, and --until with a stage before register"
+        )
     later = first not in (None, INGEST.name)
     config, made, overrides = _configured(arguments, config_file, began, dry_run=dry_run, begins_later=later)
 
@@ -78,7 +81,7 @@ def flow(
         for stage in found:
             what = "will run" if stage.runs else "will be skipped"
             if stage.beside:
-                what += f" beside {' and '.join(stage.beside)}, where the cluster has room for both"
+                what += f" in parallel with {' and '.join(stage.beside)} if the cluster has room for both"
             terminal.stage(stage.name, f"{what}: {stage.reason}")
         answer_json(as_json, {"stages": [dataclasses.asdict(stage) for stage in found]})
         return
@@ -95,12 +98,12 @@ def flow(
     if "mlflow" in answer:
         terminal.stage("mlflow", answer["mlflow"])
     if result.results.version is not None:
-        terminal.stage("report", f"`ddpm report {result.results.version.uri}` shows all of it in one HTML file")
+        terminal.stage("report", f"`ddpm report {result.results.version.uri}` writes all of this into one HTML file")
     answer_json(as_json, answer)
 
 
 def _show(result: FlowResult, config: Config) -> None:
-    """Show the scores, the verdict and the version of a walk, as far as they are there."""
+    """Show the scores, the verdict and the version of a flow, as far as they exist."""
     found = result.results
     if found.evaluation is not None:
         for name, text in found.evaluation.lines():
@@ -113,7 +116,7 @@ def _show(result: FlowResult, config: Config) -> None:
 
 
 def _drawn(result: FlowResult, config: Config, out: Path) -> str:
-    """Draw images of the registered model into a folder, and return the path of their grid."""
+    """Draw images from the registered model into a folder, and return the path of their grid."""
     from pipelines.checkpoints import references
     from pipelines.inference.files import write_samples
     from pipelines.storage import Storage
@@ -128,12 +131,12 @@ def _drawn(result: FlowResult, config: Config, out: Path) -> str:
 def _configured(
     arguments: list[str] | None, config_file: Path | None, began: float, *, dry_run: bool, begins_later: bool
 ) -> tuple[Config, StoredPlan | None, list[str]]:
-    """Return the configuration that the arguments ask for, its plan where it has one, and the overrides.
+    """Return the configuration of the arguments, its plan if it has one, and the overrides.
 
     Args:
-        began: when the command did, by the monotonic clock.
-        dry_run: whether the services are only looked for, and not started.
-        begins_later: whether the images have been ingested before, so that their source may be gone.
+        began: start of the command, by the monotonic clock.
+        dry_run: whether services are only looked for and not started.
+        begins_later: whether the flow starts after the ingest, so that the source may be gone.
     """
     source, budget, overrides = read_arguments(arguments)
 
@@ -146,7 +149,7 @@ def _configured(
         from pipelines.config import read_config
 
         if source is not None or budget is not None:
-            raise typer.BadParameter("--config has a source and a length of its own: leave SOURCE and budget out")
+            raise typer.BadParameter("--config has its own source and length: omit SOURCE and budget")
         return connected(read_config(config_file, overrides)), None, overrides
     if source is None:
         if budget is not None:
@@ -154,7 +157,7 @@ def _configured(
         return connected(compose(overrides)), None, overrides
     if any(text.lstrip("+").startswith("experiment=") for text in overrides):
         if budget is not None:
-            raise typer.BadParameter("an experiment has a length of its own, images=…: leave budget out")
+            raise typer.BadParameter("an experiment has its own length, images=…: omit budget")
         from pipelines.config import quoted_override
 
         return connected(compose([*overrides, quoted_override("data.source", source)])), None, overrides
@@ -164,7 +167,7 @@ def _configured(
 
 
 def _planned(source: str, budget: str, overrides: list[str], began: float) -> tuple[Config, StoredPlan]:
-    """Return the connected configuration of the plan for a source, and the plan, which is shown."""
+    """Make, show and return the plan for a source, with its connected configuration."""
     from pipelines.config import from_dict
     from pipelines.plan.services import services_config
 
@@ -183,10 +186,10 @@ def _planned(source: str, budget: str, overrides: list[str], began: float) -> tu
 
 
 def _planned_before(source: str, budget: str, overrides: list[str]) -> Config:
-    """Return the connected configuration of the plan that the same command made before; nothing is started.
+    """Return the connected configuration of the plan of an earlier, equal command; start nothing.
 
     Raises:
-        ConfigError: it made none, and a plan measures this machine.
+        ConfigError: there is no such plan, and making one would measure this machine.
     """
     from pipelines.config import ConfigError, from_dict
     from pipelines.plan.services import services_config
@@ -215,7 +218,7 @@ def _at_services(config: Config, services: Config) -> Config:
 
 
 def _training_ends(made: StoredPlan | None, began: float) -> float | None:
-    """Return by the monotonic clock when the training of a plan is to end; None where the plan does not say that."""
+    """Return the planned end of the training, by the monotonic clock; None if the plan does not set one."""
     if made is None or "training_s" not in made.plan.settings:
         return None
     from pipelines.plan.clock import training_ends_s
@@ -224,10 +227,10 @@ def _training_ends(made: StoredPlan | None, began: float) -> float | None:
 
 
 def _what_it_took(made: StoredPlan, overrides: list[str], took_s: float, trained: int | None) -> dict[str, object]:
-    """Show how long a planned flow took, and what more time would buy; return both for `--json`.
+    """Show how long a planned flow took, and what a larger budget would give; return both for `--json`.
 
     Args:
-        trained: images that its training has seen.
+        trained: images that the training has seen.
     """
     from pipelines.config import override_settings
     from pipelines.plan.advice import more_time

@@ -17,32 +17,33 @@ if TYPE_CHECKING:
     from pipelines.launch.ray_jobs import RayJobs
 
 CONTEXT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
-"""What comes after the verb is the verb's."""
+"""Arguments after the verb belong to the verb."""
 Target = Literal["kuberay", "aws", "ray"]
 
 
 def launch(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="VERB [ARGUMENTS]...", help="What the cluster runs, as after `ddpm`")
+        list[str] | None,
+        typer.Argument(metavar="VERB [ARGUMENTS]...", help="Command to run on the cluster, without `ddpm`"),
     ] = None,
     target: Annotated[
         Target,
-        typer.Option(help="A RayJob on Kubernetes, files for `ray up` on EC2, or a job on a Ray cluster that is there"),
+        typer.Option(help="A RayJob on Kubernetes, files for `ray up` on EC2, or a job on an existing Ray cluster"),
     ] = "ray",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing")] = False,
     to: Annotated[Path | None, typer.Option("--to", help="Folder for the files of --target aws")] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Do not follow what the command prints")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the output of the command")] = False,
     stop: Annotated[
         str | None,
-        typer.Option("--stop", metavar="JOB", help="Stop this job, a training with a checkpoint"),
+        typer.Option("--stop", metavar="JOB", help="Stop this job; a training writes a checkpoint first"),
     ] = None,
     status: Annotated[str | None, typer.Option("--status", metavar="JOB", help="Show the jobs of this name")] = None,
     as_json: Json = False,
 ) -> None:
     """Run a verb on a cluster and follow it. Example: ddpm launch --target kuberay train +experiment=digits name=first
 
-    The name of the run decides what is resumed: launching the same command again follows it while it runs, and resumes
-    it once it has ended. Settings of the launch are overrides: launch.image=… (see docs/clusters.md).
+    Runs are identified by name: launching the same command again follows a running job and resumes one that has ended.
+    Settings of the launch are overrides: launch.image=… (see docs/clusters.md).
     """
     from pipelines.launch import overrides_of, parse_command, with_addresses
     from pipelines.stack.connect import without_secrets
@@ -52,7 +53,7 @@ def launch(
     if named is not None:
         if target == "aws":
             raise typer.BadParameter(
-                "a cluster on EC2 is asked through its dashboard: `ray dashboard cluster.yaml`, then "
+                "use the dashboard of a cluster on EC2: `ray dashboard cluster.yaml`, then "
                 f"`ddpm launch --target ray {'--stop' if stop else '--status'} {named} "
                 "cluster.address=http://127.0.0.1:8265`"
             )
@@ -88,7 +89,7 @@ def _to_kuberay(command: ClusterCommand, *, dry_run: bool, detach: bool, as_json
 
 
 def _to_aws(command: ClusterCommand, to: Path | None, *, dry_run: bool, as_json: bool) -> None:
-    """Write the files of a cluster on EC2, or print them."""
+    """Write or print the files of a cluster on EC2."""
     from pipelines.launch import aws
 
     files = aws.files(command)
@@ -97,7 +98,7 @@ def _to_aws(command: ClusterCommand, to: Path | None, *, dry_run: bool, as_json:
             typer.echo(f"# --- {name}\n{text}", nl=False)
         return
     if to is None:
-        raise typer.BadParameter("name a folder for the files, such as --to cluster, or look at them with --dry-run")
+        raise typer.BadParameter("name a folder for the files, such as --to cluster, or print them with --dry-run")
     to.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (to / name).write_text(text)
@@ -123,7 +124,7 @@ def _to_ray(command: ClusterCommand, *, dry_run: bool, detach: bool, as_json: bo
         return
     jobs = _jobs(config)
     job, is_new = jobs.submit(command, program, variables)
-    said = f"submitted {job.id} to" if is_new else f"{job.id} runs already on"
+    said = f"submitted {job.id} to" if is_new else f"{job.id} is already running on"
     terminal.stage("launch", f"{said} {jobs.address}: `ddpm launch --stop {command.name}` stops it")
     state = None if detach else jobs.follow(job.id, _write, terminal.stage)
     if state is not None:
@@ -134,7 +135,7 @@ def _to_ray(command: ClusterCommand, *, dry_run: bool, detach: bool, as_json: bo
 
 
 def _look_or_stop(target: str, name: str, given: list[str], *, stop: bool, as_json: bool) -> None:
-    image = ["launch.image=none"] if target == "kuberay" else []  # it is not looked at
+    image = ["launch.image=none"] if target == "kuberay" else []  # required, but not used here
     config = compose([f"launch={target}", *image, *given])
     if target == "kuberay":
         _in_kubernetes(config, name, stop=stop, as_json=as_json)
@@ -146,9 +147,9 @@ def _look_or_stop(target: str, name: str, given: list[str], *, stop: bool, as_js
 
     found = jobs.named(name)
     if not found:
-        raise LaunchError(f"the Ray cluster at {jobs.address} knows no job of the name '{name}'")
+        raise LaunchError(f"the Ray cluster at {jobs.address} has no job named '{name}'")
     if stop and not found[-1].ended:
-        terminal.stage("launch", f"asking {found[-1].id} to stop; a training writes its checkpoint first")
+        terminal.stage("launch", f"stopping {found[-1].id}; a training writes a checkpoint first")
         found[-1] = jobs.stop(found[-1].id, launch.stop_wait_s)
     for job in found:
         terminal.stage("launch", str(job))
@@ -170,7 +171,7 @@ def _in_kubernetes(config: Config, name: str, *, stop: bool, as_json: bool) -> N
 
 
 def _find_ray(config: Config) -> tuple[Config, Path | None]:
-    """Return the configuration with the address of the Ray cluster, and the local stack's folder where it is that."""
+    """Return the configuration with the address of the Ray cluster, and the folder of the local stack if that is it."""
     from pipelines import stack
 
     found = find_running(config, ["ray"])
@@ -194,6 +195,6 @@ def _ray_launch(config: Config) -> RayLaunch:
 
 
 def _write(text: str) -> None:
-    """Show what a job prints: on stderr, because stdout is for this verb's own answer."""
+    """Show the output of a job on stderr, because stdout is for the answer of this verb."""
     sys.stderr.write(text)
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""`ddpm evaluate`, `report`, `register`, `promote`, `verify` and `guard`: models that were trained before."""
+"""`ddpm evaluate`, `report`, `register`, `promote`, `verify` and `guard`: verbs for trained models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def evaluate(
 ) -> None:
     """Score samples of a model against real images. Example: ddpm evaluate models:/digits@champion guidance.scale=2
 
-    Samples are drawn with the model's own settings and scored as its run scores them, but for what is set here.
+    Samples are drawn with the model's own settings and scored with those of its run, except for overrides given here.
     """
     config = connect_for_model(model, overrides, more=SERVICES)
 
@@ -73,12 +73,14 @@ def evaluate(
 def register(
     model: Annotated[str, typer.Argument(help=MODEL)],
     overrides: Overrides = None,
-    name: Annotated[str | None, typer.Option(help="Registered model; default: that of MODEL or of its run")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the registered model; default: that of MODEL or of its run")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score a model and register it as a version. Example: ddpm register models:/digits/1 sampler.steps=20
 
-    Samples are drawn with the model's own settings and scored as its run scores them, but for what is set here.
+    Samples are drawn with the model's own settings and scored with those of its run, except for overrides given here.
     """
     from pipelines.config import quoted_override
 
@@ -109,7 +111,7 @@ def register(
 
 
 def _asked(resolved: Resolved, config: Config, overrides: list[str] | None) -> tuple[Sampling, str | None]:
-    """Return the model's sampling settings with what overrides change, and the address of other data."""
+    """Return the model's sampling settings with overrides applied, and the address of the dataset if overridden."""
     from pipelines.config import changed_sampling, override_settings
 
     settings = changed_sampling(resolved.model.spec.sampling, overrides or [])
@@ -123,11 +125,16 @@ def promote(
     not_worse_than: Annotated[
         float | None,
         typer.Option(
-            min=0, callback=finite, metavar="MARGIN", help="Pass a version that is not worse by this distance"
+            min=0,
+            callback=finite,
+            metavar="MARGIN",
+            help="Accept a version that is at most this much worse in distance",
         ),
     ] = None,
-    rollback: Annotated[bool, typer.Option("--rollback", help="Give the alias back to the version before")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Decide, on other noise; record and move nothing")] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Give the alias back to the previous version")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Decide with other noise; record and change nothing")
+    ] = False,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -168,7 +175,8 @@ def verify(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Check whether a version is what was scored, and by whom. Example: ddpm verify models:/digits@champion"""
+    """Check that a version is the one that was scored, and who signed it. Example: ddpm verify
+    models:/digits@champion"""
     from pipelines.checkpoints.lookup import check_form
 
     check_form(model)
@@ -189,7 +197,7 @@ def verify(
         [
             ("ok", row.name, row.figure, None)
             if row.passed
-            else ("failed", row.name, f"{row.figure} (asked for: {row.bound})", None)
+            else ("failed", row.name, f"{row.figure} (required: {row.bound})", None)
             for row in found.rows
         ]
     )
@@ -202,11 +210,11 @@ def verify(
 
 def guard(
     overrides: Overrides = None,
-    once: Annotated[bool, typer.Option("--once", help="Look once and end")] = False,
-    every: Annotated[float, typer.Option(min=0.1, callback=finite, help="Seconds between two looks")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Check once and exit")] = False,
+    every: Annotated[float, typer.Option(min=0.1, callback=finite, help="Seconds between two checks")] = 2.0,
     as_json: Json = False,
 ) -> None:
-    """Put aliases back that were moved without the gate, until Ctrl-C. Example: ddpm guard --once"""
+    """Undo moves of aliases without the gate, until Ctrl-C. Example: ddpm guard --once"""
     config = compose_running(overrides, services=["s3", "mlflow"])
 
     from pipelines.registry import Guard, Logs, Trust, watch
@@ -241,14 +249,16 @@ def report(
         ),
     ],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The file; default: report-NAME.html")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Output file; default: report-NAME.html")] = None,
     model: Annotated[
-        bool, typer.Option("--model/--no-model", help="Draw a few pictures with the model, and measure its error")
+        bool, typer.Option("--model/--no-model", help="Draw a few pictures with the model and measure its error")
     ] = True,
-    log: Annotated[bool, typer.Option("--log/--no-log", help="Keep it among the artifacts of the MLflow run")] = True,
+    log: Annotated[
+        bool, typer.Option("--log/--no-log", help="Also store the report as an artifact of the MLflow run")
+    ] = True,
     as_json: Json = False,
 ) -> None:
-    """Write all that is known of a run or model into one HTML file. Example: ddpm report first --out first.html"""
+    """Write a report on a run or model into one HTML file. Example: ddpm report first --out first.html"""
     check_file("--out", out or Path("report-NAME.html"), "report.html")
 
     from pipelines.checkpoints.lookup import check_recorded

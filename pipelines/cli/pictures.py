@@ -1,4 +1,4 @@
-"""`ddpm sample`, `inpaint`, `edit` and `likelihood`: whatever a trained model can do with pictures."""
+"""`ddpm sample`, `inpaint`, `edit` and `likelihood`: pictures from trained models."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ Out = Annotated[
 ]
 PromptFile = Annotated[Path | None, typer.Option(help="File with a prompt on each line")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="FIELD=VALUE of any other sampling setting, such as clip=null")
+    list[str] | None, typer.Option("--set", help="FIELD=VALUE for any other sampling setting, such as clip=null")
 ]
-Url = Annotated[str | None, typer.Option(help="Ask this server of `ddpm serve`; MODEL is a name or reference there")]
+Url = Annotated[str | None, typer.Option(help="Use this `ddpm serve` server; MODEL is a name or reference there")]
 Token = Annotated[
     str | None,
-    typer.Option(envvar="DDPM_SERVE_TOKEN", help="Of the server; default: that of the servers of this machine"),
+    typer.Option(envvar="DDPM_SERVE_TOKEN", help="Token of the server; default: that of servers on this machine"),
 ]
 Config = Annotated[
     list[str] | None, typer.Option("--override", help="KEY=VALUE of the configuration, such as tracking.uri=…")
@@ -64,10 +64,10 @@ def _draw(
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """Draw what a request asks for, here or by a server, and write it.
+    """Draw the pictures of a request, here or on a server, and write them.
 
     Args:
-        given: what was written for the options of the request.
+        given: values of the options of the request.
     """
     if prompt_file is not None:
         given["prompts"] = [*(given["prompts"] or []), *_lines(prompt_file)]
@@ -98,7 +98,7 @@ def _verb(kind: type[Request], says: str) -> Callable[..., None]:
 
     own = dict(inspect.signature(_draw, eval_str=True).parameters)
     of_request = [_parameter(option) for option in options(kind)]
-    if "images" in kind.model_fields:  # of which there are as many as are written
+    if "images" in kind.model_fields:  # a variable number of arguments
         own["overrides"] = own["overrides"].replace(annotation=Config)
     first, last = [own.pop(name) for name in ("model", "out")], [own[name] for name in list(own)[1:-1]]
     parameters = sorted([*first, *of_request, *last], key=lambda each: each.default is not inspect.Parameter.empty)
@@ -133,26 +133,28 @@ sample = _verb(
 )
 inpaint = _verb(
     InpaintRequest,
-    "Fill what a mask hides. Example: ddpm inpaint models:/digits@champion seven.png --mask half:left --out filled",
+    "Fill masked regions. Example: ddpm inpaint models:/digits@champion seven.png --mask half:left --out filled",
 )
 edit = _verb(
     EditRequest,
-    "Draw images anew from noised ones. Example: ddpm edit models:/digits@champion 3.png --labels 8 --out edited",
+    "Redraw noised images. Example: ddpm edit models:/digits@champion 3.png --labels 8 --out edited",
 )
 
 
 def likelihood(
     model: Reference,
-    data: Annotated[str, typer.Argument(help="Address of a dataset, whose test split is taken, or a folder of images")],
+    data: Annotated[
+        str, typer.Argument(help="Address of a dataset, of which the test split is used, or a folder of images")
+    ],
     out: Annotated[Path, typer.Option("--out", callback=new_folder, help="Folder for likelihood.json and terms.html")],
     method: Annotated[str, typer.Option(help="bound, with its terms by timestep, or ode")] = "bound",
-    images: Annotated[int, typer.Option(min=2, help="Images, spread evenly over the data")] = 256,
+    images: Annotated[int, typer.Option(min=2, help="Number of images, spread evenly over the data")] = 256,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the noise and of the interval")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images to look at at a time")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per network batch")] = 16,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Give bits per dimension of images. Example: ddpm likelihood runs:/ID s3://ddpm/datasets/digits --out bits"""
+    """Compute bits per dimension of images. Example: ddpm likelihood runs:/ID s3://ddpm/datasets/digits --out bits"""
     from pipelines.inference import likelihood as bits
 
     chosen = bits.parse_method(method)
@@ -178,7 +180,7 @@ def likelihood(
 def _drawn_here(
     model: str, request: Callable[[Sequence[str]], Request], out: Path, overrides: list[str] | None
 ) -> tuple[Pictures, PictureSource]:
-    """Return the pictures of a request to a model, and who drew them; each batch is written as soon as it is drawn.
+    """Return the pictures of a request and their source; each batch is written as soon as it is drawn.
 
     Args:
         request: returns the request, for the classes of the model.
@@ -207,7 +209,7 @@ def _drawn_here(
 def _drawn_by(
     url: str, token: str | None, model: str, request: Callable[[Sequence[str]], Request]
 ) -> tuple[Pictures, PictureSource]:
-    """Return the pictures of a request to a server, and who drew them; see `_drawn_here`."""
+    """Return the pictures of a request to a server and their source; see `_drawn_here`."""
     if not url.startswith(("http://", "https://")):
         raise typer.BadParameter(f"{url}: write the address of a server, http://HOST:PORT", param_hint="--url")
     from pipelines.environment.loopback import is_loopback
@@ -215,16 +217,18 @@ def _drawn_by(
     from pipelines.serving.token import client_token
     from pipelines.stack import default_home
 
-    local = client_token(token, default_home()) if is_loopback(url) else token  # the own token is for no other host
+    local = (
+        client_token(token, default_home()) if is_loopback(url) else token
+    )  # the token of this machine is sent to no other host
     asked = request(())
     client = Client(url, local, notice=lambda text: terminal.stage(asked.task, text))
-    if len(asked.labels or ()) > 1:  # perhaps the name of one class that has a comma in it
+    if len(asked.labels or ()) > 1:  # possibly one class name with a comma in it
         asked = request(client.classes(model))
     return client.draw(asked, model=model)
 
 
 def _lines(file: Path) -> list[str]:
-    """Return the lines of a file that are not empty.
+    """Return the non-empty lines of a file.
 
     Raises:
         BadParameter: the file cannot be read.
@@ -239,7 +243,7 @@ def _setting(text: str) -> tuple[str, Any]:
     """Return the name and the value of a setting.
 
     Raises:
-        BadParameter: the text does not have its form.
+        BadParameter: the text is not of the form FIELD=VALUE.
     """
     name, equals, value = text.partition("=")
     if not equals or not name:

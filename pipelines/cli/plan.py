@@ -1,4 +1,4 @@
-"""`ddpm init` and `ddpm plan`: a starter project, and the configuration that images and a budget of time call for."""
+"""`ddpm init` and `ddpm plan`: a starter project, and a configuration for given images and a time budget."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 BUDGET = "30m"
 STACK_S = 30.0
-"""Seconds that the local stack takes to start, where it does not run."""
+"""Seconds in which the local stack starts."""
 
 
 def plan(
     arguments: Arguments = None,
     save: Annotated[
-        Path | None, typer.Option("--save", help="File for the whole configuration, which --config takes")
+        Path | None, typer.Option("--save", help="File for the complete configuration, for use with --config")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Propose a configuration for images and a time. Example: ddpm plan photos/ budget=1h --save photos.yaml"""
+    """Propose a configuration for images and a time budget. Example: ddpm plan photos/ budget=1h --save photos.yaml"""
     source, budget, overrides = read_arguments(arguments)
     if source is None:
         raise typer.BadParameter("name a folder of images, such as `ddpm plan photos budget=30m`")
@@ -67,7 +67,7 @@ def read_budget(budget: str, overrides: Sequence[str]) -> float:
     """Return a budget in seconds.
 
     Raises:
-        ConfigError: it is no time, or none in which anything could be trained, unless overrides say for how long.
+        ConfigError: it is not a time, or too short to train anything, unless overrides set the length.
     """
     from pipelines.config import override_settings
     from pipelines.plan.budget import parse_budget
@@ -80,7 +80,7 @@ def read_budget(budget: str, overrides: Sequence[str]) -> float:
 
 
 def show_plan(made: StoredPlan) -> None:
-    """Show a plan: its choices with their reasons, how the time divides, and what to know before it starts."""
+    """Show a plan: its choices with reasons, the division of time, and warnings."""
     from pipelines.plan.make import summary
 
     terminal.table([(line.title, line.value, line.reason) for line in made.plan.lines])
@@ -90,7 +90,7 @@ def show_plan(made: StoredPlan) -> None:
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make; it must be empty or not be there")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to create; it must be empty or not exist")],
     as_json: Json = False,
 ) -> None:
     """Write a starter project for your own pictures. Example: ddpm init pets"""

@@ -1,4 +1,4 @@
-"""`ddpm train`, `runs`, `logs`, `rm` and `gc`: train a run, list runs, show what their workers said, remove them."""
+"""`ddpm train`, `runs`, `logs`, `rm` and `gc`: train a run, list runs, show worker logs, delete runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run, as in 
 def logs(
     run: Run,
     overrides: Overrides = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="Only what this rank said")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Only lines of this rank")] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show new lines until the run ends")] = False,
     as_json: Json = False,
 ) -> None:
@@ -95,11 +95,11 @@ def rm(
     overrides: Overrides = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Also where registered versions were made from it; those stay")
+        bool, typer.Option("--force", help="Also if registered versions were made from it; those are kept")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete a run's folder on storage and its MLflow run, after a question. Example: ddpm rm first"""
+    """Delete a run's folder and its MLflow run, after confirmation. Example: ddpm rm first"""
     config = compose_running(overrides, name=run, services=["s3", "mlflow"], optional=["ray"])
 
     from pipelines import housekeeping
@@ -110,8 +110,8 @@ def rm(
     with housekeeping.kept_from_training(config, storage, lambda text: terminal.stage("rm", text)):
         for text in removal.lines():
             terminal.stage("rm", text)
-        _ask(yes, f"Delete all that there is of run '{run}'?")
-        removal = housekeeping.find_removal(config, storage, force=force)  # it may have been asked for long ago
+        _ask(yes, f"Delete everything of run '{run}'?")
+        removal = housekeeping.find_removal(config, storage, force=force)  # the question may have been open for long
         housekeeping.remove(removal, config, storage)
     terminal.stage("rm", f"deleted run '{run}', {decimal(removal.folder.size)}")
     answer_json(as_json, {"run": run, "size": removal.folder.size, "run_ids": [r.run_id for r in removal.records]})
@@ -124,12 +124,13 @@ def gc(
     older_than: Annotated[
         float,
         typer.Option(
-            min=0, callback=finite, help="Hours since the last write; younger things may yet get their record"
+            min=0, callback=finite, help="Hours since the last write; the record of newer data may not be written yet"
         ),
     ] = 24,
     as_json: Json = False,
 ) -> None:
-    """Delete checkpoints, studies, evaluators, samples and features that nothing names. Example: ddpm gc --dry-run"""
+    """Delete checkpoints, studies, evaluators, samples and features that nothing refers to. Example: ddpm gc
+    --dry-run"""
     config = compose_running(overrides, services=["s3", "mlflow"])
 
     from pipelines import housekeeping
@@ -148,9 +149,9 @@ def gc(
             "gc", f"nothing to collect: all at {config.storage.root} is in use, or younger than {older_than:g} hours"
         )
     if found and not dry_run:
-        _ask(yes, f"Delete these, {decimal(sum(v.folder.size for v in found))} in all?")
+        _ask(yes, f"Delete these, {decimal(sum(v.folder.size for v in found))} in total?")
         shown = {verdict.folder.address for verdict in found}
-        for verdict in housekeeping.find_garbage(config, storage, grace_s):  # it may have been asked for long ago
+        for verdict in housekeeping.find_garbage(config, storage, grace_s):  # the question may have been open for long
             if verdict.folder.address in shown:
                 housekeeping.collect(verdict, storage)
                 deleted.append(verdict)
@@ -160,7 +161,7 @@ def gc(
 
 
 def _table(*columns: str) -> Table:
-    """Return a table without frames; columns whose name ends in ">" are aligned to the right."""
+    """Return a table without borders; columns whose name ends in ">" are right-aligned."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
         justify: JustifyMethod = "right" if column.endswith(">") else "left"
@@ -169,7 +170,7 @@ def _table(*columns: str) -> Table:
 
 
 def _show(table: Table, as_json: bool) -> None:
-    """Print a table: on stdout, which is for results, unless that is for JSON."""
+    """Print a table on stdout, or on stderr if stdout is for JSON."""
     console = Console(stderr=as_json, highlight=False)
     if not console.is_terminal:
         console.width = WIDE  # a file or another program wants a row in one line
@@ -177,20 +178,20 @@ def _show(table: Table, as_json: bool) -> None:
 
 
 def _ask(yes: bool, question: str) -> None:
-    """Ask a person; where there is none, nothing happens without `--yes`."""
+    """Ask for confirmation; without a terminal nothing happens without `--yes`."""
     if not yes:
         typer.confirm(question, abort=True, err=True)
 
 
 def _print(line: Line, *, to_stderr: bool) -> None:
-    """Print a line: on stdout, which is for results, unless that is for JSON."""
+    """Print a line on stdout, or on stderr if stdout is for JSON."""
     typer.echo(str(line), err=to_stderr)
 
 
 def _until_the_end(show: Callable[[], None], config: Config, storage: Storage, folder: str) -> None:
-    """Show new lines until the run has ended, as MLflow says or because nothing is written any more, or Ctrl-C.
+    """Show new lines until MLflow says that the run has ended, nothing more is written, or Ctrl-C.
 
-    Storage or MLflow may be away for a while: the next look is in a moment.
+    Storage or MLflow may be unavailable for a while: the next check comes soon.
     """
     from pipelines import tracking
     from pipelines.presentation.errors import PipelineError
@@ -209,7 +210,7 @@ def _until_the_end(show: Callable[[], None], config: Config, storage: Storage, f
                 return
             time.sleep(FOLLOW_EVERY_S)
     except KeyboardInterrupt:
-        terminal.stage("logs", f"no longer following run '{config.name}', which goes on")
+        terminal.stage("logs", f"no longer following run '{config.name}', which keeps running")
 
 
 def train(
@@ -220,7 +221,7 @@ def train(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train a run, or resume the run of this name. Example: ddpm train +experiment=digits name=first"""
+    """Train a run, or resume the run with this name. Example: ddpm train +experiment=digits name=first"""
     terminal.quiet = quiet
     if config_file is None:
         config = compose_connected(overrides)

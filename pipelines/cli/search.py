@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Search hyperparameters with Ray Tune and Optuna.")
 Study = Annotated[str | None, typer.Option(help="Name of the study; default: from the space and the run")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the study of that name")]
-After = Annotated[list[str] | None, typer.Option(help="Try the best of this earlier study first; repeatable")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the study with this name")]
+After = Annotated[list[str] | None, typer.Option(help="Try the best trials of this earlier study first; repeatable")]
 
 
 @app.command()
@@ -29,7 +29,7 @@ def guidance(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Search guidance and sampler of a model. Example: ddpm search guidance --model models:/digits@champion"""
+    """Search guidance and sampler settings of a model. Example: ddpm search guidance --model models:/digits@champion"""
     from pipelines.checkpoints.lookup import check_form
     from pipelines.search.study_config import compose_study, study_name
 
@@ -69,15 +69,18 @@ def training(
 @app.command()
 def steps(
     model: Annotated[str, typer.Option(help=MODEL)],
-    evaluations: Annotated[int, typer.Option(min=1, help="Network evaluations of an image, one a step, guided or not")],
+    evaluations: Annotated[
+        int, typer.Option(min=1, help="Steps per image, each with one network evaluation, guided or not")
+    ],
     sampler: Annotated[str | None, typer.Option(help="ddim, dpm_solver or unipc; default: the model's own")] = None,
     scale: Annotated[
-        float | None, typer.Option("--guidance", min=0, callback=finite, help="Scale; default: the model's own")
+        float | None,
+        typer.Option("--guidance", min=0, callback=finite, help="Guidance scale; default: the model's own"),
     ] = None,
-    trajectories: Annotated[int, typer.Option(min=2, help="Of the model, on the fine grid")] = 256,
+    trajectories: Annotated[int, typer.Option(min=2, help="Number of trajectories on the fine grid")] = 256,
     grid: Annotated[int, typer.Option(min=2, help="Levels of the fine grid")] = 60,
     learn: Annotated[
-        int, typer.Option(min=0, help="Updates by which levels and weights are learned; 0: only choose levels")
+        int, typer.Option(min=0, help="Updates for learning levels and weights; 0: only choose levels")
     ] = 200,
     study: Study = None,
     overrides: Overrides = None,
@@ -85,7 +88,7 @@ def steps(
 ) -> None:
     """Learn the few steps of a solver. Example: ddpm search steps --model models:/digits@champion --evaluations 6"""
     if evaluations > grid:
-        raise typer.BadParameter(f"--evaluations {evaluations} of a fine grid of {grid} levels: raise --grid")
+        raise typer.BadParameter(f"--evaluations {evaluations} needs a finer grid than {grid} levels: raise --grid")
     from pipelines.checkpoints.lookup import check_form
     from pipelines.search.study_config import study_name
 
@@ -124,7 +127,7 @@ def status(
     store = StudyStore.of(config, study)
     described, records = store.study(), store.records()
     terminal.console.print(table.table(described, records))
-    terminal.stage("study", f"{len(records)} of {described.trials} trials have begun")
+    terminal.stage("study", f"{len(records)} of {described.trials} trials have started")
     answer_json(as_json, {"study": study, "trials": count_states(records)})
 
 

@@ -15,18 +15,16 @@ if TYPE_CHECKING:
     from pipelines.config import Config
     from pipelines.serving.service import ModelService
 
-Arguments = Annotated[
-    list[str], typer.Argument(help=f"MODEL, or several side by side ({MODEL}); and overrides, KEY=VALUE")
-]
+Arguments = Annotated[list[str], typer.Argument(help=f"One or several MODELs ({MODEL}), and overrides, KEY=VALUE")]
 
 
 def serve(
     arguments: Arguments,
-    no_token: Annotated[bool, typer.Option("--no-token", help="Answer whoever asks, without a token")] = False,
+    no_token: Annotated[bool, typer.Option("--no-token", help="Answer requests without a token")] = False,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Take the place of an application of the same name on the Ray cluster")
+        bool, typer.Option("--replace", help="Replace an application of the same name on the Ray cluster")
     ] = False,
-    page: Annotated[bool, typer.Option("--page", help="Also serve a page to try the models with")] = False,
+    page: Annotated[bool, typer.Option("--page", help="Also serve a web page to try the models")] = False,
     as_json: Json = False,
 ) -> None:
     """Serve models over HTTP until Ctrl-C. Example: ddpm serve models:/digits@champion serving.port=8000"""
@@ -61,16 +59,16 @@ def serve(
     token = None if no_token else server_token(config.serving.token_file, default_home())
     connect_ray(config, Storage.of(config))
     service = ModelService(models, config, lambda text: terminal.stage("serve", text))
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell has its background processes ignore the first one
+    for number in (signal.SIGINT, signal.SIGTERM):  # background processes of a shell ignore SIGINT
         signal.signal(number, signal.default_int_handler)
     try:
         service.start(None if token is None else token.digest, replace=replace)
         terminal.stage("serve", f"{', '.join(models)} at {service.url}/v1/images, described at {service.url}/docs")
         if token is None:
-            terminal.stage("serve", "there is no token: whoever reaches this address may ask")
+            terminal.stage("serve", "no token is required: anyone who reaches this address may send requests")
         else:
-            shown = f" {token.text}" if sys.stderr.isatty() else ""  # a log is no place for it
-            terminal.stage("serve", f"token{shown} (of {token.source}); Ctrl-C ends it")
+            shown = f" {token.text}" if sys.stderr.isatty() else ""  # it does not belong into a log
+            terminal.stage("serve", f"token{shown} (from {token.source}); Ctrl-C stops the server")
         answer = {"url": service.url, "models": models, "token": None if token is None else token.source}
         if page:
             answer["page"] = _add_page(service, config, None if token is None else token.digest)
@@ -79,7 +77,7 @@ def serve(
         sys.stdout.flush()
         service.watch()
     except KeyboardInterrupt:
-        terminal.stage("serve", "ending: requests that wait are answered first")
+        terminal.stage("serve", "stopping: waiting requests are answered first")
     finally:
         service.stop()
     terminal.stage("serve", "ended")
@@ -94,5 +92,5 @@ def _add_page(service: ModelService, config: Config, token_digest: str | None) -
 
 
 def is_override(argument: str) -> bool:
-    """Return whether an argument is an override: one of a configuration, not a MODEL, has a = before any slash."""
+    """Return whether an argument is an override: unlike a MODEL, it has a = before any slash."""
     return "=" in argument.partition("/")[0]

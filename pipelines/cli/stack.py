@@ -1,4 +1,4 @@
-"""`ddpm up`, `down` and `status`: the local stack; `ddpm doctor`: what is missing around it."""
+"""`ddpm up`, `down` and `status`: the local stack; `ddpm doctor`: checks of this machine and the services."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Private = Annotated[
     bool | None,
     typer.Option(
         "--private/--shared",
-        help="Keep other users of this machine out, or not; without either, as it was started last, at first --shared.",
+        help="Keep other users of this machine out, or let them in; default: as last started, at first --shared.",
         show_default=False,
     ),
 ]
@@ -33,7 +33,10 @@ Private = Annotated[
 def up(
     private: Private = None,
     orchestrator: Annotated[
-        bool, typer.Option("--orchestrator", help="Also Dagster: the stages as assets, with their sensor and schedule")
+        bool,
+        typer.Option(
+            "--orchestrator", help="Also start Dagster, with the stages as assets and their sensor and schedule"
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -48,14 +51,14 @@ def up(
     else:
         terminal.stage(
             "access",
-            "other users of this machine can read and change what MLflow and S3 hold: "
-            "where there are any, `ddpm down`, then `ddpm up --private`",
+            "other users of this machine can read and change the data in MLflow and S3: "
+            "if there are any, `ddpm down`, then `ddpm up --private`",
         )
     _show_status(as_json, {"home": str(state.home)}, terminal)
 
 
 def down(as_json: Json = False) -> None:
-    """Stop what `ddpm up` started; data stays. Example: ddpm down"""
+    """Stop the services started by `ddpm up`; data is kept. Example: ddpm down"""
     from pipelines import stack
 
     stopped = stack.down(notice=terminal.stage)
@@ -70,7 +73,7 @@ def status(as_json: Json = False) -> None:
 
 
 def doctor(overrides: Overrides = None, as_json: Json = False) -> None:
-    """Show what a training would miss here and what mends it; starts nothing. Example: ddpm doctor"""
+    """Show what a training lacks here and how to fix it; starts nothing. Example: ddpm doctor"""
     from pipelines.doctor import examine, left_running
 
     checks = examine(overrides or [], os.environ)
@@ -79,18 +82,18 @@ def doctor(overrides: Overrides = None, as_json: Json = False) -> None:
     answer_json(as_json, {"ok": not failures, "checks": [dataclasses.asdict(check) for check in checks]})
     if left_running():
         sys.stdout.flush()
-        os._exit(1)  # Python would wait for the pools of threads that S3's client keeps
+        os._exit(1)  # Python would wait for the thread pools of the S3 client
     if failures:
         raise typer.Exit(1)
 
 
 def _answering(as_json: bool) -> Terminal:
-    """Return what shows the lines that a verb was asked for: on stdout, unless the JSON object is what is there."""
+    """Return the terminal for a verb's result: on stdout, or on stderr if stdout is for JSON."""
     return terminal if as_json else Terminal(stderr=False)
 
 
 def _show_status(as_json: bool, extra: dict[str, Any], shown: Terminal) -> None:
-    """Show every service of the local stack, with its URL; `extra` goes into the JSON answer."""
+    """Show every service of the local stack with its URL; `extra` is added to the JSON answer."""
     from pipelines import stack
 
     services = stack.status()

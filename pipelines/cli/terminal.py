@@ -1,6 +1,6 @@
-"""What the command line shows on stderr: stages, and progress as bars on a terminal, as plain lines elsewhere.
+"""Output of the command line on stderr: stages, and progress as bars on a terminal or as plain lines elsewhere.
 
-While a training goes on a terminal shows, below its bar, how well it does and a few of its newest samples.
+During training a terminal shows loss, goodput, last distance and a few of the newest samples below the progress bar.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ PLAIN_EVERY_S = 5.0
 
 
 TILE = 16
-"""Pixels of a sample's longer side on a terminal, at most."""
+"""Largest number of pixels of a sample's longer side on a terminal."""
 SAMPLE_ROWS = 2
 
 
 class LiveBars(Bars):
-    """Progress bars with something below them.
+    """Progress bars with something else below them.
 
     Attributes:
-        below: what is drawn below the bars.
+        below: renderable that is drawn below the bars.
     """
 
     below: RenderableType | None = None
@@ -64,10 +64,10 @@ class Terminal:
     """The `Display` of the command line: it writes to stderr, because stdout is for results.
 
     Args:
-        stderr: False where its lines are the result that a verb was asked for.
+        stderr: False if the lines are the result of the verb.
 
     Attributes:
-        quiet: whether only errors are shown, and what does not work.
+        quiet: whether only errors and problems are shown.
     """
 
     def __init__(self, *, stderr: bool = True) -> None:
@@ -77,7 +77,7 @@ class Terminal:
 
     @contextmanager
     def live(self) -> Iterator[Terminal]:
-        """Draw progress bars inside this block, where stderr is a terminal."""
+        """Draw progress bars inside this block if stderr is a terminal."""
         if not self.console.is_terminal or self.quiet:
             yield self
             return
@@ -123,11 +123,11 @@ class Terminal:
             self.console.print(Text.assemble((f"{name:>10}", "bold cyan"), "  ", shown))
 
     def error(self, kind: str, error: Exception) -> None:
-        """Print an error, without user info in addresses; square brackets in its message are not markup."""
+        """Print an error without user info in addresses; square brackets in its message are not markup."""
         self.console.print(Text.assemble((kind, "bold red"), "\n", _visible(redact(str(error)))))
 
     def checks(self, checks: Sequence[tuple[str, str, str, str | None]]) -> None:
-        """Show findings, each as (status, name, what was found, what mends it): aligned and wrapped on a terminal."""
+        """Show findings, each as (status, name, finding, fix); aligned and wrapped on a terminal."""
         if not self.console.is_terminal:
             for status, name, found, fix in checks:
                 self.console.print(Text(redact(f"{status:>8}  {name}: {found}" + (f"; fix: {fix}" if fix else ""))))
@@ -137,12 +137,12 @@ class Terminal:
         for column in range(3):
             table.add_column(no_wrap=column < 2, overflow="fold")
         for status, name, found, fix in checks:
-            mend = [("\n" + redact(fix), "bold")] if fix else []
-            table.add_row(Text(status, styles[status]), Text(name, "cyan"), Text.assemble(redact(found), *mend))
+            advice = [("\n" + redact(fix), "bold")] if fix else []
+            table.add_row(Text(status, styles[status]), Text(name, "cyan"), Text.assemble(redact(found), *advice))
         self.console.print(table, soft_wrap=False)
 
     def table(self, rows: Sequence[tuple[str, str, str]]) -> None:
-        """Show rows of (what, choice, reason): aligned and wrapped on a terminal, a line each elsewhere."""
+        """Show rows of (what, choice, reason): aligned and wrapped on a terminal, otherwise one line each."""
         if not self.console.is_terminal:
             for what, choice, reason in rows:
                 self.stage("plan", f"{what}: {choice} ({reason})")
@@ -155,7 +155,7 @@ class Terminal:
         self.console.print(table, soft_wrap=False)
 
     def counter(self, description: str, unit: str) -> Progress:
-        """Return a callback that shows progress over a known number of things, and about how long the rest takes."""
+        """Return a callback that shows progress over a known number of items, and an estimate of the remaining time."""
         show = self._meter(description)
         began: list[tuple[float, int]] = []
 
@@ -171,7 +171,8 @@ class Terminal:
         return update
 
     def training(self, images: int, resumes_at: int) -> Report:
-        """Return a callback that shows how far, how fast and how well a training is; newest samples on a terminal."""
+        """Return a callback that shows progress, speed and quality of a training, with its newest samples on a
+        terminal."""
         show = self._meter("train")
         began: list[tuple[float, int]] = []
         samples: list[RenderableType] = []
@@ -195,7 +196,7 @@ class Terminal:
         return update
 
     def breakdown(self, breakdown: TimeBreakdown) -> None:
-        """Show where the time of a stage went: as a table on a terminal, as lines elsewhere."""
+        """Show where the time of a stage went, as a table on a terminal or as lines elsewhere."""
         if not self.console.is_terminal or self.quiet:
             for line in breakdown.lines:
                 self.stage(breakdown.name, line)
@@ -211,7 +212,8 @@ class Terminal:
         self.stage(breakdown.name, breakdown.lines[-1])
 
     def _meter(self, description: str) -> Callable[[float, float, str], None]:
-        """Return a callback for (done, total, detail): a bar inside `live` on a terminal, else a line now and then."""
+        """Return a callback for (done, total, detail): a bar inside `live` on a terminal, otherwise occasional
+        lines."""
         if self.quiet:
             return lambda done, total, detail: None
         if self.bars is not None:
@@ -231,7 +233,7 @@ class Terminal:
 
 
 def _how_well(status: TrainingStatus) -> list[str]:
-    """Return the loss, the goodput and the last distance of a training in words; what is not known is left out."""
+    """Return loss, goodput and last distance of a training in words; unknown values are left out."""
     loss, goodput, distance = status.loss, status.goodput, status.distance
     return [
         *([] if loss is None else [f"loss {loss:.4f}"]),
@@ -241,7 +243,7 @@ def _how_well(status: TrainingStatus) -> list[str]:
 
 
 def _small_picture(samples: NDArray[np.uint8], width: int) -> RenderableType:
-    """Return samples [N, H, W, C] side by side, for a terminal of `width` columns: a column is a pixel wide."""
+    """Return samples [N, H, W, C] side by side for a terminal of `width` columns, one pixel per column."""
     from PIL import Image
     from rich_pixels import Pixels
 
@@ -259,5 +261,5 @@ def _small_picture(samples: NDArray[np.uint8], width: int) -> RenderableType:
 
 
 def _visible(text: str) -> str:
-    """Return a text whose control characters are written out, as names of files may hold what a terminal would obey."""
+    """Escape the control characters of a text: file names may contain terminal commands."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

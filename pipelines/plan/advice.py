@@ -1,4 +1,4 @@
-"""What more time would buy: the plans of larger budgets beside the present one."""
+"""Advice on larger budgets: the plans that they would lead to."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def more_time(
     settings: Mapping[str, Any] | None = None,
     trained: int | None = None,
 ) -> str:
-    """Return in a sentence what larger budgets than a plan's would train.
+    """Return a sentence on what larger budgets than a plan's would train.
 
     Args:
         settings: what the user has set.
-        trained: images that the plan's training has seen, by which those of others are estimated; None before it.
+        trained: images that the plan's training has seen, for the estimate of other budgets; None before the training.
     """
     trained = trained or plan.images
     machine = machine.times(trained / plan.images, 1.0, 1.0)
@@ -35,12 +35,12 @@ def more_time(
         except ConfigError:
             break
         if other.images <= seen and other.network == before.network:
-            said.append(f"more than that buys nothing with {source.images:,} images: add images")
+            said.append(f"a larger budget does not help with {source.images:,} images: add images")
             break
         network = "" if other.network == before.network else f" of a {_named(other.network)}"
         said.append(f"budget={written(other.budget_s)} trains on {other.images:,} images{network}")
         before, seen = other, other.images
-    return f"this one trained on {trained:,} images; {'; '.join(said)}" if said else ""
+    return f"this training saw {trained:,} images; {'; '.join(said)}" if said else ""
 
 
 def _named(key: str) -> str:

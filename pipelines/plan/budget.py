@@ -18,7 +18,7 @@ def parse_budget(text: str) -> float:
         text: numbers with the units d, h, m, s, such as 90s, 10m, 1h or 1h30m.
 
     Raises:
-        ConfigError: it is written in another way, or no time, or longer than anything trains.
+        ConfigError: it has another form, is zero, or is longer than `MOST_DAYS`.
     """
     compact = text.strip().lower().replace(" ", "")
     seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(compact))

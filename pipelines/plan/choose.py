@@ -1,4 +1,4 @@
-"""What a plan chooses: image size, network, methods, workers, batch and length, for a source on a machine."""
+"""The choices of a plan: image size, network, methods, workers, batch and length, for a source on a machine."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from pipelines.presentation.errors import ConfigError
 
 SAMPLING = CALIBRATION.sampling
 PIECE = {"cpu": 32, "cuda": 128}
-"""Images of a measured step; fewer of large ones on a CPU."""
+"""Images of a measured step; fewer for large images on a CPU."""
 MOST_PASSES = 1_000
 LEAST_CAP = 50_000
 
 
 @dataclass(frozen=True)
 class Basis:
-    """What the lines of a plan are written from.
+    """The values from which the lines of a plan are written.
 
     Attributes:
         labels, texts: whether the network is conditioned on classes and on captions.
         candidate: the chosen network and size.
-        speed: of it.
-        workers: of the training.
-        batch: images of a step.
-        images: length of the training.
-        training_s: its seconds.
-        grids: of samples that it draws.
+        speed: measured speed of the candidate.
+        workers: number of workers.
+        batch: images per step.
+        images: length of the training in images.
+        training_s: seconds of the training.
+        grids: sample grids of the training.
         judging: how the model is judged.
-        seconds: stage -> seconds, all of them.
+        seconds: stage -> seconds, for all stages.
     """
 
     labels: bool
@@ -50,7 +50,7 @@ class Basis:
 
     @property
     def guided(self) -> bool:
-        """Whether there is a condition to guide by."""
+        """Whether there is a condition for guidance."""
         return self.labels or self.texts
 
     @property
@@ -61,31 +61,31 @@ class Basis:
 
 
 def check_source(source: SourceFacts) -> None:
-    """Refuse a source of which no model can be trained and scored.
+    """Refuse a source on which no model can be trained and scored.
 
     Raises:
-        ConfigError: says why, and what to do.
+        ConfigError: the message says why, and what to do.
     """
     if source.opened == source.unreadable:
         raise ConfigError(f"{source.source}: none of the {source.opened} images that were opened can be read")
     if source.train_images < 2 or source.test_images < 2:
         raise ConfigError(
             f"{source.source} has {source.images} images, {source.test_images} of them in the test split, with which "
-            "samples are compared: two of each split are the least; add images, or set data.test_fraction"
+            "samples are compared: each split needs at least two; add images, or set data.test_fraction"
         )
 
 
 def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, user: UserOverrides, compared: bool) -> Basis:
     """Return the network, size, batch and length that fit the budget.
 
-    The largest size comes first at which a network that is not the narrowest sees the images that it needs, and of that
-    size the largest network that does.
+    It takes the largest size at which a network other than the narrowest sees the images that it needs, and the largest
+    network of that size that does.
 
     Args:
         compared: as for `clock.judging`.
 
     Raises:
-        ConfigError: nothing fits, or the source has too few images; says what to do.
+        ConfigError: nothing fits, or the source has too few images; the message says what to do.
     """
     check_source(source)
     measured = [candidate for candidate in candidates(source, user) if candidate.key in machine.speeds]
@@ -115,7 +115,7 @@ def _basis(
     candidate: Candidate,
     compared: bool,
 ) -> Basis:
-    """Return what a candidate comes to.
+    """Return the plan of a candidate.
 
     Raises:
         ConfigError: the budget leaves no time to train it.
@@ -161,15 +161,15 @@ def _basis(
 
 
 def most_images(source: SourceFacts) -> int:
-    """Return the length of training beyond which a source is only learnt by heart."""
+    """Return the number of training images beyond which a model only memorises the source."""
     return max(MOST_PASSES * source.train_images, LEAST_CAP)
 
 
 def drawing_precision(training: str, user: UserOverrides) -> str:
-    """Return the precision in which samples are drawn: bf16 where the training computes in it.
+    """Return the precision in which samples are drawn: bf16 if the training computes in bf16.
 
     Args:
-        training: what forward and backward compute in.
+        training: precision of the forward and backward pass.
     """
     if user.sets("sampler.precision"):  # or the group, whose default is fp32
         return str(user.get("sampler.precision", "fp32"))
@@ -177,13 +177,13 @@ def drawing_precision(training: str, user: UserOverrides) -> str:
 
 
 def uses_captions(source: SourceFacts, user: UserOverrides) -> bool:
-    """Return whether the network is conditioned on captions: where there are some, and an encoder for them."""
+    """Return whether the network is conditioned on captions, which needs captions and a text encoder."""
     encoder = user.get("data.text_encoder", source.encoder)
     return source.captions > 0 and encoder is not None
 
 
 def methods(user: UserOverrides) -> dict[str, Any]:
-    """Return the settings of the loss and the optimizer, which the comparison of training methods has chosen.
+    """Return the settings of loss and optimizer that were best in the comparison of training methods.
 
     Args:
         user: what the user has set; a method that cannot go with it is left out.
@@ -202,11 +202,11 @@ def _workers(machine: MachineFacts, user: UserOverrides) -> int:
 
 
 def batch_size(possible: Callable[[int], float], machine: MachineFacts) -> int:
-    """Return the largest batch with which a training still has many steps.
+    """Return the largest batch size with which a training still has many steps.
 
     Args:
-        possible: how many images a training with a batch has the time for.
-        machine: that trains.
+        possible: batch size -> images that fit into the time of the training.
+        machine: machine that trains.
     """
     if machine.gpus:
         large = (batch for batch in (512, 256) if possible(batch) / batch >= 20_000)

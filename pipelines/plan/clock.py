@@ -1,4 +1,4 @@
-"""How a budget divides over the stages of `ddpm flow`: what each costs on a machine, and what is left for training."""
+"""Division of a budget over the stages of `ddpm flow`: the cost of each on a machine, and what is left for training."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SAMPLES, LEAST_SAMPLES = 1_000, 48
 
 @dataclass(frozen=True)
 class Judging:
-    """How a model is judged within its share of the budget.
+    """The evaluation of a model within its share of the budget.
 
     Attributes:
-        kind: of evaluator.
-        passes: of its training over its images.
-        n: samples of each noise seed.
-        seeds: noise seeds.
+        kind: kind of evaluator.
+        passes: passes over the images in the training of the evaluator.
+        n: samples per noise seed.
+        seeds: number of noise seeds.
         likelihood_images: test images whose likelihood is computed.
         seconds: stage -> seconds.
     """
@@ -50,9 +50,9 @@ class Grids:
     """The sample grids of a training.
 
     Attributes:
-        count: how many there are after the first step; there is one before it.
-        images: of each.
-        seconds: of all of them.
+        count: number of grids after the first step; there is one more before it.
+        images: images per grid.
+        seconds: seconds of all grids together.
     """
 
     count: int
@@ -61,18 +61,18 @@ class Grids:
 
 
 def processes(machine: MachineFacts) -> int:
-    """Return how many processes train or draw at a time: one for each GPU, or else for each core."""
+    """Return the number of parallel processes: one per GPU, or else one per core."""
     return machine.gpus or machine.cores
 
 
 def together(machine: MachineFacts) -> float:
-    """Return the speed of each of these processes beside services, relative to bare ones that compute at once."""
+    """Return the speed of each of these processes beside services, relative to bare processes at the same time."""
     several = not machine.gpus and machine.cores > 1
     return CALIBRATION.workers.shared_speed if several else CALIBRATION.exchange.alone_speed
 
 
 def training_rate(speed: Speed, machine: MachineFacts, workers: int, batch: int) -> float:
-    """Return images per second of some workers that share a batch."""
+    """Return images per second of `workers` workers that share a batch."""
     alone = speed.train_in_steps_of(batch / workers)
     if workers == 1:
         return alone * CALIBRATION.exchange.alone_speed / machine.together  # the other cores are free then
@@ -81,17 +81,17 @@ def training_rate(speed: Speed, machine: MachineFacts, workers: int, batch: int)
 
 
 def gain_of_workers(machine: MachineFacts) -> float:
-    """Return how many times as fast as one worker as many of them train as there are processes."""
+    """Return the speed-up of one worker per process over a single worker."""
     return processes(machine) * machine.together * together(machine) / CALIBRATION.exchange.alone_speed
 
 
 def workers(machine: MachineFacts) -> int:
-    """Return how many workers train: as many as processes, or one where their cores are hardly more than one."""
+    """Return the number of workers: one per process, or a single one if several would hardly be faster."""
     return processes(machine) if gain_of_workers(machine) >= WORTH else 1
 
 
 def drawing_rate(speed: Speed, machine: MachineFacts) -> float:
-    """Return network evaluations of one image per second while samples are drawn, of all processes together."""
+    """Return network evaluations per second, of single images, of all processes together while samples are drawn."""
     return _of_all(speed.draw, machine)
 
 
@@ -100,12 +100,12 @@ def _of_all(rate: float, machine: MachineFacts) -> float:
 
 
 def grids(speed: Speed, machine: MachineFacts, training_s: float, evaluations: int) -> Grids:
-    """Return the grids of a training of this many seconds.
+    """Return the sample grids of a training of `training_s` seconds.
 
     Args:
-        evaluations: of the network for one sample.
+        evaluations: network evaluations per sample.
     """
-    # The workers share a grid, each with so few images that together they are no faster than one with many.
+    # The workers share a grid, with so few images each that together they are no faster than one with many.
     of_sample = evaluations / (speed.draw * together(machine))
     affordable = int(GRID_SHARE * training_s / of_sample)
     images = min(64, max(LEAST_GRID, affordable // 5))
@@ -123,12 +123,12 @@ def judging(
     texts: bool,
     compared: bool,
 ) -> Judging:
-    """Return how the model is judged.
+    """Return how the model is evaluated.
 
     Args:
-        size: of the images.
-        evaluations: of the network for one sample.
-        texts: whether prompts are judged too, by a network of their own.
+        size: image size in pixels.
+        evaluations: network evaluations per sample.
+        texts: whether prompts are judged too, by a separate network.
         compared: whether the gate will compare the model with a version that has the alias.
     """
     kind = "classifier" if len(source.class_counts) > 1 else "contrastive"
@@ -142,8 +142,8 @@ def judging(
     )
     rate = drawing_rate(speed, machine)
     affordable = int(SCORE_SHARE * budget_s * rate / evaluations)
-    # Each seed's samples once for the scores; the gate draws the first of them of two versions. There are as many of a
-    # first version, with which the second is compared.
+    # The samples of each seed are drawn once for the scores; the gate draws those of the first seed for two versions. A
+    # first version gets as many, because the second is compared with it.
     most = max(LEAST_SAMPLES, min(max(source.test_images, 256), SAMPLES))
     seeds = 3 if affordable >= 5 * min(most, 256) else 1
     n = max(LEAST_SAMPLES, min(most, affordable // (seeds + 2)))
@@ -152,7 +152,7 @@ def judging(
     likelihood = min(32, likely, source.test_images) if likely >= 4 else 0
     drawn = n * (seeds + (2 if compared else 0)) * evaluations / rate + likelihood * of_likelihood
     encoded = source.images / _of_all(JUDGE_BATCH / (CALIBRATION.judging.encode_share * judge_step_s), machine)
-    # What judges prompts is trained as long as the evaluator, when the scores are computed.
+    # The network that judges prompts is trained as long as the evaluator, when the scores are computed.
     trained, of_prompts = (of_pass * passes / 2, of_pass * passes / 2) if texts else (of_pass * passes, 0.0)
     spent = {"evaluator": trained, "scores": of_prompts + drawn + encoded}
     seconds = {stage: fixed + spent[stage] for stage, fixed in _judging_seconds().items()}
@@ -164,7 +164,7 @@ def _judging_seconds() -> dict[str, float]:
 
 
 def fixed_seconds(source: SourceFacts, machine: MachineFacts) -> dict[str, float]:
-    """Return the seconds of the stages whose length no choice changes."""
+    """Return the seconds of the stages that do not depend on any choice."""
     writing = source.images * source.write_s + source.captions * source.caption_s
     if writing > ALONE_S:
         writing = CALIBRATION.stages.tasks_s + writing / machine.cores
@@ -177,16 +177,16 @@ def fixed_seconds(source: SourceFacts, machine: MachineFacts) -> dict[str, float
 
 
 def training_ends_s(plan: Plan) -> float:
-    """Return after how many seconds of a plan's budget its training is to end, without the start of the workers."""
+    """Return the second of a plan's budget at which its training should end, without the start of the workers."""
     after = CALIBRATION.stages.workers_s + plan.seconds["scores"] + plan.seconds["register"]
     return plan.budget_s * (1 - SPARE) - after
 
 
 def check_budget(budget_s: float) -> None:
-    """Refuse a budget that no source on any machine could keep, before anything is looked at or measured.
+    """Refuse a budget that is too short for every source and machine, before anything is examined or measured.
 
     Raises:
-        ConfigError: names the least budget that may do.
+        ConfigError: the message names the smallest budget that may suffice.
     """
     stages = CALIBRATION.stages
     before = {"start": stages.workers_s, "ingest": stages.ingest_s}
@@ -194,10 +194,10 @@ def check_budget(budget_s: float) -> None:
 
 
 def left_for_training(budget_s: float, spent: dict[str, float]) -> float:
-    """Return what is left of a budget beside some stages and the spare time.
+    """Return the seconds of a budget that are left after the other stages and the reserve.
 
     Raises:
-        ConfigError: too little for any training; names the least budget.
+        ConfigError: it is too little for any training; the message names the smallest budget.
     """
     left = budget_s * (1 - SPARE) - sum(spent.values())
     if left < LEAST_TRAINING_S:
@@ -205,7 +205,7 @@ def left_for_training(budget_s: float, spent: dict[str, float]) -> float:
         least = math.ceil(fixed / (1 - SPARE - JUDGE_SHARE - SCORE_SHARE) / 30) * 30
         parts = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in spent.items())
         raise ConfigError(
-            f"budget = {written(budget_s)} leaves no time to train: {parts} come first or last; "
+            f"budget = {written(budget_s)} leaves no time to train: the other stages take {parts}; "
             f"give budget={written(max(least, budget_s + 30))} or more"
         )
     return left

@@ -1,4 +1,4 @@
-"""What a plan is made of and what it is: facts about a source and a machine, and the lines of the proposal."""
+"""Facts about a source and a machine, and the plan that is made from them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pipelines.config import override_value
 
 @dataclass(frozen=True)
 class Mirror:
-    """How well a small network that was trained for it tells images from their mirror images.
+    """Accuracy with which a small network distinguishes images from their mirror images.
 
     Attributes:
-        accuracy: share of held-out images that it preferred to their mirror images, 0..1; 0.5 is guessing.
+        accuracy: share of held-out images that it recognized as the original, 0..1; 0.5 is guessing.
         pairs: number of held-out images.
     """
 
@@ -23,7 +23,7 @@ class Mirror:
 
     @property
     def highest(self) -> float:
-        """The upper end of the accuracy's 95 % interval (Wilson 1927)."""
+        """Upper end of the 95 % interval of the accuracy (Wilson 1927)."""
         if not self.pairs:
             return 1.0
         z, n, p = 1.96, self.pairs, self.accuracy
@@ -33,23 +33,23 @@ class Mirror:
 
 @dataclass(frozen=True)
 class SourceFacts:
-    """What a source of images was found to hold.
+    """Facts about a source of images.
 
     Attributes:
-        source: as it is named in every folder, see `pipelines.shards.ingest.sources.absolute`.
-        images: number of images that are listed, all splits together.
-        test_images: those of them in the test split.
+        source: absolute address, see `pipelines.shards.ingest.sources.absolute`.
+        images: number of images in the listing, all splits together.
+        test_images: number of images in the test split.
         class_counts: class name -> number of images; empty without labels.
         captions: number of images with a caption.
-        shorter_sides: the 10 %, 50 % and 90 % quantiles of the shorter side in pixels, of the images that were opened.
-        one_size: (width, height) where all opened images have the same; None where they differ.
-        grey: whether no opened image has a colour.
-        opened: number of images that were opened.
-        unreadable: number of those that could not be read.
+        shorter_sides: 10 %, 50 % and 90 % quantiles of the shorter side in pixels, of the opened images.
+        one_size: (width, height) if equal for all opened images; else None.
+        grey: whether all opened images are grey.
+        opened: number of opened images.
+        unreadable: number of opened images that could not be read.
         write_s: seconds in which one process reads an image and writes it to a shard.
-        mirror: whether images can be told from their mirror images, given their class.
+        mirror: accuracy of distinguishing images from their mirror images, given their class.
         names_sides: whether captions name left or right.
-        encoder: hub name or folder of the text encoder that can be loaded here; None where none can or none is needed.
+        encoder: hub name or folder of a text encoder that can be loaded here; None if there is none or none is needed.
         encoder_width: width of its embeddings.
         caption_s: seconds to embed one caption.
     """
@@ -86,15 +86,15 @@ class SourceFacts:
 
 @dataclass(frozen=True)
 class Speed:
-    """The measured speed of one network at one image size, of one process while every GPU, or core, has one.
+    """Measured speed of one network at one image size, per process while every GPU or core runs one.
 
     Attributes:
-        train: images that one worker trains on in a second.
-        draw: images for which one process evaluates the network in a second, as sampling does many times an image.
-        evaluate: the same in float32, as likelihoods are computed.
-        parameters: of the network.
-        piece: images of the steps whose speed `train` is.
-        step_s: seconds that a step takes whatever the number of its images; 0 where images take all of the time.
+        train: training images per second of one worker.
+        draw: network evaluations per second of one process, each of one image.
+        evaluate: the same in float32, as used for likelihoods.
+        parameters: number of parameters of the network.
+        piece: images per step at which `train` was measured.
+        step_s: seconds of a step independent of its number of images; 0 if none were found.
     """
 
     train: float
@@ -105,9 +105,9 @@ class Speed:
     step_s: float = 0.0
 
     def train_in_steps_of(self, images: float) -> float:
-        """Return images that one worker trains on in a second where it has so many in a step.
+        """Return training images per second of one worker with this many images per step.
 
-        The time of a step grows linearly with its images; more than `piece` are computed in several parts.
+        The time of a step grows linearly with its images; more than `piece` images are processed in several parts.
         """
         if not self.step_s:
             return self.train
@@ -115,26 +115,26 @@ class Speed:
         return count / (self.step_s + count * (1 / self.train - self.step_s / self.piece))
 
     def times(self, training: float, drawing: float) -> Speed:
-        """Return the speed on a machine that trains and draws so many times as fast."""
+        """Return the speed with training and drawing multiplied by these factors."""
         train, draw, evaluate = training * self.train, drawing * self.draw, drawing * self.evaluate
         return replace(self, train=train, draw=draw, evaluate=evaluate, step_s=self.step_s / training)
 
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """What the machine or cluster that trains was found to do.
+    """Facts about the machine or cluster that trains.
 
     Attributes:
-        where: in words, such as "this machine" or "the Ray cluster at ADDRESS".
-        cores: CPU cores that workers can have.
-        gpus: GPUs that workers can have.
-        precision: what forward and backward compute in.
-        speeds: key of a candidate -> speed; candidates that were too slow or too large are missing.
+        where: description, such as "this machine" or "the Ray cluster at ADDRESS".
+        cores: CPU cores available to workers.
+        gpus: GPUs available to workers.
+        precision: precision of the forward and backward pass.
+        speeds: key of a candidate -> speed; candidates that are too slow or too large are missing.
         judge_step_s: image size -> seconds of one step of the training of the evaluator.
-        together: speed of a core while all of them compute, relative to one alone; cores that are two threads of one
-            unit share it.
-        start_s: seconds until the services that are needed answer.
-        looking_s: seconds that looking at the source and measuring took, without the wait for a busy cluster.
+        together: speed of a core while all cores compute, relative to a single busy core; cores that are two threads of
+        one physical core share it.
+        start_s: seconds until the required services answer.
+        looking_s: seconds that examining the source and measuring took, without waiting for a busy cluster.
     """
 
     where: str
@@ -148,7 +148,7 @@ class MachineFacts:
     looking_s: float = 0.0
 
     def times(self, training: float, drawing: float, judging: float) -> MachineFacts:
-        """Return the facts of a machine that trains, draws and trains evaluators so many times as fast."""
+        """Return the facts with the speeds of training, drawing and evaluator training multiplied by these factors."""
         speeds = {key: speed.times(training, drawing) for key, speed in self.speeds.items()}
         judge = {size: seconds / judging for size, seconds in self.judge_step_s.items()}
         return replace(self, speeds=speeds, judge_step_s=judge)
@@ -167,7 +167,7 @@ class PlanLine:
 
     Attributes:
         title: what is chosen, in a word or two.
-        settings: the configuration's fields and groups that it sets; those that the user sets are left out.
+        settings: fields and groups of the configuration that it sets, without those set by the user.
         value: the choice in words.
         reason: why.
     """
@@ -183,12 +183,12 @@ class Plan:
     """A proposed configuration and its reasons.
 
     Attributes:
-        budget_s: the time for everything, from the command to the registered version.
-        lines: the choices, in the order in which they are shown.
-        seconds: what the time is for -> seconds; they add up to at most the budget.
+        budget_s: seconds for everything, from the command to the registered version.
+        lines: choices in display order.
+        seconds: stage -> seconds; they add up to at most the budget.
         images: length of the training.
         network: key of the chosen candidate.
-        warnings: what the user should know before it starts.
+        warnings: warnings for the user before the start.
     """
 
     budget_s: float
@@ -200,7 +200,7 @@ class Plan:
 
     @property
     def total_s(self) -> float:
-        """Seconds that everything is expected to take."""
+        """Expected seconds of everything."""
         return sum(self.seconds.values())
 
     @property
@@ -209,7 +209,7 @@ class Plan:
         return {key: value for line in self.lines for key, value in line.settings.items()}
 
     def overrides(self) -> list[str]:
-        """Return the settings as Hydra overrides: groups first, because they bring fields of their own."""
+        """Return the settings as Hydra overrides: groups first, because they set fields too."""
         settings = sorted(self.settings.items(), key=lambda item: "." in item[0])
         return [f"{key}={override_value(value)}" for key, value in settings]
 
@@ -229,7 +229,7 @@ class UserOverrides:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def get(self, key: str, otherwise: Any) -> Any:
-        """Return the user's value of a field, else the other one."""
+        """Return the user's value of a field, or `otherwise`."""
         return self.settings.get(key, otherwise)
 
     def sets(self, key: str) -> bool:
@@ -238,7 +238,7 @@ class UserOverrides:
         return key in self.settings or group in self.settings
 
     def sets_network(self) -> bool:
-        """Return whether the user has chosen anything of the network itself."""
+        """Return whether the user has set anything about the network itself."""
         conditions = ("class_conditional", "text_dim", "inpainting", "learned_variance")
         own = {f"model.{name}" for name in conditions}
         return any(key == "model" or (key.startswith("model.") and key not in own) for key in self.settings)

@@ -1,4 +1,4 @@
-"""Plans that are kept: in storage, so that a command that is repeated goes on with its own, and as files."""
+"""Stored plans, with which a repeated command resumes, and plans as files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipelines.storage import NotFoundError, Storage, join, layout
 
 @dataclass(frozen=True)
 class StoredPlan:
-    """A plan with the facts that it was made of.
+    """A plan with the facts that it was made from.
 
     Attributes:
-        key: digest of what the user asked for.
-        plan: what was proposed.
-        source, machine: its facts.
-        config: the whole configuration, as plain values.
+        key: digest of the user's command.
+        plan: proposed plan.
+        source, machine: facts that it was made from.
+        config: complete configuration, as plain values.
     """
 
     key: str
@@ -40,7 +40,7 @@ class StoredPlan:
 
     @classmethod
     def from_json(cls, text: bytes) -> StoredPlan | None:
-        """Return a stored plan; None where it is damaged or of another release."""
+        """Return a stored plan; None if it is damaged or of another release."""
         try:
             plain = json.loads(text)
             plan = plain["plan"]
@@ -59,22 +59,22 @@ class StoredPlan:
 
 @dataclass(frozen=True)
 class PlanBook:
-    """The plans below a storage root, by the name of their run.
+    """The stored plans of a storage root, by the name of their run.
 
     Attributes:
-        storage: where they are.
-        root: its address.
+        storage: storage of the plans.
+        root: address of the storage root.
     """
 
     storage: Storage
     root: str
 
     def find(self, name: str, key: str) -> StoredPlan | None:
-        """Return the plan of a command that was given before; None where it was not.
+        """Return the plan of an earlier, equal command; None if there is none.
 
         Args:
-            name: of the run that a new plan would have.
-            key: of the command, see `command_key`.
+            name: name of the run that a new plan would have.
+            key: key of the command, see `command_key`.
         """
         for entry in self.storage.list(join(self.root, layout.PLANS)):
             if entry.uri.rsplit("/", 1)[-1].startswith(name):
@@ -84,7 +84,7 @@ class PlanBook:
         return None
 
     def free_name(self, name: str) -> str:
-        """Return the name, or with a number after it where another command's plan has the name."""
+        """Return the name, with a number appended if the plan of another command has it."""
         taken = {entry.uri.rsplit("/", 1)[-1] for entry in self.storage.list(join(self.root, layout.PLANS))}
         number, found = 1, name
         while f"{found}.json" in taken:
@@ -93,10 +93,10 @@ class PlanBook:
         return found
 
     def model_of(self, source: str, name: str) -> str:
-        """Return the first of name, name-2, … that plans of this source have as their model, or that no plan has.
+        """Return the first of name, name-2, … that is the model of plans of this source, or of no plan.
 
         Args:
-            source: as plans have it, absolute.
+            source: absolute address of the source.
         """
         sources: dict[str, set[str]] = {}
         for entry in self.storage.list(join(self.root, layout.PLANS)):
@@ -118,15 +118,15 @@ class PlanBook:
 
 
 def command_key(source_digest: str, budget_s: float, settings: Mapping[str, Any]) -> str:
-    """Return the digest of what a user asked for: the source with its state, the budget, and what is set by hand."""
+    """Return the digest of a user's command: the source and its content, the budget, and the user's settings."""
     content = [source_digest, budget_s, sorted((key, repr(value)) for key, value in settings.items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def to_yaml(plan: Plan, config: Config) -> str:
-    """Return a plan as a whole configuration in YAML, with its reasons as comments.
+    """Return a plan as a complete configuration in YAML, with its reasons as comments.
 
-    `ddpm flow --config FILE` and `ddpm train --config FILE` take it; addresses of a local stack are left out.
+    It is for `ddpm flow --config FILE` and `ddpm train --config FILE`; addresses of a local stack are left out.
     """
     reasons = [f"# {line.title}: {line.value}. {line.reason[:1].upper()}{line.reason[1:]}." for line in plan.lines]
     times = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan.seconds.items())

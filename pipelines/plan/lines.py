@@ -1,4 +1,4 @@
-"""The lines of a plan: each choice in words with its settings and its reason, and what the user should know before."""
+"""The lines of a plan: each choice with its settings and reason, and warnings for the user."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from pipelines.plan.networks import candidates, native_size
 from pipelines.storage import layout
 
 FEW = 500
-"""Train images below which a model that is trained for long remembers them one by one."""
+"""Training images below which a long training memorises them."""
 MIRROR_PAIRS, MIRROR_ACCURACY = 60, 0.62
-"""Images are mirrored only where at least so many held-out ones were looked at, and the upper end of the interval of
-the accuracy with which mirrored ones are told lies below this."""
+"""Images are mirrored only if at least this many held-out images were tested, and the upper end of the interval of the
+accuracy of recognizing mirrored ones is below this."""
 NAME = "name"
-"""Title of the line about the names, which a plan that is kept may change."""
+"""Title of the line about the names, which may change when a plan is stored."""
 COMPARISON = "docs/training-methods.md"
 GENERAL = ("train", "images", "data", "dataset", "metadata")
-"""Names of folders and files that say nothing of what the images show."""
+"""Names of folders and files that say nothing about the images."""
 DECISIVE = ("data.image_size", "data.channels", "data.geometry", "data.text_encoder", "data.test_fraction")
-"""What tells datasets of the same source apart."""
+"""Settings that distinguish datasets of the same source."""
 
 
 def data_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> list[PlanLine]:
@@ -81,11 +81,11 @@ def mirrored(source: SourceFacts) -> tuple[bool, str]:
     if source.names_sides:
         return False, "captions name left and right"
     if found.pairs < MIRROR_PAIRS:
-        return False, f"{source.images:,} images are too few to tell whether mirrored ones look alike"
+        return False, f"{source.images:,} images are too few to test whether mirror images look alike"
     if found.highest >= MIRROR_ACCURACY:
         sure = "are" if found.accuracy >= MIRROR_ACCURACY else "may be"
-        return False, f"{told}: mirrored ones {sure} different pictures, as of letters or digits"
-    return True, f"{told}, hardly more than by guessing"
+        return False, f"{told}: mirror images {sure} different pictures, as for letters or digits"
+    return True, f"{told}, hardly better than guessing"
 
 
 def network_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> list[PlanLine]:
@@ -94,7 +94,7 @@ def network_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> lis
     larger = next(
         (c for c in candidates(source, user) if c.size == candidate.size and c.needed > candidate.needed), None
     )
-    why = "the largest that sees the images it needs"
+    why = "the largest network that sees the images it needs"
     if larger is not None:
         why = f"the next larger one would not see the {larger.needed:,} images that it needs to be better"
     objective = {key: value for key, value in methods(user).items() if key.partition(".")[0] == "objective"}
@@ -108,7 +108,7 @@ def network_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> lis
     return [
         network,
         _condition_line(source, basis, user),
-        user.line("objective", objective, f"v-prediction{weight}", f"the best of those compared ({COMPARISON})"),
+        user.line("objective", objective, f"v-prediction{weight}", f"the best in the comparison ({COMPARISON})"),
         user.line(
             "schedule",
             {"schedule": "cosine", "schedule.log_snr_shift": round(shift, 3)},
@@ -129,11 +129,11 @@ def _condition_line(source: SourceFacts, basis: Basis, user: UserOverrides) -> P
         parts.append("captions")
         why = f"{source.captions:,} images have captions" + (f"; {why}" if basis.labels else "")
     elif source.captions:
-        why += "; the captions are left out"
+        why += "; the captions are not used"
     if basis.guided:
         settings |= {"objective.label_drop": 0.1}
     elif len(source.class_counts) == 1:
-        why = "one class tells nothing"
+        why = "a single class carries no information"
     return user.line("conditions", settings, " and ".join(parts) or "none", why)
 
 
@@ -147,16 +147,16 @@ def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, user: 
     length = {"images": images} if known else {"images": images, "training_s": round(basis.training_s)}
     rate_s = images / basis.training_s
     why = f"{format_duration(basis.training_s)} at {rate_s:,.0f} images/s; each image is seen {passes:.0f} times" + (
-        "" if known else "; corrected by its own speed while it trains"
+        "" if known else "; corrected by the measured speed during training"
     )
     optimizer = {"optim.kind": methods(user)["optim.kind"]}
     return [
-        user.line("optimizer", optimizer, "Muon", f"the better one of those compared ({COMPARISON})"),
+        user.line("optimizer", optimizer, "Muon", f"the better one in the comparison ({COMPARISON})"),
         user.line(
             "length",
             length,
             f"{images:,} images" if known else f"about {images:,} images",
-            f"each image is seen {MOST_PASSES:,} times, more of that only learns them by heart" if capped else why,
+            f"each image is seen {MOST_PASSES:,} times, more would only memorise them" if capped else why,
         ),
         _batch_line(machine, basis, user),
         user.line(
@@ -168,29 +168,29 @@ def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, user: 
                 "optim.warmup_images": max(batch, images // 20),
                 "optim.decay": "linear",
             },
-            f"{rate:.2g}, falling to the end",
-            "wider networks need lower ones; it ends with the budget",
+            f"{rate:.2g}, decaying to the end",
+            "wider networks need lower rates; the decay ends with the budget",
         ),
         user.line(
             "average",
             {"optim.ema_half_life": max(batch, images // 20)},
             f"half-life {max(batch, images // 20):,} images",
-            "a twentieth of the run: a longer one would keep its beginning",
+            "a twentieth of the run: a longer half-life would keep its beginning",
         ),
     ]
 
 
 def _batch_line(machine: MachineFacts, basis: Basis, user: UserOverrides) -> PlanLine:
-    """Return the line about the images of a step; a GPU computes no more of them at once than it was tried with."""
+    """Return the line about the batch size; a GPU processes at most as many images at once as were measured."""
     settings, why = {"batch_size": basis.batch}, f"{max(1, basis.images // basis.batch):,} steps"
     if machine.gpus and math.ceil(basis.batch / basis.workers) > PIECE["cuda"]:
         settings["micro_batch_size"] = PIECE["cuda"]
-        why += f"; a GPU computes {PIECE['cuda']} images at once, which were tried and fit its memory"
+        why += f"; a GPU processes {PIECE['cuda']} images at once, which were measured to fit its memory"
     return user.line("batch", settings, str(basis.batch), why)
 
 
 def machine_lines(machine: MachineFacts, basis: Basis, user: UserOverrides) -> list[PlanLine]:
-    """Return the lines about the workers and what is stored on the way."""
+    """Return the lines about workers, checkpoints and sample grids."""
     images, batch = basis.images, basis.batch
     marks = 4 if basis.training_s < 1_800 else 12
     every = max(batch, images // marks // batch * batch)
@@ -210,7 +210,7 @@ def machine_lines(machine: MachineFacts, basis: Basis, user: UserOverrides) -> l
             "checkpoints",
             {"checkpoint.every": every, "checkpoint.publish_every": 10 * images},  # the last one is, in any case
             f"every {every:,} images",
-            f"after a crash at most {format_duration(basis.training_s / marks)} are computed again",
+            f"after a crash at most {format_duration(basis.training_s / marks)} are repeated",
         ),
         user.line(
             "grids",
@@ -230,7 +230,7 @@ def _why_workers(machine: MachineFacts, basis: Basis) -> str:
     if machine.gpus or cores == 1 or basis.workers not in (1, cores):
         return f"what {machine.where} has"
     gain = f"{clock.gain_of_workers(machine):.2f} times as fast"
-    return f"{cores} would be {gain}: cores that share their units" if basis.workers == 1 else f"{gain} as one"
+    return f"{cores} would be {gain}: they share physical cores" if basis.workers == 1 else f"{gain} as one"
 
 
 def judging_lines(
@@ -250,8 +250,8 @@ def judging_lines(
             f"DPM-Solver++, {SAMPLING.steps} steps"
             + (f", guidance {basis.scale:g}" if basis.guided else "")
             + (", in bf16" if precision == "bf16" else ""),
-            "on digits 8 steps of it are as good as 50 of DDIM (docs/few-steps.md)"
-            + ("; bf16 draws as good samples in less time (docs/performance.md)" if precision == "bf16" else ""),
+            "on digits its 8 steps are as good as 50 of DDIM (docs/few-steps.md)"
+            + ("; bf16 samples are as good and faster (docs/performance.md)" if precision == "bf16" else ""),
         ),
         user.line(
             "scores",
@@ -282,17 +282,17 @@ def name_line(run: str, model: str, user: UserOverrides) -> PlanLine:
 
 
 def warnings(source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s: float) -> tuple[str, ...]:
-    """Return what the user should know before the training starts."""
+    """Return warnings for the user before the training starts."""
     found = []
     if source.train_images < FEW:
         found.append(
-            f"{source.train_images:,} images are few: a model of fewer than about {FEW} learns them by heart and draws "
-            "copies, which the scores will name; more images, or a shorter budget, are the way out"
+            f"{source.train_images:,} images are few: a model of fewer than about {FEW} memorises them and draws "
+            "copies, which the scores will show; use more images, or a shorter budget"
         )
     if source.test_images < LEAST:
         found.append(
-            f"{source.test_images} test images are too few to tell whether samples are copies of training images. The "
-            f"gate asks for at least {LEAST}, and will refuse the model: add images, or raise data.test_fraction"
+            f"{source.test_images} test images are too few to test whether samples are copies of training images. The "
+            f"gate requires at least {LEAST} and will refuse the model: add images, or raise data.test_fraction"
         )
     if source.class_counts:
         least = min(source.class_counts, key=lambda name: source.class_counts[name])
@@ -301,8 +301,8 @@ def warnings(source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s:
     if basis.images < basis.candidate.needed and basis.candidate.network != "hand":
         needed_s = budget_s + (basis.candidate.needed - basis.images) * basis.training_s / max(basis.images, 1)
         found.append(
-            f"{basis.images:,} images are a short training, even of the smallest network: expect blurred samples; "
-            f"budget={written(math.ceil(needed_s / 60) * 60)} trains it for as long as it needs"
+            f"{basis.images:,} images are a short training, even for the smallest network: expect blurred samples; "
+            f"budget={written(math.ceil(needed_s / 60) * 60)} trains it long enough"
         )
     total_s = sum(basis.seconds.values())
     if total_s > budget_s:
@@ -319,9 +319,9 @@ def warnings(source: SourceFacts, machine: MachineFacts, basis: Basis, budget_s:
 
 
 def source_name(source: str) -> str:
-    """Return a name for runs and models of a source: that of its folder or file, or of the folder that this is in.
+    """Return a name for runs and models of a source: that of its folder or file, or of the parent folder.
 
-    The second where the first says nothing of the images: photos/train is called photos.
+    The parent is used if the name says nothing about the images: photos/train is called photos.
     """
     above, _, last = source.rstrip("/").rpartition("/")
     name = _as_name(last)
@@ -331,5 +331,5 @@ def source_name(source: str) -> str:
 
 
 def _as_name(part: str) -> str:
-    """Return a part of a path as runs and models may be called; "" where nothing of it is left."""
+    """Return a part of a path in characters that names of runs and models may have; may be empty."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", re.sub(r"\.(zip|csv|jsonl)$", "", part)).strip("-._")

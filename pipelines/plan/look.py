@@ -1,4 +1,4 @@
-"""What a source of images holds: counts from its listing, sizes and colours from some images that are opened."""
+"""Examination of a source of images: counts from its listing, sizes and colours from a few opened images."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from pipelines.shards.text import DEFAULT_ENCODER, TextEncoder
 from pipelines.storage import Storage
 
 OPENED, LEAST_OPENED = 1_000, 16
-"""Images that are opened at most, and at least, whatever the time."""
+"""Largest number of opened images, and the smallest, regardless of time."""
 LOOKING_S = 8.0
 SIDE = 16
-"""Height and width at which images are compared with their mirror images."""
+"""Height and width of the images in the test of mirror images."""
 COLOUR = 6
-"""Difference of two channels, of 0..255, from which on a pixel has a colour: JPEG makes less of grey ones."""
+"""Difference of two channels, of 0..255, from which on a pixel counts as coloured; JPEG artefacts are smaller."""
 
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """What was seen of one image.
+    """Properties of one opened image.
 
     Attributes:
         size: width and height in pixels, upright.
-        coloured: whether any of its pixels has a colour.
+        coloured: whether any pixel is coloured.
         small: uint8 [SIDE, SIDE, 3].
         label: class index; None without labels.
     """
@@ -49,12 +49,12 @@ class OpenedImage:
 
 
 def look(source: str, storage: Storage, *, test_fraction: float = 0.1, encoder: str | None = "auto") -> SourceFacts:
-    """Return what a source of images holds, from its listing and the images that can be opened in a few seconds.
+    """Return the facts about a source, from its listing and as many images as can be opened in a few seconds.
 
     Args:
-        source: as `ingest` takes it.
-        test_fraction: of a source without a test split.
-        encoder: of captions: a hub name or folder, None for none, "auto" for the default one.
+        source: source of images, as for `ingest`.
+        test_fraction: share of test images if the source has no test split.
+        encoder: text encoder of captions: a hub name or folder, None for none, "auto" for the default.
 
     Raises:
         DatasetError: there is no such source, or it has no images.
@@ -92,7 +92,7 @@ def look(source: str, storage: Storage, *, test_fraction: float = 0.1, encoder: 
 
 
 def _open_some(images: Sequence[SourceImage], storage: Storage) -> tuple[list[OpenedImage], int]:
-    """Open images from the beginning of a list, for some seconds; return them, and how many cannot be opened."""
+    """Open the first images of a list for a few seconds; return them, and the number that cannot be opened."""
     began, unreadable = time.monotonic(), 0
     opened: list[OpenedImage] = []
     for image in images[:OPENED]:
@@ -127,7 +127,7 @@ def _share_with_sides(captions: Sequence[str]) -> float:
 
 
 def _encoder(source: str, captions: Sequence[str], encoder: str | None) -> tuple[str | None, int, float]:
-    """Return name and width of the text encoder for captions, and the seconds that one takes; None without captions.
+    """Return name and width of the text encoder, and seconds per caption; the name is None without captions.
 
     Raises:
         ConfigError: it cannot be loaded.
@@ -139,8 +139,8 @@ def _encoder(source: str, captions: Sequence[str], encoder: str | None) -> tuple
         text_encoder = TextEncoder(name)
     except ValueError as error:
         raise ConfigError(
-            f"{source} has captions, and their text encoder cannot be had: {error}. Name another with "
-            "data.text_encoder=FOLDER, or leave the captions out with data.text_encoder=null"
+            f"{source} has captions, and their text encoder cannot be loaded: {error}. Name another with "
+            "data.text_encoder=FOLDER, or ignore the captions with data.text_encoder=null"
         ) from error
     some = list(captions[:32])
     began = time.monotonic()

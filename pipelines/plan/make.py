@@ -1,4 +1,4 @@
-"""A plan from its beginning: look at the source, measure the machine, propose, and compose the configuration."""
+"""Making of a plan: examine the source, measure the machine, propose, and compose the configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipelines.storage import Storage
 from pipelines.training.ray_train.resources import alive_nodes, connect_ray, is_free
 
 STALLED_S = 900.0
-"""Seconds after which a measurement on the Ray cluster, which takes some itself, is not waited for any more."""
+"""Seconds after which a measurement on the Ray cluster, which takes a few, is given up."""
 
 
 def make_plan(
@@ -41,22 +41,22 @@ def make_plan(
     start_s: float = 0.0,
     compared: bool = False,
 ) -> StoredPlan:
-    """Return the plan for a source, made now; it has no key, because it is not kept.
+    """Make the plan for a source; it has no key, because it is not stored.
 
     Args:
-        source: as `ingest` takes it.
-        overrides: of the user, which the plan leaves as they are.
-        budget_s: for everything.
-        services: names the Ray cluster that trains; without one, this machine does.
+        source: source of images, as for `ingest`.
+        overrides: overrides of the user, which the plan keeps.
+        budget_s: seconds for everything.
+        services: configuration with the Ray cluster that trains; without one, this machine does.
         notice: called with a stage and a line.
         start_s: seconds until the services answer.
         compared: as for `propose`.
 
     Raises:
-        ConfigError, DatasetError: what is wrong or missing, before anything starts.
+        ConfigError, DatasetError: something is wrong or missing; raised before anything starts.
     """
     settings, began = override_settings(overrides), time.monotonic()
-    notice("look", f"{source}: sizes, colours, labels, whether it may be mirrored")
+    notice("look", f"{source}: sizes, colours, labels, mirror images")
     facts = look(
         absolute(source),
         storage,
@@ -64,7 +64,7 @@ def make_plan(
         encoder=settings.get("data.text_encoder", "auto"),
     )
     looked_s = time.monotonic() - began
-    notice("measure", "training steps of some networks, for a few seconds")
+    notice("measure", "training steps of several networks, for a few seconds")
     machine = _measured(facts, settings, budget_s, services, storage, notice, start_s, compared=compared)
     machine = replace(machine, looking_s=looked_s + machine.looking_s)
     return compose_plan(facts, machine, budget_s, overrides, compared=compared)
@@ -79,10 +79,10 @@ def compose_plan(
     key: str = "",
     compared: bool = True,
 ) -> StoredPlan:
-    """Return the plan of these facts with its configuration. Arguments as of `propose`.
+    """Return the plan of these facts with its configuration. The arguments are those of `propose`.
 
     Raises:
-        ConfigError: the plan and what the user has set do not go together; says what.
+        ConfigError: the plan and the user's settings are incompatible; the message says which.
     """
     settings = override_settings(overrides)
     plan = propose(source, machine, budget_s, settings, compared=compared)
@@ -100,7 +100,7 @@ def find_or_make(
     *,
     start_s: float = 0.0,
 ) -> StoredPlan:
-    """Return the plan that the same command had before, so that it goes on, or else a new one, which is kept.
+    """Return the stored plan of an equal, earlier command, which is resumed, or else make and store a new one.
 
     Arguments and errors are those of `make_plan`.
     """
@@ -120,12 +120,12 @@ def find_or_make(
     made, run = replace(made, key=key), str(made.config["name"])
     own_run = run if user.sets("name") else book.free_name(run)
     if own_run != run:
-        notice("plan", f"the run is called {own_run}, because another command has a run {run}")
+        notice("plan", f"the run is named {own_run}, because another command has a run {run}")
     if own_model != model:
         notice(
             "plan",
-            f"the model is called {own_model}, because {model} is of another source: registry.model={model} makes "
-            "this run a version of that one all the same, and registry.model=NAME chooses another name",
+            f"the model is named {own_model}, because {model} is of another source: registry.model={model} registers "
+            "this run as a version of that model anyway, and registry.model=NAME chooses another name",
         )
     made = _renamed(made, own_run, own_model, overrides)
     book.add(made)
@@ -135,7 +135,7 @@ def find_or_make(
 def find_plan(
     source: str, overrides: Sequence[str], budget_s: float, services: Config, storage: Storage
 ) -> StoredPlan | None:
-    """Return the plan that the same command had before; None where it was not given. Arguments as of `make_plan`."""
+    """Return the stored plan of an equal, earlier command, or None. The arguments are those of `make_plan`."""
     settings = override_settings(overrides)
     where = absolute(source)
     key = command_key(source_digest(where, storage), budget_s, settings)
@@ -144,7 +144,7 @@ def find_plan(
 
 
 def _has_version(services: Config, model: str, settings: Mapping[str, Any]) -> bool:
-    """Return whether a version of a model has the alias; not where no MLflow server is named."""
+    """Return whether a version of a model has the alias; False if no MLflow server is configured."""
     if services.tracking.uri is None:
         return False
     alias = str(settings.get("registry.alias", services.registry.alias))
@@ -152,7 +152,7 @@ def _has_version(services: Config, model: str, settings: Mapping[str, Any]) -> b
 
 
 def _renamed(made: StoredPlan, run: str, model: str, overrides: Sequence[str]) -> StoredPlan:
-    """Return a plan with these names of its run and model, where the user has not set them."""
+    """Return a plan with these names of its run and model, unless the user has set them."""
     named = name_line(run, model, UserOverrides(override_settings(overrides)))
     plan = replace(made.plan, lines=tuple(named if line.title == NAME else line for line in made.plan.lines))
     config = compose([*plan.overrides(), *overrides])
@@ -170,7 +170,7 @@ def _measured(
     *,
     compared: bool,
 ) -> MachineFacts:
-    """Measure the Ray cluster that is named, or else this machine: what could be chosen, then what is, for longer."""
+    """Measure the configured Ray cluster, or else this machine: all candidates, then the chosen one for longer."""
     address = settings.get("cluster.address") or os.environ.get("RAY_ADDRESS")
     if not address:  # the local stack's Ray has this machine
         machine = measure(facts, settings, budget_s, start_s=start_s)
@@ -186,7 +186,7 @@ def _measured(
 
 
 def on_ray(measurement: Measurement | LongerMeasurement, gpus: int, *, notice: StageNotice) -> Any:
-    """Run a measurement in a Ray task, and say so where it has to wait."""
+    """Run a measurement in a Ray task, with a notice if it has to wait."""
     if not is_free({"CPU": 1.0, "GPU": float(gpus)}):
         notice("measure", "waiting for free CPUs: all of the Ray cluster are in use")
     call: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_call)
@@ -201,6 +201,6 @@ def _call(measurement: Measurement | LongerMeasurement) -> Any:
 
 
 def summary(plan: Plan) -> str:
-    """Return how a plan's budget divides, in a line."""
+    """Return the division of a plan's budget in one line."""
     parts = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan.seconds.items())
     return f"{format_duration(plan.total_s)} of {format_duration(plan.budget_s)}: {parts}"

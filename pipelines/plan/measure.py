@@ -1,4 +1,4 @@
-"""The speed of a machine at the networks that a plan chooses from: real training steps, for a few seconds in all."""
+"""Speed of a machine for the networks that a plan chooses from: real training steps, for a few seconds in total."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from pipelines.training.loop.speed import MeasuredSpeed, measure_drawing, measur
 
 logger = logging.getLogger(__name__)
 SECONDS = 0.3
-"""How long steps and evaluations of one candidate are each repeated."""
+"""Seconds for which steps and evaluations of a candidate are repeated."""
 LONGER_SHARE, LONGER_S = 1 / 400, (0.3, 1.5)
-"""Share of the budget for which the chosen one draws and its evaluator is trained, and the least and most seconds."""
+"""Share of the budget for measuring the chosen candidate's drawing and its evaluator, and its bounds in seconds."""
 FEWER = 8
-"""How many times as few images the steps have by which the time of a step is told from that of its images."""
+"""Factor by which steps have fewer images in the measurement that separates the time of a step from that of images."""
 JUDGE_STEPS = 2
 JUDGE_PIECE = 32
-"""Images of a measured step of the contrastive network, where its training takes four times as many."""
+"""Images of a measured step of the contrastive network, a quarter of those of its training."""
 LEAST_SHARE = 0.5
-"""A candidate that in the whole budget would see less than this share of the images that it needs, even if it were as
-fast as the next smaller one, ends its size: it is not measured."""
+"""A candidate is not measured, nor any larger one of its size, if in the whole budget it would see less than this share
+of the images that it needs, even at the speed of the next smaller one."""
 
 
 @dataclass(frozen=True)
 class MachineMeasurement:
-    """What one process measures; the fields are those of `MachineFacts`."""
+    """The measurements of one process; the fields are those of `MachineFacts`."""
 
     speeds: dict[str, Speed]
     judge_step_s: dict[int, float]
@@ -55,13 +55,13 @@ class MachineMeasurement:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured in one process; picklable, for a Ray task.
+    """A measurement of all candidates in one process; picklable, for a Ray task.
 
     Attributes:
-        source: what the images are like.
+        source: facts about the source.
         settings: what the user has set.
-        budget_s: the whole budget, beyond which no candidate is measured.
-        workers: how many will train.
+        budget_s: whole budget in seconds; candidates that need more are not measured.
+        workers: number of workers of the training.
     """
 
     source: SourceFacts
@@ -70,13 +70,13 @@ class Measurement:
     workers: int
 
     def __call__(self) -> MachineMeasurement:
-        """Return what was measured."""
+        """Measure, and return the results."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             with one_thread():
                 return self._measured(device)
         finally:
-            if device.type == "cuda":  # the worker of this GPU would miss what a living process keeps
+            if device.type == "cuda":  # memory that this process kept would be missing to the worker of this GPU
                 gc.collect()
                 torch.cuda.empty_cache()
 
@@ -113,7 +113,8 @@ class Measurement:
         return MachineMeasurement(speeds, judge, precision, together, time.monotonic() - began)
 
     def _reaches(self, candidate: Candidate, speed: Speed) -> bool:
-        """Return whether at this speed a candidate would see enough images in the whole budget to be worth a try."""
+        """Return whether at this speed a candidate would see enough images in the whole budget to be worth
+        measuring."""
         return self.budget_s * speed.train * self.workers >= LEAST_SHARE * candidate.needed
 
     def _hopeless(self, speeds: Mapping[str, Speed], narrowest: Candidate) -> bool:
@@ -124,12 +125,12 @@ class Measurement:
 
 @dataclass(frozen=True)
 class MeasuredLonger:
-    """What is measured of the chosen candidate for longer.
+    """Longer measurements for the chosen candidate.
 
     Attributes:
-        draw: as of `Speed`.
-        judge_step_s: seconds of one step of the training of the evaluator, which has the machine for itself.
-        took_s: seconds that measuring took.
+        draw: see `Speed`.
+        judge_step_s: seconds of a training step of the evaluator, alone on the machine.
+        took_s: seconds of the measurement.
     """
 
     draw: float
@@ -139,14 +140,14 @@ class MeasuredLonger:
 
 @dataclass(frozen=True)
 class LongerMeasurement:
-    """What judges a model, on CPU cores: drawing and the evaluator; picklable, for a Ray task.
+    """A longer measurement of drawing and evaluator training on CPU cores; picklable, for a Ray task.
 
     Attributes:
-        source: what the images are like.
+        source: facts about the source.
         settings: what the user has set.
-        candidate: that was chosen.
-        piece: images that are drawn together.
-        seconds: how long each is repeated.
+        candidate: chosen candidate.
+        piece: images per network batch.
+        seconds: seconds for which each is repeated.
     """
 
     source: SourceFacts
@@ -156,7 +157,7 @@ class LongerMeasurement:
     seconds: float
 
     def __call__(self) -> MeasuredLonger:
-        """Return what was measured."""
+        """Measure, and return the results."""
         began, device = time.monotonic(), torch.device("cpu")
         config = trial_config(self.candidate, self.source, UserOverrides(self.settings), self.piece, device)
         with one_thread():
@@ -176,15 +177,15 @@ def measure(
     where: str = "this machine",
     start_s: float = 0.0,
 ) -> MachineFacts:
-    """Return what a machine can do with the images of a source.
+    """Return the facts about a machine, measured with images like those of a source.
 
     Args:
-        source: what the images are like.
+        source: facts about the source.
         settings: what the user has set, by field or group.
-        budget_s: the whole budget.
+        budget_s: whole budget in seconds.
         nodes: resources of the nodes of a Ray cluster; None for this machine.
         run: runs a measurement on the cluster with a number of GPUs; None to run it in this process.
-        where: in words.
+        where: description of the machine.
         start_s: seconds until the services answer.
     """
     if nodes is None:
@@ -207,12 +208,12 @@ def measure_longer(
     compared: bool,
     run: Callable[[Any, int], Any] | None = None,
 ) -> MachineFacts:
-    """Return the facts of a machine whose speed at judging a model is that of a longer measurement on its CPU cores.
+    """Return the facts of a machine with evaluation speeds from a longer measurement on its CPU cores.
 
-    The fraction of a second in which candidates are measured tells them from each other. But cores are faster for a
-    moment than for minutes, by more than a plan has to spare. A training corrects its own length (`Config.training_s`);
-    nothing corrects the rest. So the chosen network draws, and the evaluator is trained, for longer: at what
-    the others were measured is taken to be as much too fast or too slow. GPUs are left as they are.
+    A fraction of a second suffices to compare candidates. But cores are faster for a moment than for minutes, by more
+    than the reserve of a plan. A training corrects its own length (`Config.training_s`); nothing corrects the other
+    stages. So drawing with the chosen network and training of the evaluator are measured for longer, and the speeds of
+    the other candidates are scaled by the same factors. Speeds of GPUs are kept.
 
     Args:
         compared: as for `choose`.
@@ -220,7 +221,7 @@ def measure_longer(
     Raises:
         ConfigError: nothing can be chosen.
 
-    The other arguments are those of `measure`.
+        The other arguments are those of `measure`.
     """
     if machine.gpus:
         return machine
@@ -235,15 +236,15 @@ def measure_longer(
 
 
 def _step_seconds(config: Config, found: MeasuredSpeed, device: torch.device) -> float:
-    """Return the seconds that a step takes whatever the number of its images, such as for the optimizer's update.
+    """Return the seconds of a step that do not depend on its number of images, such as the optimizer's update.
 
-    A GPU computes a small step in hardly less time than a large one. On a CPU it is Muon's update that takes as long
-    for a few images as for many.
+    On a GPU a small step takes hardly less time than a large one. On a CPU the update of Muon takes as long for a few
+    images as for many.
 
     Args:
-        config: of the steps that were measured.
-        found: their speed.
-        device: of them.
+        config: configuration of the measured steps.
+        found: measured speed.
+        device: device of the measurement.
     """
     few = max(1, config.batch_size // FEWER)
     small = few / measure_training(config.model_copy(update={"batch_size": few}), device, SECONDS / 3)
@@ -279,14 +280,14 @@ def trial_config(
 
 
 _DECIDING = ("data", "model", "objective", "schedule", "optim")
-"""Groups that decide how long a step takes."""
+"""Groups of the configuration that determine the time of a step."""
 
 
 def judge_step_seconds(config: Config, classes: int, device: torch.device, seconds: float = 0.0) -> float:
-    """Return the seconds in which the training of an evaluator takes `JUDGE_BATCH` images like these.
+    """Return the seconds in which the training of an evaluator processes `JUDGE_BATCH` images of this size.
 
     Args:
-        seconds: how long steps are repeated, `JUDGE_STEPS` of them at least.
+        seconds: seconds for which steps are repeated; at least `JUDGE_STEPS` steps are run.
     """
     side = min(config.data.image_size, MAX_SIDE)
     count = JUDGE_BATCH if classes > 1 else JUDGE_PIECE
@@ -311,9 +312,9 @@ def judge_step_seconds(config: Config, classes: int, device: torch.device, secon
 
 
 def speed_together(cores: int, precision: str) -> float:
-    """Return the speed of a core while all of them compute, relative to one alone, at most 1.
+    """Return the speed of a core while all cores compute, relative to a single busy core, at most 1.
 
-    What a virtual machine calls cores may be two threads of one unit, which cannot be seen in it.
+    The cores of a virtual machine may be two threads of one physical core, which is not visible inside it.
     """
     if cores < 2:
         return 1.0
@@ -332,7 +333,7 @@ def speed_together(cores: int, precision: str) -> float:
 
 @contextmanager
 def others_busy(device: torch.device, precision: str) -> Iterator[None]:
-    """Keep all cores but one busy, as the other workers of a training on CPU cores do."""
+    """Keep all cores but one busy, like the other workers of a training on CPU cores."""
     others = whole_cores() - 1 if device.type == "cpu" else 0
     if others < 1:
         yield
@@ -348,10 +349,10 @@ def others_busy(device: torch.device, precision: str) -> Iterator[None]:
 
 
 class Convolutions:
-    """Work for cores: convolutions, of which training steps mainly consist. They free Python's lock.
+    """Load for CPU cores: convolutions, the main part of training steps, which release the GIL.
 
     Args:
-        precision: that they compute in.
+        precision: precision of the convolutions.
     """
 
     def __init__(self, precision: str) -> None:
@@ -359,7 +360,7 @@ class Convolutions:
         self.images, self.kernel = torch.randn(4, 64, 16, 16, dtype=kind), torch.randn(64, 64, 3, 3, dtype=kind)
 
     def count(self, go_on: Callable[[], bool]) -> int:
-        """Return how many one thread computes while it is to go on."""
+        """Return the number of convolutions that one thread computes until `go_on` returns False."""
         torch.set_num_threads(1)  # OpenMP keeps it for each thread
         done = 0
         with torch.no_grad():

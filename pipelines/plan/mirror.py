@@ -1,8 +1,8 @@
-"""Whether images look like their mirror images: a small network is trained to tell which of the two is the original.
+"""Test whether images look like their mirror images: a small network is trained to recognize which one is the original.
 
-Where it cannot, on images that it has not seen, training on mirrored images too doubles the data for free. Where it
-can, as with digits and letters, a model trained so would draw mirrored ones. The question is asked given the class:
-arrows to the left are mirrored arrows to the right, and none of their class.
+If it cannot do so on unseen images, training on mirrored images too doubles the data for free. If it can, as with
+digits and letters, a model trained on mirrored images would draw mirrored ones. The test is conditional on the class:
+arrows to the left are mirrored arrows to the right, but of another class.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STEPS, BATCH = 200, 64
 
 
 class Handed(nn.Module):
-    """A score of images that is trained to be higher than that of the mirror image, one for each class.
+    """A score per class that is trained to be higher for an image than for its mirror image.
 
     Args:
         classes: number of classes.
@@ -42,19 +42,19 @@ class Handed(nn.Module):
         )
 
     def margin(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return by how much the image's score exceeds that of its mirror image, [B]."""
+        """Return the score of each image minus that of its mirror image, [B]."""
         scores = self.layers(torch.cat([images, images.flip(-1)])).gather(1, torch.cat([labels, labels])[:, None])
         original, mirrored = scores[:, 0].chunk(2)
         return original - mirrored
 
 
 def tell_mirrored(images: NDArray[np.uint8], labels: NDArray[np.int64], *, seed: int = 0) -> Mirror:
-    """Return how well a network tells images from their mirror images on the half that it was not trained on.
+    """Return the accuracy of a network in recognizing mirror images, on the half that it was not trained on.
 
     Args:
         images: uint8 [N, 16, 16, 3] in random order.
         labels: class indices, int64 [N].
-        seed: of the network and of its batches.
+        seed: seed of the network and its batches.
     """
     with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -77,6 +77,6 @@ def _trained(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Mirror:
         optimizer.step()
     with torch.no_grad():
         margins = network.margin(x[half:], y[half:])
-    # A picture that is its own mirror image has no margin: half of these would be guessed.
+    # A symmetric picture has margin 0: it counts as half right.
     accuracy = ((margins > 0).double() + 0.5 * (margins == 0).double()).mean()
     return Mirror(float(accuracy), len(margins))

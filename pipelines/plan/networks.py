@@ -11,7 +11,7 @@ from pipelines.plan.facts import SourceFacts, UserOverrides
 
 SIZES = (16, 32, 64, 128, 256)
 LARGEST_NATIVE = 64
-"""Images that all have one small size are trained on at that size."""
+"""Largest size at which images that all have the same size are used unscaled."""
 WIDTHS = {"narrow": (32, 64), "plain": (64, 64), "wide": (64, 128), "widest": (128, 256)}
 """Network -> channels of the finest level and of the others."""
 
@@ -23,7 +23,7 @@ class Candidate:
     Attributes:
         size: height and width in pixels.
         network: its name in `WIDTHS`, or "hand" for the user's own.
-        settings: the fields of the configuration that make it; empty for the user's own.
+        settings: fields of the configuration that define it; empty for the user's own.
     """
 
     size: int
@@ -32,22 +32,22 @@ class Candidate:
 
     @property
     def key(self) -> str:
-        """Its name among the measured speeds."""
+        """Key of the candidate among the measured speeds."""
         return f"{self.network}@{self.size}"
 
     @property
     def effort(self) -> float:
-        """How many times as many images of its size are to be learnt from as of 32 pixels: large ones show more."""
+        """Factor of training images relative to 32 pixels: larger images need more."""
         return max(1.0, (self.size / 32) ** 2)
 
     @property
     def needed(self) -> int:
-        """Images that it should see at least."""
+        """Smallest number of images that it should see."""
         return round(CALIBRATION.networks.images_needed[self.network] * self.effort)
 
 
 def candidates(source: SourceFacts, user: UserOverrides) -> tuple[Candidate, ...]:
-    """Return what is worth measuring, by size and then by network, smallest first."""
+    """Return the candidates worth measuring, by size and then by network, smallest first."""
     sizes = (int(user.get("data.image_size", 0)),) if "data.image_size" in user.settings else image_sizes(source)
     if user.sets_network():
         return tuple(Candidate(size, "hand") for size in sizes)
@@ -55,7 +55,7 @@ def candidates(source: SourceFacts, user: UserOverrides) -> tuple[Candidate, ...
 
 
 def image_sizes(source: SourceFacts) -> tuple[int, ...]:
-    """Return the sizes that the images of a source could be trained on at: none above the usual image's."""
+    """Return the sizes at which a source could be trained: none above that of its median image."""
     native = native_size(source)
     if native is not None:
         return (32, native) if native > 32 else (native,)
@@ -65,7 +65,8 @@ def image_sizes(source: SourceFacts) -> tuple[int, ...]:
 
 
 def native_size(source: SourceFacts) -> int | None:
-    """Return the size of images that are all square and of one small size that networks can halve twice."""
+    """Return the common size if all images are square, small, and of a size that networks can halve twice; else
+    None."""
     if source.one_size is None or source.one_size[0] != source.one_size[1]:
         return None
     size = source.one_size[0]
@@ -73,7 +74,7 @@ def native_size(source: SourceFacts) -> int | None:
 
 
 def unet(size: int, first: int, others: int) -> dict[str, Any]:
-    """Return the settings of a UNet: it halves images down to 4 to 8 pixels and attends at 16 pixels or fewer."""
+    """Return the settings of a UNet that halves images down to 4 to 8 pixels, with attention at 16 pixels or less."""
     levels = 2
     while size % 2**levels == 0 and size // 2**levels >= 7:
         levels += 1

@@ -24,11 +24,11 @@ def propose(
         source: from `look`.
         machine: from `measure`.
         budget_s: seconds for everything, from the command to the registered version.
-        settings: what the user has set, by field or group, which stays as it is.
+        settings: settings of the user, by field or group, which are kept.
         compared: whether the gate will compare the model with a version that has the alias, which takes time.
 
     Raises:
-        ConfigError: the source has too few images, or the budget leaves no time to train; says what to do.
+        ConfigError: the source has too few images, or the budget leaves no time to train; the message says what to do.
     """
     user = UserOverrides(settings or {})
     basis = choose(source, machine, budget_s, user, compared)

@@ -45,7 +45,7 @@ def test_a_folder_and_a_budget_give_a_registered_model_and_the_same_command_goes
         config = json.load(file)
     last = client.get_metric_history(answer["run_id"], "train/length")[-1]
     assert last.value == last.step  # it ended where it said that it would
-    assert f"this one trained on {last.step:,} images" in answer["more"]
+    assert f"this training saw {last.step:,} images" in answer["more"]
     assert config["training_s"] == 10
     assert (config["name"], config["registry"]["model"]) == ("figures-4m", "figures")
     assert (config["objective"]["prediction"], config["data"]["num_classes"], config["data"]["channels"]) == ("v", 2, 3)

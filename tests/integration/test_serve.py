@@ -339,7 +339,7 @@ def test_ctrl_c_ends_it_once_every_admitted_request_is_answered(server):
         answers = [each.result() for each in asked]
     assert [answer.status_code for answer in answers] == [200] * 6
     assert server.process.wait(90) == 0
-    assert "ending: requests that wait are answered first" in "".join(server.lines)
+    assert "stopping: waiting requests are answered first" in "".join(server.lines)
     assert server.process.stdout is not None
     assert server.process.stdout.read() == ""  # nor a line of Ray's, of what it ends
     with pytest.raises(requests.ConnectionError):

@@ -13,13 +13,16 @@ DIGITS = ["+experiment=digits"]
 GIVEN = ["models:/m/1", "PICTURE", "--out", "x"]
 LARGE = "99999999999999999999"
 BAD: dict[str, tuple[list[str], str]] = {
-    "a folder that is a file": (["sample", "runs:/ab", "--out", "FILE"], "a file is in its place"),
-    "a folder below a file": (["sample", "runs:/ab", "--out", "FILE/below"], "a file is in its place"),
-    "a folder that cannot be made": (["sample", "runs:/ab", "--out", "/proc/no/folder"], "cannot be made or written"),
-    "an export to a file": (["export", "runs:/ab", "--to", "FILE"], "a file is in its place"),
-    "an import to a file": (["import", "nowhere", "--to", "FILE"], "a file is in its place"),
-    "likelihoods to a file": (["likelihood", "runs:/ab", "nowhere", "--out", "FILE"], "a file is in its place"),
-    "a flow to a file": (["flow", *DIGITS, "--out", "FILE"], "a file is in its place"),
+    "a folder that is a file": (["sample", "runs:/ab", "--out", "FILE"], "a file has this name"),
+    "a folder below a file": (["sample", "runs:/ab", "--out", "FILE/below"], "a file has this name"),
+    "a folder that cannot be made": (
+        ["sample", "runs:/ab", "--out", "/proc/no/folder"],
+        "cannot be created or written",
+    ),
+    "an export to a file": (["export", "runs:/ab", "--to", "FILE"], "a file has this name"),
+    "an import to a file": (["import", "nowhere", "--to", "FILE"], "a file has this name"),
+    "likelihoods to a file": (["likelihood", "runs:/ab", "nowhere", "--out", "FILE"], "a file has this name"),
+    "a flow to a file": (["flow", *DIGITS, "--out", "FILE"], "a file has this name"),
     "a run of no id": (["sample", "runs:/XYZ", "--out", "x"], "write runs:/ID, runs:/ID/IMAGES or runs:/ID/best"),
     "a run at no number": (["sample", "runs:/ab/many", "--out", "x"], "write runs:/ID"),
     "a run with an odd width": (["sample", "runs:/ab/sigma_rel=2", "--out", "x"], "write runs:/ID"),
@@ -186,19 +189,19 @@ BAD: dict[str, tuple[list[str], str]] = {
     "more steps than levels": (["search", "steps", "--model", "runs:/ab", "--evaluations", "100000"], "raise --grid"),
     "steps of no model": (["search", "steps", "--model", "runs:/", "--evaluations", "4"], "write runs:/ID"),
     "no class between commas": (["index", "file:///tmp/x", "--split", "train", "--classes", ",,"], "--classes ,,"),
-    "a class twice": (["index", "file:///tmp/x", "--split", "train", "--classes", "a,b,a"], "each of them once"),
-    "a budget of no time": (["plan", "digits", "budget="], "budget= names no time"),
+    "a class twice": (["index", "file:///tmp/x", "--split", "train", "--classes", "a,b,a"], "each only once"),
+    "a budget of no time": (["plan", "digits", "budget="], "budget= has no value"),
     "a budget of a second": (
         ["plan", "digits", "budget=1s"],
-        "budget = 1s leaves no time to train: start 28 s, ingest 1 s, evaluator 8 s, scores 18 s, register 12 s come "
-        "first or last; give budget=2m30s or more",
+        "budget = 1s leaves no time to train: the other stages take start 28 s, ingest 1 s, evaluator 8 s, scores 18 "
+        "s, register 12 s; give budget=2m30s or more",
     ),
     "a flow of a minute": (["flow", "digits", "budget=1m"], "give budget=2m30s or more"),
     "a dry run of a minute": (["flow", "digits", "budget=1m", "--dry-run"], "give budget=2m30s or more"),
     "a budget in other words": (["plan", "digits", "budget=soon"], "write a time such as budget=90s, budget=30m"),
     "a budget below nothing": (["plan", "digits", "budget=-1h"], "write a time such as budget=90s, budget=30m"),
     "a budget of many years": (["plan", "digits", "budget=" + "9" * 5_000 + "d"], "at most 1000d can be planned for"),
-    "two budgets": (["plan", "digits", "budget=1h", "budget=2h"], "one is enough"),
+    "two budgets": (["plan", "digits", "budget=1h", "budget=2h"], "give only one"),
 }
 
 

@@ -27,7 +27,7 @@ def test_arguments_are_a_source_a_budget_and_overrides_in_any_order():
     )
     assert read_arguments(["a=b", "s3://bucket/photos"]) == ("s3://bucket/photos", None, ["a=b"])
     assert read_arguments(None) == (None, None, [])
-    with pytest.raises(typer.BadParameter, match="budget=1h and budget=2h: one is enough"):
+    with pytest.raises(typer.BadParameter, match="budget=1h and budget=2h: give only one"):
         read_arguments(["budget=1h", "budget=2h"])
 
 
@@ -65,7 +65,7 @@ def test_a_plan_is_shown_saved_and_answered(monkeypatch, capsys, tmp_path):
     said = " ".join(captured.err.split())
     assert "plan conditions: 3 classes (the folders or labels of the images)" in said
     assert "plan network: model.channels=[32], " in said
-    assert "learns them by heart" in said
+    assert "memorises them" in said
     assert answer["saved"] == "pets.yaml"
     assert answer["total_s"] <= answer["budget_s"] == 3600
     config = read_config(tmp_path / "pets.yaml")

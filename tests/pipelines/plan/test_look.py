@@ -18,7 +18,7 @@ from tests.pipelines.shards.ingest.sources import jsonl, picture, pictures, writ
 
 STORAGE = Storage()
 FEW = 2 * LEAST_OPENED - 2
-"""Images of which none is asked whether it may be mirrored: a network would be trained to tell."""
+"""Images of which none is asked mirror images: a network would be trained to tell."""
 
 
 def drawn(shape: str, seed: int, size: tuple[int, int] = (48, 40)) -> bytes:

@@ -109,7 +109,7 @@ def test_another_source_or_setting_of_the_same_name_has_a_run_of_its_own(command
     first = planned(source, overrides, said)
     changed = planned(source, [*overrides, "optim.lr=0.5"], said)
     assert (first.config["name"], changed.config["name"]) == ("pets-30m", "pets-30m-2")
-    assert said[-1] == "plan: the run is called pets-30m-2, because another command has a run pets-30m"
+    assert said[-1] == "plan: the run is named pets-30m-2, because another command has a run pets-30m"
     assert changed.plan.settings["name"] == "pets-30m-2"
     write_files(Path(source), {"cat/99.png": picture(99)})
     grown = planned(source, overrides, said)
@@ -146,7 +146,7 @@ def test_folders_of_the_same_name_have_models_of_their_own_and_runs_of_one_folde
     made = planned(other, overrides, said)
     assert (made.config["name"], made.config["registry"]["model"]) == ("pets-30m-2", "pets-2")
     assert made.plan.lines[-1].value == "run pets-30m-2, model pets-2"
-    assert "the model is called pets-2, because pets is of another source: registry.model=pets " in said[-1]
+    assert "the model is named pets-2, because pets is of another source: registry.model=pets " in said[-1]
     again = [planned(folder, [*overrides, "optim.lr=0.5"], said) for folder in (source, other)]
     assert [plan.config["registry"]["model"] for plan in again] == ["pets", "pets-2"]
     by_hand = planned(other, [*overrides, "registry.model=pets"], said)

@@ -135,8 +135,8 @@ def test_photographs_of_mixed_sizes_are_cropped_mirrored_and_conditioned_on_thei
     [
         (1.0, 2, "1.87 times as fast as one"),
         (0.7, 2, "1.31 times as fast as one"),
-        (0.55, 1, "2 would be 1.03 times as fast: cores that share their units"),
-        (0.5, 1, "2 would be 0.94 times as fast: cores that share their units"),
+        (0.55, 1, "2 would be 1.03 times as fast: they share physical cores"),
+        (0.5, 1, "2 would be 0.94 times as fast: they share physical cores"),
     ],
 )
 def test_as_many_workers_train_as_are_faster_than_one_on_cores_that_may_share_their_units(together, workers, reason):
@@ -200,7 +200,7 @@ def test_a_batch_that_a_gpu_was_not_tried_with_says_in_what_parts_it_is_computed
     plan = propose(DIGITS, machine(cores=16, gpus=1, factor=3_000.0), 12 * 3600.0)
     line = next(line for line in plan.lines if line.title == "batch")
     assert line.settings == {"batch_size": 512, "micro_batch_size": 128}
-    assert line.reason.endswith("steps; a GPU computes 128 images at once, which were tried and fit its memory")
+    assert line.reason.endswith("steps; a GPU processes 128 images at once, which were measured to fit its memory")
 
 
 def test_more_time_never_gives_a_smaller_network_at_the_same_size():
@@ -357,12 +357,12 @@ def test_a_short_training_is_said_to_be_one():
 def test_few_images_are_warned_of_and_not_shown_for_ever():
     few = replace(UNLABELLED, images=220, test_images=20)
     plan = propose(few, GPU, 10 * 3600.0)
-    assert any("learns them by heart" in text for text in plan.warnings)
+    assert any("memorises them" in text for text in plan.warnings)
     assert plan.images <= 1_000 * 200
     assert plan.total_s < 10 * 3600.0
     line = next(line for line in plan.lines if line.title == "length")
-    assert "by heart" in line.reason
-    assert not any("by heart" in text for text in propose(DIGITS, LAPTOP, HALF_HOUR).warnings)
+    assert "memorise them" in line.reason
+    assert not any("memorises them" in text for text in propose(DIGITS, LAPTOP, HALF_HOUR).warnings)
     rare = propose(replace(PHOTOS, class_counts={"beach": 3_990, "forest": 10}), LAPTOP, HALF_HOUR)
     assert any(text.startswith("class forest has 10 images") for text in rare.warnings)
 
@@ -383,7 +383,7 @@ def test_mirroring_needs_evidence_that_mirrored_images_look_alike(mirror, flips)
 
 
 def test_what_cannot_be_trained_or_scored_is_refused():
-    with pytest.raises(ConfigError, match="two of each split are the least"):
+    with pytest.raises(ConfigError, match="each split needs at least two"):
         propose(replace(UNLABELLED, images=5, test_images=1), LAPTOP, HALF_HOUR)
     with pytest.raises(ConfigError, match="none of the 900 images that were opened can be read"):
         propose(replace(UNLABELLED, unreadable=900), LAPTOP, HALF_HOUR)
@@ -431,9 +431,9 @@ def test_a_folder_with_a_name_that_any_has_is_called_as_the_one_that_it_is_in(so
 def test_more_time_is_told_by_what_it_would_train():
     plan = propose(PHOTOS, LAPTOP, HALF_HOUR)
     told = more_time(plan, PHOTOS, LAPTOP)
-    assert told.startswith(f"this one trained on {plan.images:,} images; budget=1h trains on ")
+    assert told.startswith(f"this training saw {plan.images:,} images; budget=1h trains on ")
     slower = more_time(plan, PHOTOS, LAPTOP, trained=plan.images // 2)
-    assert slower.startswith(f"this one trained on {plan.images // 2:,} images; budget=1h trains on ")
+    assert slower.startswith(f"this training saw {plan.images // 2:,} images; budget=1h trains on ")
     assert told.split("trains on ")[1] != slower.split("trains on ")[1]
     few = replace(UNLABELLED, images=220, test_images=20)
     assert more_time(propose(few, GPU, 7200.0), few, GPU).endswith("add images")

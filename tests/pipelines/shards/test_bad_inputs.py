@@ -176,7 +176,7 @@ KINDS = {
     "a destination that is a plain path": (
         lambda folder: ["ingest", str(folder), "--to", "data/out", *BASE],
         2,
-        "data/out is no address: write s3://BUCKET/PATH or file:///PATH",
+        "data/out is not an address: write s3://BUCKET/PATH or file:///PATH",
     ),
     "an encoding that does not exist": (
         with_files({}, encoding="gif"),
