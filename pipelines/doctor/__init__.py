@@ -1,7 +1,7 @@
-"""`ddpm doctor`: what is missing here for a training, and the command or setting that mends it. It starts nothing.
+"""`ddpm doctor`: what is missing for a training, and the command or setting that fixes it. It starts nothing.
 
-`check` has the value that a probe gives and runs probes at the same time under one deadline; `machine`, `services` and
-`storage` have the probes: what they decide is pure, what they look at is handed to it.
+`check` has the result of a probe and runs probes in parallel under one deadline; `machine`, `services` and `storage`
+have the probes, whose decisions are pure functions of what was observed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Check", "Status", "examine", "left_running"]
 WHOLE_S, LEAST_S = 18.0, 8.0
-"""How long all of it may take, and how long the probes get however slow the start was; in seconds."""
+"""Seconds that everything may take, and seconds that the probes get at least."""
 
 
 def examine(overrides: Sequence[str], environ: Mapping[str, str]) -> list[Check]:
-    """Return what was found for a training with these overrides, in the order in which it should be mended.
+    """Return the checks for a training with these overrides, in the order in which problems should be fixed.
 
     Raises:
         ConfigError: the configuration is not valid.
@@ -40,7 +40,7 @@ def examine(overrides: Sequence[str], environ: Mapping[str, str]) -> list[Check]
 
 
 def _probes(overrides: Sequence[str], environ: Mapping[str, str]) -> dict[str, Probe]:
-    """Return the probes of a configuration by the name that a probe without a result is shown under."""
+    """Return name -> probe for a configuration; the name is shown if the probe has no result."""
     from pipelines import stack
     from pipelines.config import compose
     from pipelines.doctor import services
@@ -74,7 +74,7 @@ def _probes(overrides: Sequence[str], environ: Mapping[str, str]) -> dict[str, P
 
 
 def _service_probes(config: Config, needed: Sequence[str]) -> dict[str, Probe]:
-    """Return the probes of those services that have an address; a local stack that does not run has none."""
+    """Return the probes of the services that have an address; a stopped local stack has none."""
     from pipelines import stack
     from pipelines.doctor import services, storage
 

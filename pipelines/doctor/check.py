@@ -1,4 +1,4 @@
-"""One finding of `ddpm doctor`, and how many probes give theirs within one deadline."""
+"""The checks of `ddpm doctor`, and running of probes under one deadline."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Status = Literal["ok", "warning", "failed"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: what was looked at, in a word or two.
-        found: what is there.
-        fix: the command or setting that mends it; None where nothing has to be mended.
+        name: subject of the check, in a word or two.
+        found: finding.
+        fix: command or setting that fixes the problem; None if there is none.
     """
 
     name: str
@@ -40,19 +40,19 @@ def ok(name: str, found: str) -> Check:
 
 
 def warning(name: str, found: str, fix: str) -> Check:
-    """Return the check of something that works, but not as well as it could, or that a training can do without."""
+    """Return the check of something that works less well than it could, or that a training does not need."""
     return Check(name, "warning", found, fix)
 
 
 def failed(name: str, found: str, fix: str) -> Check:
-    """Return the check of something without which a training cannot run."""
+    """Return the check of a missing or broken requirement of a training."""
     return Check(name, "failed", found, fix)
 
 
 def run_probes(probes: Mapping[str, Probe], deadline_s: float) -> list[Check]:
-    """Return the checks of every probe, in the order of the mapping; the probes run at the same time.
+    """Run the probes in parallel, and return their checks in the order of the mapping.
 
-    A probe that has not ended after `deadline_s` seconds is given up, and is a failed check; its thread stays.
+    A probe that has not ended after `deadline_s` seconds is a failed check; its thread keeps running.
     """
     results: dict[str, list[Check]] = {}
 
@@ -60,7 +60,7 @@ def run_probes(probes: Mapping[str, Probe], deadline_s: float) -> list[Check]:
         try:
             results[name] = probe()
         except PipelineError as error:
-            results[name] = [failed(name, str(error), "mend what the message names")]
+            results[name] = [failed(name, str(error), "fix what the message names")]
         except Exception as error:  # noqa: BLE001 - a probe that is wrong must not hide what the others found
             found = f"could not be checked: {type(error).__name__}: {error}"
             results[name] = [failed(name, found, "see the message")]
@@ -78,5 +78,5 @@ def run_probes(probes: Mapping[str, Probe], deadline_s: float) -> list[Check]:
 
 
 def left_running() -> bool:
-    """Return whether a probe that was given up still waits."""
+    """Return whether the thread of a probe is still running."""
     return any(thread.name == THREAD for thread in threading.enumerate())

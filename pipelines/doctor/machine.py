@@ -1,4 +1,5 @@
-"""What this machine offers: versions, cores, memory, folders, ports and accelerators. Imports no torch at its top."""
+"""Checks of this machine: versions, cores, memory, folders, ports and accelerators. Does not import torch at the
+top."""
 
 from __future__ import annotations
 
@@ -24,13 +25,13 @@ PACKAGES = ("torch", "ray", "mlflow", "webdataset")
 LOW_MEMORY, LEAST_MEMORY = 2 * GIB, GIB // 2
 LOW_DISK, LEAST_DISK = 2 * GIB, GIB // 10
 SHARED_MEMORY = 640 * 2**20
-"""The object store of the local Ray head and some room."""
+"""Size of the object store of the local Ray head, with some reserve."""
 STACK_PORTS = 22
-"""How many the local stack listens on."""
+"""Number of ports on which the local stack listens."""
 
 
 def version_checks(python: str, installed: Mapping[str, str | None], requirements: Sequence[str]) -> list[Check]:
-    """Return a check per package: whether the installed version is one that this project asks for.
+    """Return a check per package of whether the installed version satisfies the requirements of this project.
 
     Args:
         python: version of the interpreter.
@@ -59,7 +60,7 @@ def version_checks(python: str, installed: Mapping[str, str | None], requirement
 
 
 def check_versions() -> list[Check]:
-    """Return whether Python and the packages that matter most are in the ranges of the installed distribution."""
+    """Check that Python and the most important packages are in the ranges of the installed distribution."""
 
     def version(name: str) -> str | None:
         try:
@@ -77,13 +78,13 @@ def check_versions() -> list[Check]:
 
 
 def core_check(cores: int, usable: int, limit: float | None, wanted: float | None) -> Check:
-    """Return whether this machine has the cores that a training asks for.
+    """Check that this machine has the cores that a training needs.
 
     Args:
-        cores: of the machine, as Ray counts them.
-        usable: that this process may run on.
-        limit: of its control group.
-        wanted: by the training's workers; None where they run on a cluster elsewhere.
+        cores: cores of the machine, as Ray counts them.
+        usable: cores on which this process may run.
+        limit: limit of its control group in cores; None for no limit.
+        wanted: cores of the training's workers; None if they run on another cluster.
     """
     have = min(usable, limit or usable)
     found = f"{cores} cores" if have == cores else f"{cores} cores, {have:g} of them for this process"
@@ -100,12 +101,12 @@ def core_check(cores: int, usable: int, limit: float | None, wanted: float | Non
 
 
 def check_cores(wanted: float | None) -> list[Check]:
-    """Return whether this machine has the cores that are wanted; see `core_check`."""
+    """Check that this machine has the wanted cores; see `core_check`."""
     return [core_check(os.cpu_count() or 1, len(os.sched_getaffinity(0)), cgroups.limit("cpu"), wanted)]
 
 
 def memory_check(available: float, total: float, limit: float | None) -> Check:
-    """Return whether there is memory for the local services and a small training, all in bytes."""
+    """Check that there is memory for the local services and a small training; all arguments are in bytes."""
     bound = f" (this container's limit is {limit / GIB:.1f})" if limit is not None and limit < total else ""
     found = f"{available / GIB:.1f} of {min(total, limit or total) / GIB:.1f} GiB free{bound}"
     fix = "end other programs, lower cluster.num_workers or micro_batch_size, or raise the container's memory limit"
@@ -115,17 +116,17 @@ def memory_check(available: float, total: float, limit: float | None) -> Check:
 
 
 def check_memory() -> list[Check]:
-    """Return whether there is memory; see `memory_check`."""
+    """Check the memory of this machine; see `memory_check`."""
     memory, free = psutil.virtual_memory(), cgroups.free_memory()
     available = memory.available if free is None else min(memory.available, free)
     return [memory_check(available, memory.total, cgroups.limit("memory"))]
 
 
 def folder_check(name: str, folder: Path, wanted: float, fix: str) -> Check:
-    """Return whether files can be written in a folder, or in the one where it would be made, and fit there.
+    """Check that files can be written in a folder, or in the parent in which it would be created, and that they fit.
 
     Args:
-        wanted: bytes that are wanted free.
+        wanted: bytes that should be free.
         fix: the setting that names another folder.
     """
     place = folder
@@ -144,7 +145,7 @@ def folder_check(name: str, folder: Path, wanted: float, fix: str) -> Check:
 
 
 def shared_memory_check(folder: Path = Path("/dev/shm")) -> Check:
-    """Return whether Ray's object store fits into shared memory."""
+    """Check that Ray's object store fits into shared memory."""
     fix = "start the container with --shm-size=2g (Kubernetes: an emptyDir of medium Memory at /dev/shm)"
     if not folder.is_dir():
         return warning("/dev/shm", "missing: Ray keeps its objects in TMPDIR, which is slow", fix)
@@ -156,7 +157,7 @@ def shared_memory_check(folder: Path = Path("/dev/shm")) -> Check:
 
 
 def port_check(host: str = "127.0.0.1") -> Check:
-    """Return whether the local stack finds ports on the loopback interface."""
+    """Check that there are enough free ports for the local stack on the loopback interface."""
     taken: list[socket.socket] = []
     try:
         for _ in range(STACK_PORTS):
@@ -174,10 +175,10 @@ def port_check(host: str = "127.0.0.1") -> Check:
 
 
 def check_accelerators(gpus_per_worker: int | None) -> list[Check]:
-    """Return what torch computes on, and whether it has bfloat16 there.
+    """Report the device that torch uses, and whether it has bfloat16.
 
     Args:
-        gpus_per_worker: that a training asks for on this machine; None where its workers run elsewhere.
+        gpus_per_worker: GPUs per worker of a training on this machine; None if its workers run elsewhere.
     """
     import torch
 

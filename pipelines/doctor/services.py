@@ -1,5 +1,5 @@
-"""What the local stack, MLflow and Ray answer: whether they can be reached, and whether one may do there what a
-training does; and how far the clocks of servers are from this machine's."""
+"""Checks of the local stack, MLflow and Ray: whether they can be reached and allow everything that a training does, and
+the difference between the clocks of servers and this machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONNECT_S = 4.0
 RAY_S = 12.0
 _ASK_RAY = """
 import json, signal, sys
-signal.alarm(14)  # whatever becomes of the process that asked
+signal.alarm(14)  # even if the calling process is gone
 import ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR", namespace="ddpm")
 print(json.dumps([ray.__version__, [node["Resources"] for node in ray.nodes() if node["Alive"]]]))
@@ -36,10 +36,10 @@ print(json.dumps([ray.__version__, [node["Resources"] for node in ray.nodes() if
 
 
 def stack_check(services: Sequence[ServiceStatus], needed: Sequence[str], installed: bool) -> Check:
-    """Return whether those services of the local stack that are needed run; it is no failure where they do not.
+    """Check that the required services of the local stack run; it is not a failure if they do not.
 
     Args:
-        installed: whether the local S3 server is.
+        installed: whether the local S3 server is installed.
     """
     if not needed:
         return ok("local stack", "not needed: every service is named by the configuration or the environment")
@@ -57,7 +57,7 @@ def stack_check(services: Sequence[ServiceStatus], needed: Sequence[str], instal
 
 
 def http_date(url: str, timeout_s: float = CONNECT_S) -> str | None:
-    """Return the `Date` header of a server's answer, whatever that is; None where it sends none or is not there."""
+    """Return the `Date` header of any answer of a server; None if there is none."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout_s) as answer:
             return answer.headers.get("Date")
@@ -68,12 +68,12 @@ def http_date(url: str, timeout_s: float = CONNECT_S) -> str | None:
 
 
 def skew_check(server: str, date: str | None, now: float) -> list[Check]:
-    """Return how far this machine's clock is from a server's; nothing where the server does not say the time.
+    """Check the difference between the clocks of this machine and a server; empty if the server sends no time.
 
     Args:
-        server: its name.
-        date: the `Date` header of an answer.
-        now: this machine's time when it came, in seconds since the epoch.
+        server: name of the server.
+        date: `Date` header of an answer.
+        now: this machine's time of the answer, in seconds since the epoch.
     """
     try:
         skew = now - parsedate_to_datetime(date or "").timestamp()
@@ -89,7 +89,7 @@ def skew_check(server: str, date: str | None, now: float) -> list[Check]:
 
 
 def check_mlflow(uri: str) -> list[Check]:
-    """Return what the MLflow server at an address answers, and whether its clock is this one's."""
+    """Check the MLflow server at an address, and its clock."""
     if urlsplit(uri).scheme not in ("http", "https"):
         return [ok("mlflow", f"{redact(uri)}: no server, so nothing to reach")]
     bypass_proxies(uri)
@@ -102,7 +102,7 @@ def check_mlflow(uri: str) -> list[Check]:
 
 
 def mlflow_check(uri: str, answers: ServerAnswers) -> Check:
-    """Return what the answers of an MLflow server mean."""
+    """Return the check for the answers of an MLflow server."""
     credentials = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials"
     for action, status in (("read", answers.read), ("write", answers.write)):
         if status == 401:
@@ -119,10 +119,10 @@ def mlflow_check(uri: str, answers: ServerAnswers) -> Check:
 
 
 def check_ray(config: Config, environment: Mapping[str, str]) -> list[Check]:
-    """Return whether the Ray cluster answers and can hold the workers.
+    """Check that the Ray cluster answers and has room for the workers.
 
     Args:
-        environment: variables that a driver needs beside this process's.
+        environment: variables that a driver needs in addition to those of this process.
     """
     address = str(config.cluster.address)
     shown = redact(address)
@@ -152,7 +152,7 @@ def check_ray(config: Config, environment: Mapping[str, str]) -> list[Check]:
 
 
 def ray_check(config: Config, address: str, version: str, nodes: Sequence[Mapping[str, float]]) -> Check:
-    """Return whether nodes with these resources can hold the workers of a training."""
+    """Check that nodes with these resources have room for the workers of a training."""
     from pipelines.training.ray_train.resources import per_worker, possible_workers, shortage
 
     total = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in ("CPU", "GPU"))
@@ -169,7 +169,7 @@ def ray_check(config: Config, address: str, version: str, nodes: Sequence[Mappin
 
 
 def closed_port(address: str, timeout_s: float = CONNECT_S) -> str | None:
-    """Return why nothing can be reached at a URL or HOST:PORT; None where something listens, or a proxy is asked."""
+    """Return why a URL or HOST:PORT cannot be reached; None if something listens there, or a proxy is used."""
     bypass_proxies(address)
     parts = urlsplit(address if "://" in address else f"//{address}")
     port = parts.port or {"http": 80, "https": 443, "ray": 10001}.get(parts.scheme)

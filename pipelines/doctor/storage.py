@@ -1,4 +1,4 @@
-"""What a storage answers: whether a training can write, read, list and delete there, and whether conditions hold."""
+"""Checks of storage: whether a training can write, read, list and delete, and whether conditional writes work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.environment.credentials import redact
 from pipelines.storage import ConflictError, Storage, StorageError, join, layout
 
 MULTIPART_BYTES = (8 << 20) + 1
-"""A byte more than boto3 sends in one piece."""
+"""One byte more than boto3 uploads in one part."""
 RACERS, RACES = 4, 2
 CONDITIONAL_FIX = (
     "a store that holds its conditions: AWS, MinIO, Ceph from Tentacle on, SeaweedFS from 4.08 on; "
@@ -25,7 +25,7 @@ CONDITIONAL_FIX = (
 
 
 def check_storage(config: Config) -> list[Check]:
-    """Return what the storage of a configuration answers, and whether its clock is this one's."""
+    """Check the storage of a configuration, and its clock."""
     storage, root = Storage.of(config), config.storage.root
     if not root.startswith("s3://"):
         return storage_checks(storage, root)
@@ -39,7 +39,7 @@ def check_storage(config: Config) -> list[Check]:
 
 
 def storage_checks(storage: Storage, root: str) -> list[Check]:
-    """Return whether objects can be written (in one piece, in parts, on a condition), read, listed and deleted."""
+    """Check that objects can be written (in one part, in several, conditionally), read, listed and deleted."""
     folder = layout.probe_folder(root, f"doctor-{uuid.uuid4().hex}")
     small, large, raced = (join(folder, name) for name in ("small", "large", "raced"))
 
@@ -87,12 +87,12 @@ def storage_checks(storage: Storage, root: str) -> list[Check]:
             fix = CONDITIONAL_FIX if name == "conditional writes" else storage_fix(str(error))
             checks.append(failed(f"storage {name}", found, fix))
             if name == "write":
-                return checks  # nothing is there that the others could look at
+                return checks  # the other checks need the object
     return [ok("storage", f"{root}: {', '.join(done)}"), *checks] if done else checks
 
 
 def storage_fix(message: str) -> str:
-    """Return what mends an error of the storage, by its message."""
+    """Return the fix for an error of the storage, by its message."""
     if "connect" in message.lower() or "timeout" in message.lower() or "timed out" in message.lower():
         return "storage.endpoint_url=http://HOST:PORT (or AWS_ENDPOINT_URL), where the server runs"
     if any(word in message for word in ("credentials", "key", "permission")):
@@ -101,10 +101,10 @@ def storage_fix(message: str) -> str:
 
 
 def race(storage: Storage, uri: str) -> str | None:
-    """Return what is wrong with the conditional writes of a storage, in words; None where they hold.
+    """Return what is wrong with the conditional writes of a storage; None if they work.
 
     Several threads write at the same time under the same condition, first that nothing is stored, then that a given
-    version is: every time one of them has to succeed.
+    version is stored: each time exactly one must succeed.
     """
     tag = None
     for _ in range(RACES):
@@ -120,7 +120,7 @@ def race(storage: Storage, uri: str) -> str | None:
 
 
 def _race_once(storage: Storage, uri: str, contents: Sequence[bytes], tag: str | None) -> list[bytes]:
-    """Write all contents at the same time under a condition, and return those that were taken.
+    """Write all contents at the same time under a condition, and return those that succeeded.
 
     Raises:
         StorageError: a write failed for another reason.

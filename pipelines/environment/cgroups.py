@@ -1,4 +1,4 @@
-"""What the control groups of a container leave this process of its machine's cores and memory."""
+"""The cores and memory that the control groups of a container leave to this process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def free_memory(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
 
 
 def _groups(kind: str, root: Path, own: Path) -> Iterator[tuple[bool, Path]]:
-    """Yield (whether it is of version 1, its folder) of the control groups of this process, outwards."""
+    """Yield (is version 1, folder) of the control groups of this process, from the innermost outwards."""
     for line in own.read_text().splitlines() if own.is_file() else []:
         _, controllers, path = line.split(":", 2)
         if controllers != "" and kind not in controllers.split(","):
@@ -51,7 +51,7 @@ def _groups(kind: str, root: Path, own: Path) -> Iterator[tuple[bool, Path]]:
 
 
 def _read_limit(kind: str, file: Path) -> float | None:
-    """Return the number in a file of a control group, None where it sets none."""
+    """Return the limit in a file of a control group; None if it sets none."""
     try:
         quota, *period = file.read_text().split()
         if quota in ("max", "-1"):

@@ -1,6 +1,6 @@
 """Secrets on their way: out of addresses and command lines into environment variables, and to workers by file.
 
-Whoever shows an address shows it to others: MLflow, Ray's dashboard, logs, the process list. User info in an address
+Addresses are visible to others: in MLflow, Ray's dashboard, logs and the process list. User info in an address
 (`https://USER:PASSWORD@host`) therefore moves into the variables that the clients of the service read, before
 anything is printed, logged or pickled. Processes on other nodes get the path of a file, never what is in it.
 """
@@ -122,7 +122,7 @@ def hand_over(environ: Mapping[str, str], home: Path, services: Collection[str])
 
 
 def read_mlflow_file(path: Path) -> dict[str, str]:
-    """Return the variables that a file of MLflow credentials stands for; none where this node has no such file."""
+    """Return the variables in a file of MLflow credentials; empty if this node has no such file."""
     parser = configparser.ConfigParser(interpolation=None)
     parser.read(path)
     found = parser["mlflow"] if parser.has_section("mlflow") else {}
@@ -152,7 +152,7 @@ def create_private(path: Path, text: str) -> bool:
 
 
 def _write(home: Path, service: str, section: str, values: Mapping[str, str]) -> str:
-    """Write an ini file that goes when this process ends, and return its path."""
+    """Write an ini file that is deleted when this process ends, and return its path."""
     parser = configparser.ConfigParser(interpolation=None)
     parser[section] = dict(values)
     text = StringIO()

@@ -37,6 +37,6 @@ def installed_versions() -> dict[str, str | None]:
 
 
 def _git(*arguments: str) -> str:
-    """Return what git prints about the folder of this module; nothing where it is no checkout."""
+    """Return the output of git for the folder of this module; empty if it is not a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,7 +1,7 @@
 """Commands of this program on clusters: a RayJob of KubeRay, a cluster on EC2, a job on any Ray cluster.
 
-A launch renders the same `Config` as the command itself: `command` says what runs there and what it is called,
-`kuberay` and `aws` turn that into the files of the cluster, `kubectl` and `ray_jobs` start, follow and stop it.
+A launch uses the same `Config` as the command itself: `command` has the command and its name, `kuberay` and `aws`
+render the files of the cluster, `kubectl` and `ray_jobs` start, follow and stop it.
 """
 
 from pipelines.launch.command import (

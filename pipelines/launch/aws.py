@@ -1,4 +1,4 @@
-"""A command on EC2: the file of `ray up`, the policies of its two roles, and the rules of its bucket, as files."""
+"""A command on EC2: files for `ray up`, the IAM policies of two roles, and the lifecycle rules of the bucket."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def files(command: ClusterCommand) -> dict[str, str]:
     """Return the files of a cluster by name.
 
     Raises:
-        ConfigError: the settings do not fit each other, or leave something out that a cluster needs.
+        ConfigError: settings are incompatible or missing.
     """
     launch, config = launch_of(command), command.config
     require_reachable(config)
@@ -36,10 +36,10 @@ def files(command: ClusterCommand) -> dict[str, str]:
 
 
 def cluster(command: ClusterCommand) -> dict[str, Any]:
-    """Return what `ray up` reads: one head on demand, workers that are spot instances where `launch.spot`.
+    """Return the cluster file of `ray up`: an on-demand head, and workers on spot instances if `launch.spot`.
 
     Raises:
-        ConfigError: numbers of workers do not divide into instances.
+        ConfigError: the workers do not divide evenly into instances.
     """
     launch, config = launch_of(command), command.config
     fewest, most = (_nodes(count, launch) for count in (config.cluster.min_workers, config.cluster.max_workers))
@@ -49,7 +49,7 @@ def cluster(command: ClusterCommand) -> dict[str, Any]:
         "cluster_name": command.object_name,
         "max_workers": most,
         "idle_timeout_minutes": launch.idle_min,
-        # Ray does not read this: the command is kept with the cluster that fits it.
+        # Not read by Ray: the command is stored with its cluster.
         "metadata": {"entrypoint": command.shell(), "submission_id": command.name},
         "provider": {
             "type": "aws",
@@ -61,13 +61,13 @@ def cluster(command: ClusterCommand) -> dict[str, Any]:
         "docker": _docker(command, launch),
         "head_node_type": "head",
         "available_node_types": {
-            # Services, the driver and the autoscaler; no CPUs and no GPUs to offer, so no training runs here.
+            # Services, driver and autoscaler; no CPUs and GPUs are offered, so no training runs here.
             "head": {
                 "resources": {"CPU": 0, "GPU": 0},
                 "node_config": _node(launch.head_instance_type, launch.head_profile, launch.disk_gib, launch),
             },
             "worker": {
-                "resources": {},  # `ray up` fills in what EC2 says of the instance type
+                "resources": {},  # `ray up` fills in the resources of the instance type
                 "min_workers": fewest,
                 "max_workers": most,
                 "node_config": {
@@ -81,7 +81,7 @@ def cluster(command: ClusterCommand) -> dict[str, Any]:
         "setup_commands": [],
         "head_setup_commands": [],
         "worker_setup_commands": [],
-        # In the container. The dashboard listens on loopback only: whoever reaches it can run commands.
+        # In the container. The dashboard listens on loopback only, because its users can run commands.
         "head_start_ray_commands": [
             "ray stop",
             "ray start --head --port=6379 --object-manager-port=8076 --num-cpus=0 --num-gpus=0 "
@@ -92,7 +92,7 @@ def cluster(command: ClusterCommand) -> dict[str, Any]:
 
 
 def next_steps(command: ClusterCommand, folder: Path) -> list[str]:
-    """Return the commands that follow once the files are written."""
+    """Return the next commands of the user, after the files are written."""
     file, launch = shlex.quote(str(folder / CLUSTER_FILE)), launch_of(command)
     if launch.spot:
         command = command.on_spot()
@@ -116,7 +116,7 @@ def launch_of(command: ClusterCommand) -> AwsLaunch:
 
 
 def _docker(command: ClusterCommand, launch: AwsLaunch) -> dict[str, Any]:
-    """Return the containers. Their variables reach `ray start`, thus every Ray worker: addresses, no keys."""
+    """Return the containers. Their variables reach `ray start` and so every Ray worker: addresses, no keys."""
     variables = command.environment() | {"AWS_REGION": launch.region, "AWS_DEFAULT_REGION": launch.region}
     variables |= command.stop_variables
     options = [f"--env={name}={value}" for name, value in variables.items()]
@@ -131,7 +131,7 @@ def _docker(command: ClusterCommand, launch: AwsLaunch) -> dict[str, Any]:
 
 
 def _node(instance_type: str, profile: str, disk_gib: int, launch: AwsLaunch) -> dict[str, Any]:
-    """Return what EC2 is asked for."""
+    """Return the EC2 request of a node."""
     return {
         "InstanceType": instance_type,
         "ImageId": launch.ami,

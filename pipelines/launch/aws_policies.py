@@ -1,6 +1,6 @@
-"""What the roles of a cluster on EC2 may do, and what S3 may delete by itself.
+"""IAM policies of the roles of an EC2 cluster, and the lifecycle rules of the S3 bucket.
 
-The least that works: objects below the prefixes that this program writes, EC2's machines of one cluster.
+They grant the minimum: objects below the prefixes that this program writes, and the machines of one cluster.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Statement = dict[str, Any]
 
 
 def worker_policy(config: Config) -> dict[str, Any]:
-    """Return the policy of every node: the folders of this program in the bucket, and the data where it is elsewhere.
+    """Return the policy of every node: the folders of this program in the bucket, and the dataset if it is elsewhere.
 
-    Listing has the condition `…IfExists`: a request for an object that is not there says so (404) only to who may list
-    the bucket, and such a request has no prefix. Without it, "not there" would be "forbidden".
+    Listing has the condition `…IfExists`: a request for a missing object returns 404 only to users who may list the
+    bucket, and such a request has no prefix. Without it, the answer would be "forbidden".
     """
     bucket, prefix = split(config.storage.root)
     folders = [*(f"{prefix}{folder}/*" for folder in layout.FOLDERS), f"{prefix}{layout.PROBE_PREFIX}*"]
@@ -58,9 +58,9 @@ def worker_policy(config: Config) -> dict[str, Any]:
 
 
 def head_policy(config: Config, launch: AwsLaunch, cluster_name: str) -> dict[str, Any]:
-    """Return what the head's role has beside the nodes' policy: Ray's autoscaler starts and ends machines there.
+    """Return the additional policy of the head, whose autoscaler starts and terminates machines.
 
-    It may start what carries the name of this cluster as a tag, and end or tag only what carries it.
+    It may start machines that are tagged with the name of this cluster, and terminate or tag only those.
     """
     account = launch.account or "*"
     arn = f"arn:aws:ec2:{launch.region}:{account}"
@@ -131,9 +131,9 @@ def head_policy(config: Config, launch: AwsLaunch, cluster_name: str) -> dict[st
 def lifecycle(root: str) -> dict[str, Any]:
     """Return the lifecycle configuration of the bucket.
 
-    No rule deletes by age what a run has written: `checkpoints.json` lists the checkpoints that a restart may use, and
-    a run that rests for a month still needs the newest one. Deleting is for who keeps the list, and for `ddpm gc`. What
-    is left to S3: parts of uploads that were never completed, which no list names and no listing shows, and probes.
+    No rule deletes data of runs by age: `checkpoints.json` lists the checkpoints that a restart may use, and a run that
+    pauses for a month still needs the newest one. Only the owner of the list and `ddpm gc` delete those. S3 deletes
+    parts of incomplete uploads, which no listing shows, and probes.
     """
     prefix = split(root)[1]
     return {
@@ -155,7 +155,7 @@ def lifecycle(root: str) -> dict[str, Any]:
 
 
 def split(uri: str) -> tuple[str, str]:
-    """Return the bucket of an address and the prefix of what lies below it, which is "" or ends with a slash."""
+    """Return bucket and prefix of an address; the prefix is "" or ends with a slash."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     key = key.strip("/")
     return bucket, f"{key}/" if key else ""

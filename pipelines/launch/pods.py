@@ -11,16 +11,16 @@ from pipelines.launch.command import ClusterCommand
 Plain = dict[str, Any]
 
 USER = 1000
-"""Of the image, infra/docker/Dockerfile."""
+"""User and group of the image, see infra/docker/Dockerfile."""
 SECRET_FOLDER = "/var/run/secrets/ddpm/s3"
 SIGNING_FOLDER = "/var/run/secrets/ddpm/signing"
 CACHE_FOLDER = "/var/cache/ddpm"
 SPARE_CPUS = 2
-"""Cores of a worker pod beside those of its workers: for Ray's own processes, and an evaluation beside a training."""
+"""Additional cores of a worker pod, for Ray's own processes and an evaluation during training."""
 LOGS_GIB = 10
 """Disk of a pod for Ray's logs and spilled objects."""
 CACHE_MARGIN = 10
-"""A volume for shards is larger by this part of `data.cache_gib`, for what is being fetched and compiled networks."""
+"""Factor of a volume for shards over `data.cache_gib`, for partial downloads and compiled networks."""
 
 
 def head_template(command: ClusterCommand, launch: KubeRayLaunch) -> Plain:
@@ -41,7 +41,10 @@ def head_template(command: ClusterCommand, launch: KubeRayLaunch) -> Plain:
             *_secret_mount("signing", SIGNING_FOLDER, launch.signing_secret),
             {"name": "shm", "mountPath": "/dev/shm"},
         ],
-        "resources": {"requests": resources, "limits": dict(resources)},  # limits, because KubeRay tells Ray the limits
+        "resources": {
+            "requests": resources,
+            "limits": dict(resources),
+        },  # limits, because KubeRay passes the limits to Ray
         "securityContext": _container_security(),
     }
     volumes = [
@@ -76,11 +79,11 @@ def worker_template(command: ClusterCommand, launch: KubeRayLaunch, *, spot: boo
     }
     spec = {
         **_pod(launch, spot=spot),
-        "automountServiceAccountToken": False,  # a role for S3 comes by a token of its own
+        "automountServiceAccountToken": False,  # a role for S3 uses its own token
         "containers": [container],
         "volumes": [
             *_secret_volume("s3", launch.s3_secret),
-            # Object store, NCCL and data loading share it; what is used counts against the memory limit.
+            # Shared by object store, NCCL and data loading; its use counts against the memory limit.
             _memory("shm", launch.shm_gib * launch.workers_per_node),
             _cache(config, launch),
         ],
@@ -112,7 +115,7 @@ def submitter_template(launch: KubeRayLaunch) -> Plain:
 
 
 def worker_resources(config: Config, launch: KubeRayLaunch) -> dict[str, str]:
-    """Return what a worker pod asks of its node, which is what Ray offers there."""
+    """Return the resource requests of a worker pod, which are also the resources that Ray offers there."""
     cluster, per_node = config.cluster, launch.workers_per_node
     found = {
         "cpu": str(math.ceil(cluster.cpus_per_worker * per_node) + SPARE_CPUS),
@@ -135,10 +138,10 @@ def gib(size: float) -> str:
 
 
 def _pod(launch: KubeRayLaunch, *, spot: bool = False) -> Plain:
-    """Return what all pods have; a container that ends is not started again in place, without the cluster's state.
+    """Return the common part of all pods; a container that ends is not restarted in place, without the cluster's state.
 
     Args:
-        spot: whether it runs on spot nodes; the others are kept off them, whether or not these have a taint.
+        spot: whether it runs on spot nodes; other pods are kept off them, even if the nodes have no taint.
     """
     spec: Plain = {"restartPolicy": "Never"}
     if launch.service_account:
@@ -190,7 +193,7 @@ def _memory(name: str, size_gib: float) -> Plain:
 
 
 def _cache(config: Config, launch: KubeRayLaunch) -> Plain:
-    """Return the volume for shards: on the node's disk, or one of its own, which goes with the pod."""
+    """Return the volume for shards: on the node's disk, or a separate one that is deleted with the pod."""
     size = gib(cache_gib(config))
     if launch.cache_class is None:
         return {"name": "cache", "emptyDir": {"sizeLimit": size}}
@@ -205,7 +208,7 @@ def _cache(config: Config, launch: KubeRayLaunch) -> Plain:
 def _placement(config: Config, launch: KubeRayLaunch, *, spot: bool) -> tuple[dict[str, str], list[Plain]]:
     selector: dict[str, str] = {}
     tolerations: list[Plain] = []
-    if config.cluster.gpus_per_worker:  # GPU nodes are usually tainted so
+    if config.cluster.gpus_per_worker:  # the usual taint of GPU nodes
         tolerations.append({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"})
         if launch.gpu_product:
             selector["nvidia.com/gpu.product"] = launch.gpu_product
@@ -225,15 +228,15 @@ def _label(text: str) -> tuple[str, str]:
 
 
 def _without(key: str, value: str) -> Plain:
-    """Return the affinity of a pod for the nodes that do not have a label, or another value of it."""
+    """Return the affinity of a pod for nodes without a label, or with another value of it."""
     term = {"matchExpressions": [{"key": key, "operator": "NotIn", "values": [value]}]}
     return {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [term]}}
 
 
 def _drain(notice_s: int) -> Plain:
-    """Return what Kubernetes runs before it ends a pod: Ray hears that the node goes, so that training checkpoints.
+    """Return the preStop hook of a pod: it tells Ray that the node will go, so that the training writes a checkpoint.
 
-    Where the cluster is gone already, nothing is waited for.
+    If the cluster is gone already, it does not wait.
     """
     drain = (
         "ray drain-node --reason=DRAIN_NODE_REASON_PREEMPTION --reason-message='the pod is being ended' "

@@ -1,6 +1,6 @@
-"""A command as a job on a Ray cluster that is there already, through Ray's Jobs API.
+"""A command as a job on an existing Ray cluster, through Ray's Jobs API.
 
-Import it once the environment holds the token of the cluster: ray reads it when it is imported.
+Import it after the token of the cluster is in the environment, because ray reads it when it is imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipelines.launch.command import ClusterCommand, LaunchError, check_same, de
 from pipelines.presentation.progress import StageNotice
 
 AGAIN = "@"
-"""Stands in a submission ID between the job's name, which cannot have it, and the number of the submission."""
+"""Separator in a submission ID between the name of the job, which cannot contain it, and the submission's number."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 POLL_S = 1.0
 
@@ -39,9 +39,9 @@ class Submission:
 
     Attributes:
         status: "PENDING", "RUNNING", "SUCCEEDED", "FAILED" or "STOPPED".
-        message: why, in Ray's words.
-        started: seconds since 1970; None before it has.
-        entrypoint: what it runs; empty where that is not known.
+        message: Ray's reason of the status.
+        started: seconds since the epoch; None before the start.
+        entrypoint: command; empty if unknown.
     """
 
     id: str
@@ -52,12 +52,12 @@ class Submission:
 
     @property
     def ended(self) -> bool:
-        """Whether it runs no more."""
+        """Whether the job has ended."""
         return self.status in ENDED
 
     @property
     def number(self) -> int:
-        """Which submission under its name it is, from 1."""
+        """Number of the submission under its name, from 1."""
         return int(self.id.rpartition(AGAIN)[2]) if AGAIN in self.id else 1
 
     def __str__(self) -> str:
@@ -66,13 +66,13 @@ class Submission:
 
 
 def of_name(name: str, submissions: Sequence[Submission]) -> list[Submission]:
-    """Return the submissions under a job's name, in their order."""
+    """Return the submissions under a job's name, in order."""
     own = [s for s in submissions if s.id == name or s.id.rpartition(AGAIN)[0] == name]
     return sorted(own, key=lambda submission: submission.number)
 
 
 def next_id(name: str, earlier: Sequence[Submission]) -> str:
-    """Return the ID of the next submission under a name: Ray takes none a second time, even of a job that has ended."""
+    """Return the ID of the next submission under a name: Ray accepts no ID twice, even after a job has ended."""
     return f"{name}{AGAIN}{earlier[-1].number + 1}" if earlier else name
 
 
@@ -80,8 +80,8 @@ class RayJobs:
     """The jobs of a Ray cluster.
 
     Attributes:
-        client: Ray's, see `connect`.
-        patience_s: how long a server that is away is asked again while a job is followed.
+        client: Ray's client, see `connect`.
+        patience_s: seconds for which an unavailable server is tried again while a job is followed.
     """
 
     def __init__(self, client: Any, address: str, patience_s: float = 300) -> None:
@@ -92,28 +92,28 @@ class RayJobs:
         """Return the jobs of the cluster at an address.
 
         Raises:
-            LaunchError: no cluster answers there, or it does not let us in.
+            LaunchError: no cluster answers, or it refuses access.
         """
         bypass_proxies(address)
-        os.environ["RAY_API_SERVER_ADDRESS"] = address  # else RAY_ADDRESS would count more than what is given here
+        os.environ["RAY_API_SERVER_ADDRESS"] = address  # otherwise RAY_ADDRESS would take precedence
         with _reporting(address):
             return cls(JobSubmissionClient(address), address, patience_s)
 
     def named(self, name: str) -> list[Submission]:
-        """Return the submissions under a job's name, in their order."""
+        """Return the submissions under a job's name, in order."""
         with _reporting(self.address):
             found = self.client.list_jobs()
         return of_name(name, [_submission(job) for job in found if job.submission_id])
 
     def submit(self, command: ClusterCommand, program: str, variables: Mapping[str, str]) -> tuple[Submission, bool]:
-        """Submit a command, and return its job and True; where a job of its name still runs, that one and False.
+        """Submit a command and return its job and True, or the running job of the same name and False.
 
         Args:
-            program: what the cluster calls this program.
-            variables: of the job's processes. Ray's dashboard shows them: addresses and paths, no secrets.
+            program: command of this program on the cluster.
+            variables: environment of the job. Ray's dashboard shows it: addresses and paths, no secrets.
 
         Raises:
-            LaunchError: a job of its name runs another command, or the cluster refuses.
+            LaunchError: a job of the same name runs another command, or the cluster refuses.
         """
         earlier, entrypoint = self.named(command.name), command.shell(program)
         if earlier and not earlier[-1].ended:
@@ -131,7 +131,7 @@ class RayJobs:
         return Submission(identity, "PENDING"), True
 
     def get(self, identity: str) -> Submission:
-        """Return the present state of a job."""
+        """Return the current state of a job."""
         with _reporting(self.address):
             return _submission(self.client.get_job_info(identity))
 
@@ -142,9 +142,9 @@ class RayJobs:
         notice: StageNotice,
         sleep: Callable[[float], None] = time.sleep,
     ) -> Submission | None:
-        """Write what a job prints until it has ended, and return how; None where Ctrl-C detaches.
+        """Write the output of a job until it ends and return its final state; return None if Ctrl-C detaches.
 
-        A server that is away for less than `patience_s` is asked again; what was written already is not written twice.
+        An unavailable server is tried again for `patience_s` seconds; no output is written twice.
 
         Raises:
             LaunchError: the server stays away, or has no such job.
@@ -156,7 +156,7 @@ class RayJobs:
             write(text)
             written, answered_at = written + len(text), time.monotonic()
 
-        with detachable(notice, f"job {identity} goes on; the same command follows it again"):
+        with detachable(notice, f"job {identity} keeps running; the same command follows it again"):
             while True:
                 try:
                     asyncio.run(self._tail(identity, written, count))
@@ -171,13 +171,13 @@ class RayJobs:
         return None
 
     def stop(self, identity: str, wait_s: float) -> Submission:
-        """Ask a job to stop, wait until it has, and return how it ended.
+        """Stop a job, wait until it has ended, and return its final state.
 
         Args:
-            wait_s: how long it has for a checkpoint; then Ray kills it.
+            wait_s: seconds that it has for a checkpoint before Ray kills it.
 
         Raises:
-            LaunchError: it has not ended a while after that.
+            LaunchError: it has not ended a while later.
         """
         with _reporting(self.address):
             self.client.stop_job(identity)
@@ -189,7 +189,7 @@ class RayJobs:
         return state
 
     async def _tail(self, identity: str, skip: int, write: Callable[[str], object]) -> None:
-        """Write what a job has printed and prints, but for the first `skip` characters, until the server closes."""
+        """Write the output of a job without the first `skip` characters, until the server closes the connection."""
         async for text in self.client.tail_job_logs(identity):
             fresh = text[skip:]
             skip = max(0, skip - len(text))
@@ -198,7 +198,7 @@ class RayJobs:
 
 
 def program_of(launch: RayLaunch, *, local: bool) -> str:
-    """Return what the cluster calls this program.
+    """Return the command of this program on the cluster.
 
     Args:
         local: whether it is the local stack, whose processes may not have it on their PATH.
@@ -212,10 +212,11 @@ def program_of(launch: RayLaunch, *, local: bool) -> str:
 
 
 def job_variables(command: ClusterCommand, home: Path | None) -> dict[str, str]:
-    """Return the variables of a job: addresses, how it is stopped, and the folder of the local stack where it is that.
+    """Return the environment of a job: addresses, the time for stopping, and the folder of the local stack if it is
+    used.
 
     Args:
-        home: of the local stack; None for another cluster.
+        home: folder of the local stack; None for another cluster.
     """
     local = {"DDPM_HOME": str(home)} if home is not None else {}
     return {

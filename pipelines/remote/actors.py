@@ -19,7 +19,7 @@ RETRIES = 3
 
 
 class PooledActor:
-    """What every actor of a pool answers."""
+    """The methods that every actor of a pool has."""
 
     _finished = 0
 

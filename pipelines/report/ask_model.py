@@ -1,6 +1,6 @@
-"""What a report shows of a model that nothing has recorded: a film, its error by noise level, filled images.
+"""Parts of a report that are computed with the model: a film, its error by noise level, inpainted images.
 
-All of it is small: a few pictures, drawn in a few dozen network evaluations.
+They are cheap: a few pictures, drawn in a few dozen network evaluations.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ MOST_STEPS = 50
 def ask_model(
     facts: Facts, subject: ReportSubject, config: Config, storage: Storage, notice: Notice = no_notice
 ) -> Facts:
-    """Return the facts with what the model itself can show; what it cannot is named among the notes.
+    """Return the facts with the parts that the model can compute; the notes name the others.
 
     Args:
-        facts: what is recorded.
-        notice: called with what cannot be computed, and why.
+        facts: recorded facts.
+        notice: called with each part that cannot be computed, and the reason.
     """
     if facts.classifier or facts.images_seen is None:
         return facts  # it draws nothing, or the run has published no checkpoint yet

@@ -1,4 +1,4 @@
-"""What a report is made of, as values: read by `gather`, computed by `ask_model`, or made up in a test."""
+"""The contents of a report as values: read by `gather`, computed by `ask_model`, or made up in a test."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Tried:
 
 @dataclass(frozen=True)
 class Levels:
-    """What a model predicts at each noise level, of a few test images.
+    """The error of a model's predictions at each noise level, on a few test images.
 
     Attributes:
-        images: number of them.
+        images: number of test images.
         loss: x is t, y the mean squared error of the predicted noise.
     """
 
@@ -44,11 +44,11 @@ class Levels:
 
 @dataclass(frozen=True)
 class FilmStrip:
-    """The way from noise to pictures.
+    """The intermediate states from noise to pictures.
 
     Attributes:
         picture: x_t above the predicted x_0, by time from left to right.
-        text: with which settings it was drawn, in words.
+        text: description of the sampling settings.
     """
 
     picture: Picture
@@ -57,25 +57,25 @@ class FilmStrip:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that a report can show; what is None or empty is not known, and has no section.
+    """Everything that a report can show; parts that are None or empty are unknown and have no section.
 
     Attributes:
-        name: of the run.
-        reference: RUN or MODEL as it was asked for.
-        made_at: when the report was made, in words.
-        images_seen: by the model that is shown; None where the run has published none.
+        name: name of the run.
+        reference: requested RUN or MODEL.
+        made_at: date and time of the report.
+        images_seen: images seen by the model; None if the run has published none.
         classifier: whether it is a classifier of noisy images, which draws nothing.
-        version: models:/NAME/VERSION of it; None where it is not registered.
-        link: address of the run's page in MLflow; "" where there is none that a browser opens.
-        training: what was trained, as (what, value).
-        data: on what, as (what, value).
+        version: models:/NAME/VERSION of the model; None if it is not registered.
+        link: address of the run's page in MLflow; "" if it has none for a browser.
+        training: rows (setting, value) about the training.
+        data: rows (property, value) about the dataset.
         goodput: where the time went.
-        wall_s: seconds from the first start to the last end; None where they are not known.
-        curves: metric -> its points by images seen.
-        scores: of the model.
-        champion: (address, scores) of the version at the alias, where it is another one that can be compared.
-        champion_note: why no champion is beside the scores, in words.
-        verdicts: of the gate about the version, one for each alias.
+        wall_s: seconds from the first start to the last end; None if unknown.
+        curves: metric -> points by images seen.
+        scores: scores of the model.
+        champion: (address, scores) of the version at the alias, if it is another one that can be compared.
+        champion_note: reason why no champion is shown with the scores.
+        verdicts: verdicts of the gate about the version, one per alias.
         samples: the samples that were scored.
         growth: (images seen, grid of samples), in order.
         film: of some pictures.
@@ -84,8 +84,8 @@ class Facts:
         tried: distances at other settings.
         inpainting: known pixels, result and original, side by side.
         nearest: samples above the training images that are nearest to them.
-        copies: what was found of copies, in words.
-        notes: what could not be read or computed, and why.
+        copies: result of the search for copies.
+        notes: parts that could not be read or computed, with reasons.
     """
 
     name: str

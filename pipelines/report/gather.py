@@ -1,7 +1,7 @@
-"""What is recorded of a run and its model, on MLflow and storage, as the facts of a report.
+"""Reading of the facts of a report from MLflow and storage.
 
-Each part is read by itself: one that is gone, or that an earlier release wrote otherwise, costs its own section and is
-named among the notes.
+Parts are read independently: if one is gone, or an earlier release wrote it differently, only its section is missing,
+and the notes name it.
 """
 
 from __future__ import annotations
@@ -63,23 +63,23 @@ SETTINGS = {
     "workers": "cluster.num_workers",
     "seed": "seed",
 }
-"""What a setting is called in a report -> its place in a configuration."""
+"""Name of a setting in a report -> its key in the configuration."""
 
 
 def gather(subject: ReportSubject, config: Config, storage: Storage, notice: Notice = no_notice) -> Facts:
-    """Return what is recorded of a run and its model.
+    """Return the recorded facts of a run and its model.
 
     Args:
         config: with the address of the MLflow server; `registry.alias` names the champion.
         storage: reads the dataset, the ledger and studies.
-        notice: called with what cannot be read, and why.
+        notice: called with each part that cannot be read, and the reason.
     """
     return _Reader(subject, config, storage, notice).facts()
 
 
 @dataclass
 class _Reader:
-    """Reads the parts, and keeps what several of them need."""
+    """Reads the parts, and caches what several of them need."""
 
     subject: ReportSubject
     config: Config
@@ -88,7 +88,7 @@ class _Reader:
     notes: list[str] = field(default_factory=list)
 
     def facts(self) -> Facts:
-        """Return all that there is."""
+        """Return all facts that can be read."""
         tracker, version = self.subject.tracker, self.subject.version
         name = tracker.tag("ddpm.run") or tracker.run_id
         settings: Mapping[str, Any] = {}
@@ -136,7 +136,7 @@ class _Reader:
 
     @contextmanager
     def _part(self, what: str) -> Iterator[None]:
-        """Read a part; where that fails, go on without it."""
+        """Read a part; if that fails, continue without it."""
         try:
             yield
         except (PipelineError, LookupError, TypeError, ValueError, OSError) as error:
@@ -240,7 +240,7 @@ class _Reader:
         spec: ModelSpec | None,
         seen: int | None,
     ) -> dict[str, Any]:
-        """Return the scores of the model, and those of the champion where it is another one."""
+        """Return the scores of the model, and those of the champion if it is another version."""
         version = self._shown_version(seen)
         scores = None
         if version is not None and "scores" in version.tags:
@@ -258,7 +258,7 @@ class _Reader:
         return found
 
     def _shown_version(self, seen: int | None) -> ModelVersion | None:
-        """Return the version, where it is of the images that are shown."""
+        """Return the version if it belongs to the checkpoint that is shown."""
         version = self.subject.version
         return version if version is not None and version.tags.get("images_seen") in (None, str(seen)) else None
 
@@ -326,7 +326,7 @@ def own_scores(
     seen: int | None,
     of_checkpoints: Mapping[int, Mapping[str, float]],
 ) -> Scores | None:
-    """Return the scores of a checkpoint that its record has, or else some with its own settings, or any; None without.
+    """Return the recorded scores of a checkpoint, or else scores with its own settings, or any scores, or None.
 
     Args:
         recorded: (artifact, scores) of every evaluation of the run.
@@ -347,14 +347,14 @@ def _seen_in(artifact: str) -> int | None:
 
 
 def _verdicts(version: ModelVersion | None) -> tuple[Verdict, ...]:
-    """Return what the gate recorded of a version, for each alias that it was asked for."""
+    """Return the gate's verdicts about a version, one per alias."""
     tags = {} if version is None else version.tags
     tables = [text for key, text in sorted(tags.items()) if key.startswith("gate.") and key.endswith(".table")]
     return tuple(Verdict.from_plain(json.loads(text)) for text in tables)
 
 
 def tried_by_evaluations(recorded: Sequence[tuple[str, Scores]], seen: int | None) -> list[Tried]:
-    """Return the distances that `ddpm evaluate` measured of the model; network evaluations are not recorded there."""
+    """Return the distances that `ddpm evaluate` measured for the model, which have no counts of network evaluations."""
     found = []
     for name, scores in recorded:
         if _seen_in(name) == seen and "frechet_distance" in scores:
@@ -366,7 +366,7 @@ def tried_by_evaluations(recorded: Sequence[tuple[str, Scores]], seen: int | Non
 
 
 def tried_in_trial(study: str, record: TrialRecord) -> Tried | None:
-    """Return what a trial of a study measured; None where it has not finished with a distance."""
+    """Return the result of a trial of a study; None if it has no distance."""
     distance, samples = record.scores.get("frechet_distance"), record.scores.get("samples")
     if record.state != "finished" or distance is None or not math.isfinite(distance):
         return None

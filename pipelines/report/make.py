@@ -1,4 +1,4 @@
-"""The whole report of a RUN or MODEL, and its place among the artifacts of the run."""
+"""Making of the report of a RUN or MODEL, and storing it as an artifact of the run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.storage import Storage
 from pipelines.tracking import Tracker, links
 
 ARTIFACT = "report.html"
-"""Of the run, which has the newest of its reports."""
+"""Artifact of the run with its newest report."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Report:
     """A report.
 
     Attributes:
-        name: of the run.
+        name: name of the run.
         html: the page.
-        sections: their names, in order.
-        tracker: of the run.
+        sections: names of the sections, in order.
+        tracker: MLflow run.
     """
 
     name: str
@@ -37,11 +37,11 @@ class Report:
 
     @property
     def file_name(self) -> str:
-        """Name of its file: whoever may rename the run in MLflow chooses no folder with it."""
+        """Name of the file, in which the name of the run, which MLflow users can change, cannot select a folder."""
         return f"report-{file_name(self.name)}.html"
 
     def log(self) -> str:
-        """Keep it as an artifact of the run, in the place of an earlier one, and return the address of its page."""
+        """Store it as an artifact of the run, replacing an earlier one, and return the address of its page."""
         self.tracker.text(self.html, ARTIFACT)
         page = links.run_page(self.tracker.experiment_id(), self.tracker.run_id, f"artifacts/{ARTIFACT}")
         return f"{self.tracker.uri}/{page}"
@@ -54,8 +54,8 @@ def make(
 
     Args:
         reference: see `find_subject`.
-        config: with the addresses of the services.
-        notice: called with what could not be read or computed, and why.
+        config: configuration with the addresses of the services.
+        notice: called with each part that could not be read or computed, and the reason.
         with_model: whether the model itself draws a few pictures.
 
     Raises:

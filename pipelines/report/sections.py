@@ -1,4 +1,4 @@
-"""What a report shows of its facts, section by section, each with a sentence that says how to read it."""
+"""The sections of a report, each with a sentence on how to read it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FRECHET = "Frechet distance"
 
 
 def sections(facts: Facts) -> tuple[Section, ...]:
-    """Return the sections of a report: those of which the facts have something."""
+    """Return the sections of a report for which there are facts."""
     makers = (_training, _time, _curves, _scores, _gate, _samples, _growth, _film, _levels, _settings, _inpainting)
     found = [section for make in (*makers, _nearest, _notes) if (section := make(facts)) is not None]
     return tuple(found)

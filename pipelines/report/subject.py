@@ -1,4 +1,4 @@
-"""What a report is about: the MLflow run, and the registered version, that a RUN or MODEL names."""
+"""The subject of a report: the MLflow run and the registered version of a RUN or MODEL."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 
 class SubjectError(PipelineError):
-    """Nothing has the name that a report was asked for; says what there is."""
+    """There is no run or version with the requested name; the message lists the existing ones."""
 
 
 @dataclass(frozen=True)
 class ReportSubject:
-    """A run, and the version that a report shows of it.
+    """A run, and the version that its report shows.
 
     Attributes:
-        reference: as it was asked for.
-        version: that was asked for, or the newest that is registered of the run; None where none is.
+        reference: requested RUN or MODEL.
+        version: requested version, or the newest registered version of the run; None if there is none.
     """
 
     reference: str
@@ -33,14 +33,14 @@ class ReportSubject:
 
 
 def find_subject(reference: str, config: Config) -> ReportSubject:
-    """Return the run that a reference names.
+    """Return the run of a reference.
 
     Args:
         reference: name of a run, its MLflow ID with or without runs:/, models:/NAME/VERSION or models:/NAME@ALIAS.
         config: with the address of the MLflow server.
 
     Raises:
-        ReferenceFormError: it can be the name of none.
+        ReferenceFormError: the reference is malformed.
         SubjectError, ModelError: there is no such run or version; the message lists what there is.
         TrackingError: no MLflow server answers.
     """

@@ -196,7 +196,7 @@ def _read_npy(data: bytes | memoryview) -> NDArray[Any]:
 
 
 class _NpyHeader(NamedTuple):
-    """What a `.npy` file says of its array, and the length of that header in bytes."""
+    """The header of a `.npy` file, and its length in bytes."""
 
     shape: tuple[int, ...]
     by_columns: bool

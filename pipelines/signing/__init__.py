@@ -1,6 +1,6 @@
 """Signatures by key or certificate, without any network, and records that carry one.
 
-Whose signatures are believed is decided by the configuration of whoever verifies, never by what is signed.
+The verifier's configuration decides which signatures are trusted, never the signed data.
 """
 
 from pipelines.signing.record import Authority, Derived, said, seal, unseal

@@ -1,4 +1,4 @@
-"""What lies in a folder, file by file: what a signature of it is about."""
+"""The files of a folder and their digests, which a signature covers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def differences(recorded: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
-    """Return in words, file by file, how digests by path differ from recorded ones."""
+    """Return descriptions, file by file, of how digests by path differ from recorded ones."""
     other = [f"{name} is another" for name in sorted(recorded.keys() & there.keys()) if recorded[name] != there[name]]
     missing = [f"{name} is missing" for name in sorted(recorded.keys() - there.keys())]
     return other + missing + [f"{name} is new" for name in sorted(there.keys() - recorded.keys())]
@@ -21,7 +21,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file; nothing where it is a link, which is no content of the folder."""
+    """Return the SHA-256 of a file; empty for a link, which is not content of the folder."""
     if path.is_symlink():
         return ""
     with path.open("rb") as file:

@@ -51,7 +51,7 @@ def unseal(content: bytes, place: str, trust: Trust, field: str = RECORD) -> dic
 
 
 def said(content: bytes, field: str = RECORD) -> dict[str, Any]:
-    """Return what a record says, whoever has made it, signed or not; nothing where it is damaged."""
+    """Return the content of a record without checking its signature; empty if it is damaged."""
     try:
         plain = json.loads(content)
         plain = json.loads(plain[field]) if field in plain else plain

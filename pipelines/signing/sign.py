@@ -1,7 +1,7 @@
 """Signatures: of the folder of a model, and of the gate's verdicts, by key or certificate, without any network.
 
-The format is that of `model-signing` (OpenSSF), whose own command line verifies our folders too. Whose signatures are
-believed is decided by the configuration of whoever verifies, never by what is signed.
+The format is that of `model-signing` (OpenSSF), whose command line verifies our folders too. The verifier's
+configuration decides which signatures are trusted, never the signed data.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Trust:
 
     Attributes:
         keys: paths of public keys, PEM; one that is not there is that of nobody.
-        roots: paths of certificates, PEM, that vouch for whoever has a certificate below one of them.
+        roots: paths of trusted root certificates, PEM.
     """
 
     keys: tuple[Path, ...] = ()
@@ -184,7 +184,7 @@ class Trust:
 
 @dataclass(frozen=True)
 class _Signed:
-    """What a signature says; whether that is true, `model-signing` decides.
+    """The contents of a signature, unverified; `model-signing` verifies it.
 
     Attributes:
         by: whose it is, in words.
@@ -216,7 +216,7 @@ class _Signed:
 
 
 def check_signing(config: RegistryConfig) -> None:
-    """Check, before anything starts, that versions can be signed, and that whoever they are for believes it.
+    """Check, before anything starts, that versions can be signed and that this configuration trusts the signature.
 
     Raises:
         ConfigError: a key or certificate cannot be used, or signatures with it are not believed here.

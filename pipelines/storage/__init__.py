@@ -1,7 +1,7 @@
-"""Stored bytes by their address, on any of the registered backends; cheap to import.
+"""Access to stored bytes by address, on any registered backend; cheap to import.
 
-`store` holds the `Storage` value and the list of backends, one file each; `fence` keeps a replaced driver from
-writing; `arrow` shows a storage folder to pyarrow, and so to Ray Train (imported by name, for it imports pyarrow).
+`store` has the `Storage` value and the list of backends, one file each; `layout` names the stored folders and files;
+`fence` keeps a replaced driver from writing.
 """
 
 from pipelines.storage.backend import Backend, Connection, Entry

@@ -1,4 +1,4 @@
-"""What a store must be able to do: the protocol that S3, local files and every further backend implement."""
+"""The protocol of a storage backend, implemented for S3, local files and fsspec."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Entry:
     """One stored object.
 
     Attributes:
-        uri: its address.
-        size: in bytes.
-        tag: changes when the bytes do: the store's ETag, or a file's modification time in nanoseconds. The same bytes
-            stored again may have another.
-        modified: when it was stored, in seconds since the epoch by the store's clock; None where it does not say.
+        uri: address of the object.
+        size: size in bytes.
+        tag: changes whenever the bytes do: the store's ETag, or a file's modification time in nanoseconds. Storing the
+        same bytes again may change it.
+        modified: time of storing, in seconds since the epoch by the store's clock; None if unknown.
     """
 
     uri: str
@@ -28,10 +28,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Connection:
-    """How the store is reached; None leaves a choice to AWS's own rules (environment, profile, role).
+    """Settings of the connection to a store; None means AWS's default rules (environment, profile, role).
 
     Attributes:
-        endpoint_url: of an S3 that is not AWS.
+        endpoint_url: endpoint of an S3 server other than AWS.
         credentials_file: path of an AWS shared credentials file.
         region: signing region.
     """
@@ -42,20 +42,20 @@ class Connection:
 
 
 class Backend(Protocol):
-    """One kind of store, made once per process and connection; its methods are called from any thread.
+    """One kind of store, created once per process and connection; its methods are thread-safe.
 
-    Every method makes a single try; `Storage` repeats it. They raise `NotFoundError` where nothing is stored,
-    `TransientStorageError` where another try may help, and `StorageError` with the fix for everything else. Bytes that
-    are stored replace what was there in one step: a reader sees the old ones or the new ones, a kill leaves the old.
+    Every method makes a single try; `Storage` repeats it. They raise `NotFoundError` if nothing is stored,
+    `TransientStorageError` if another try may help, and `StorageError` with the fix for everything else. Stored bytes
+    replace the old ones in one step: a reader sees the old or the new ones, and a kill leaves the old ones.
 
     Attributes:
-        form: what its addresses look like, for messages; "/KEY" stands for what follows the container's name.
+        form: form of its addresses, for messages; "/KEY" is the part after the container's name.
     """
 
     form: ClassVar[str]
 
     def __init__(self, connection: Connection) -> None:
-        """Connect lazily: nothing is imported or asked of a server before the first call."""
+        """Connect lazily: nothing is imported and no server is contacted before the first call."""
 
     @staticmethod
     def is_address(uri: str) -> bool:
@@ -63,13 +63,14 @@ class Backend(Protocol):
 
     @staticmethod
     def environment(connection: Connection) -> dict[str, str]:
-        """Return the variables that another process needs to reach the same store: paths and endpoints, no secrets."""
+        """Return the environment variables that another process needs for the same store: paths and endpoints, no
+        secrets."""
 
     def read(self, uri: str, start: int, stop: int | None) -> bytes:
         """Return the bytes [start, stop) of an object, up to its end where stop is None."""
 
     def stream(self, uri: str, start: int, stop: int, chunk: int) -> Iterator[bytes]:
-        """Yield the bytes [start, stop) as they arrive, at most `chunk` at a time; fewer where the object ends."""
+        """Yield the bytes [start, stop) as they arrive, at most `chunk` at a time; fewer if the object ends before."""
 
     def write(self, uri: str, data: bytes) -> None:
         """Store bytes."""
@@ -78,12 +79,13 @@ class Backend(Protocol):
         """Return the bytes of an object and their tag."""
 
     def write_if(self, uri: str, data: bytes, tag: str | None) -> str:
-        """Store bytes where those of this tag are, or none where the tag is None, and return their own tag.
+        """Store bytes if the stored ones have this tag, or if nothing is stored and the tag is None; return the new
+        tag.
 
-        One of several writers succeeds.
+        Exactly one of several writers succeeds.
 
         Raises:
-            ConflictError: something else is there.
+            ConflictError: something else is stored.
         """
 
     def upload(self, path: Path, uri: str) -> None:
@@ -93,7 +95,7 @@ class Backend(Protocol):
         """Copy an object into a file."""
 
     def copy(self, source: str, target: str) -> None:
-        """Store an object of this backend anew under another of its addresses."""
+        """Copy an object to another address of this backend."""
 
     def exists(self, uri: str) -> bool:
         """Return whether an object is at the address."""
@@ -102,7 +104,7 @@ class Backend(Protocol):
         """Return every object under a folder address, in any order."""
 
     def delete(self, uri: str) -> None:
-        """Remove an object; nothing happens where there is none."""
+        """Remove an object, if there is one."""
 
     def remove_empty_folders(self, uri: str) -> None:
-        """Remove a folder address's empty folders and itself; nothing happens where folders are not stored."""
+        """Remove the empty folders at an address, and the folder itself; do nothing if the store has no folders."""

@@ -1,4 +1,4 @@
-"""What can go wrong with stored bytes, in words that say which address, why, and how to fix it."""
+"""Errors of storage, whose messages say which address, why, and how to fix it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NETWORK = {
 
 
 class StorageError(PipelineError):
-    """Stored bytes could not be read or written; says which address, why, and how to fix it."""
+    """Stored bytes could not be read or written; the message says which address, why, and how to fix it."""
 
 
 class NotFoundError(StorageError):
@@ -45,7 +45,7 @@ class NotFoundError(StorageError):
 
 
 class ShortObjectError(StorageError):
-    """The object ends before the bytes that were asked for."""
+    """The object ends before the requested bytes."""
 
 
 class ConflictError(StorageError):
@@ -57,17 +57,17 @@ class TransientStorageError(StorageError, TransientError):
 
 
 def not_found(uri: str) -> NotFoundError:
-    """The error of an address where nothing is stored."""
+    """Return the error for an address where nothing is stored."""
     return NotFoundError(f"{uri}: nothing is stored there")
 
 
 def cut_short(uri: str) -> ShortObjectError:
-    """The error of an object that ends too early."""
+    """Return the error for an object that ends too early."""
     return ShortObjectError(f"{uri} ends before the bytes that were asked for: it is cut short")
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Return whether an error says that a connection broke, or that none came about."""
+    """Return whether an error says that a connection broke or could not be made."""
     if isinstance(error, ConnectionError | TimeoutError | ssl.SSLError | socket.gaierror):
         return True
     return isinstance(error, OSError) and error.errno in _NETWORK
@@ -75,7 +75,7 @@ def is_network_error(error: BaseException) -> bool:
 
 @contextmanager
 def reporting_os_errors(uri: str) -> Iterator[None]:
-    """Turn what the file system or a socket raises into a `StorageError` that says what to do."""
+    """Turn errors of the file system or a socket into a `StorageError` that says what to do."""
     try:
         yield
     except FileNotFoundError as error:

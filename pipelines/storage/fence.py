@@ -1,8 +1,8 @@
 """A fence around a run's folder: only the newest driver and its workers may write there.
 
-Drivers of a run are numbered: each takes the next *epoch* by a conditional write, so no two have the same. What they
-store has the epoch in its address, or is written conditionally; what cannot be, such as a point of an MLflow curve, is
-sent after `Fence.check`.
+Drivers of a run are numbered: each takes the next *epoch* by a conditional write, so no two have the same. Everything
+that they store has the epoch in its address or is written conditionally; where that is impossible, as for MLflow
+metrics, it is sent after `Fence.check`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pipelines.storage.store import Storage
 
 
 class FencedError(StorageError):
-    """Another driver has taken over this run: what is left of the earlier one must not write any more."""
+    """Another driver has taken over this run: processes of the earlier one must not write any more."""
 
 
 def fenced(uri: str) -> FencedError:
-    """The error of a driver that has been replaced, at an address that it may not write any more."""
+    """Return the error of a replaced driver at an address that it may no longer write."""
     return FencedError(
         f"{uri}: another driver has taken over this run, or the run was deleted; nothing more is written here"
     )
@@ -30,12 +30,12 @@ def fenced(uri: str) -> FencedError:
 
 @dataclass(frozen=True)
 class Fence:
-    """Who may write to a run: the driver whose epoch and token are at the address.
+    """Permission to write to a run, which belongs to the driver whose epoch and token are stored at the address.
 
     Attributes:
-        uri: where the newest driver is recorded.
+        uri: address of the record of the newest driver.
         epoch: number of the driver that this process belongs to, counted from 1.
-        token: of that driver.
+        token: token of that driver.
     """
 
     storage: Storage
@@ -48,7 +48,7 @@ class Fence:
         """Make the caller the newest driver and return its fence.
 
         Args:
-            above: the epoch is larger than this, whatever is recorded: for a record that was lost.
+            above: lower bound of the epoch, in case the record was lost.
         """
         token = uuid.uuid4().hex
 
@@ -61,7 +61,7 @@ class Fence:
         return cls(storage, uri, record["epoch"], token)
 
     def check(self, *, patience_s: float = PATIENCE_S) -> None:
-        """Refuse to go on for a driver that has been replaced.
+        """Raise if this driver has been replaced.
 
         Raises:
             FencedError: another driver is recorded, or none: the run was deleted.
@@ -73,7 +73,7 @@ class Fence:
         self._require(stored)
 
     def note(self, **notes: str) -> dict[str, Any]:
-        """Record something beside this driver for the next one, and return what was recorded before.
+        """Add notes to the record of this driver for the next one, and return the earlier record.
 
         Raises:
             FencedError: as `check` does.

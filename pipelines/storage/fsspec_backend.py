@@ -1,16 +1,16 @@
-"""Every store that fsspec opens as a storage backend: Google Cloud Storage, Azure, SFTP, and what else is installed.
+"""A storage backend for every filesystem of fsspec: Google Cloud Storage, Azure, SFTP, and others that are installed.
 
 Install the filesystem's package beside this one (`pip install gcsfs` for gs://, `adlfs` for abfs://, `paramiko` for
 sftp://). Credentials and other settings are fsspec's own: the environment of the store, or the files in
 `FSSPEC_CONFIG_DIR`; this module adds none.
 
-An object store shows an object when it is whole, so storing it replaces the old one in one step. On a file system the
-bytes are written beside their place and renamed into it, which is as atomic as its rename: `local` and `sftp` replace
-in one step; one that refuses to rename over a file (`smb`, `hdfs`, some `ftp` servers) has the old one removed first,
-and a kill in between leaves none.
+An object store shows an object only when it is complete, so storing replaces the old one in one step. On a file system
+the bytes are written to a temporary file and renamed, which is as atomic as the rename: `local` and `sftp` replace in
+one step; if a file system refuses to rename over a file (`smb`, `hdfs`, some `ftp` servers), the old file is removed
+first, and a kill in between leaves none.
 
-fsspec has no conditional writes. They are made of a comparison and a write here: of two writers at the same instant the
-last one wins. So a driver that has been replaced is stopped at its next write, but one write of it may still arrive.
+fsspec has no conditional writes, so they are a comparison followed by a write: of two writers at the same instant the
+last one wins. A replaced driver is therefore stopped at its next write, but one of its writes may still arrive.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OBJECT_STORES = ("gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "tos")
 FILE_SYSTEMS = ("local", "sftp", "ssh", "smb", "hdfs", "webhdfs", "ftp", "webdav", "dbfs")
 PROTOCOLS = (*OBJECT_STORES, *FILE_SYSTEMS)
 STREAM_BYTES = 8 << 20
-"""Of one request while streaming."""
+"""Bytes per request while streaming."""
 _ENVIRONMENT = (
     "FSSPEC_CONFIG_DIR",
     "GOOGLE_APPLICATION_CREDENTIALS",
@@ -56,7 +56,7 @@ _BROKEN = (
     "ChunkedEncodingError",
     "NoValidConnectionsError",
 )
-"""Names of what `requests` and, last, `paramiko`, below some filesystems, raise where a connection broke or failed."""
+"""Names of the errors of `requests` and (last) `paramiko`, used by some filesystems, for lost or failed connections."""
 _TIMES = ("mtime", "last_modified", "LastModified", "updated", "modified")
 
 
@@ -75,7 +75,7 @@ class FsspecBackend:
 
     @staticmethod
     def environment(connection: Connection) -> dict[str, str]:
-        """Return the variables by which the filesystems find settings, as far as they are set here."""
+        """Return the environment variables with settings of the filesystems, as far as they are set here."""
         return {name: os.environ[name] for name in _ENVIRONMENT if os.environ.get(name)}
 
     def read(self, uri: str, start: int, stop: int | None) -> bytes:
@@ -106,7 +106,7 @@ class FsspecBackend:
         return data, hashlib.sha256(data).hexdigest()
 
     def write_if(self, uri: str, data: bytes, tag: str | None) -> str:
-        """Compare, then store: two steps, for fsspec has no single one."""
+        """Compare, then store: two steps, because fsspec has no conditional write."""
         try:
             there: str | None = self.read_tagged(uri)[1]
         except NotFoundError:
@@ -139,7 +139,7 @@ class FsspecBackend:
             _replace(target, lambda fs, place: fs.pipe_file(place, data))
 
     def exists(self, uri: str) -> bool:
-        """Return whether an object is there; a folder is none."""
+        """Return whether an object exists; folders do not count."""
         with _reporting(uri):
             fs, path = _open(uri)
             try:
@@ -152,7 +152,7 @@ class FsspecBackend:
         folder = uri.rstrip("/")
         with _reporting(uri):
             fs, path = _open(folder)
-            # A walk over folders would leave out one that it cannot read, and the list would be short.
+            # A walk over folders would silently leave out unreadable ones.
             strict = {} if _scheme(uri) in OBJECT_STORES else {"on_error": "raise"}
             try:
                 found = fs.find(path, detail=True, **strict)
@@ -187,7 +187,7 @@ def _scheme(uri: str) -> str:
 def _open(uri: str) -> tuple[Any, str]:
     """Return (filesystem, path) of an address; fsspec keeps one filesystem per thread.
 
-    Its listings are forgotten: other processes write to the same place.
+    Its cached listings are dropped: other processes write to the same place.
     """
     import fsspec
 
@@ -197,14 +197,14 @@ def _open(uri: str) -> tuple[Any, str]:
 
 
 def _tag(info: Mapping[str, Any]) -> str:
-    """Return what a filesystem says of an object that changes when its bytes do."""
+    """Return the property of an object that changes when its bytes do."""
     return next((str(info[name]) for name in _TAGS if info.get(name) is not None), "")
 
 
 def _modified(info: Mapping[str, Any]) -> float | None:
-    """Return when a filesystem says that an object was last written, in seconds since the epoch; None without a word.
+    """Return the time of the last write of an object in seconds since the epoch; None if the filesystem does not say.
 
-    Filesystems say it as a number, a datetime or an ISO 8601 text.
+    Filesystems give it as a number, a datetime or an ISO 8601 text.
     """
     for name in _TIMES:
         said = info.get(name)
@@ -219,7 +219,7 @@ def _modified(info: Mapping[str, Any]) -> float | None:
 
 
 def _replace(uri: str, write: Callable[[Any, str], object]) -> None:
-    """Have an object written in one step, with the folders above it where there are such things."""
+    """Write an object in one step, creating its parent folders if the store has folders."""
     fs, path = _open(uri)
     if _scheme(uri) in OBJECT_STORES:
         write(fs, path)
@@ -259,7 +259,7 @@ def _reporting(uri: str) -> Iterator[None]:
 
 
 def _answered(uri: str, error: Exception) -> StorageError:
-    """Return the error for what a store's own library raised, by the HTTP status that it carries, if any."""
+    """Return the error for an exception of a store's library, by its HTTP status if it has one."""
     status = next((s for n in ("status_code", "status", "code") if isinstance(s := getattr(error, n, None), int)), None)
     if status == 404:
         return not_found(uri)
@@ -271,14 +271,14 @@ def _answered(uri: str, error: Exception) -> StorageError:
 
 
 def _is_lost(error: OSError) -> bool:
-    """Return whether a library says by an error of its own, without a number, that a connection broke."""
+    """Return whether an error of a library, without a number, says that a connection broke."""
     return error.errno is None and (
         type(error).__name__ in _BROKEN or (type(error) is OSError and "is closed" in str(error))
     )
 
 
 def _connect_anew(uri: str, error: Exception) -> TransientStorageError:
-    """Return the error for a connection that broke, and forget the filesystems that may hold it for the next try."""
+    """Return the error for a broken connection, and drop the cached filesystems that may hold it."""
     import fsspec
 
     with suppress(ImportError, ValueError):
@@ -287,5 +287,5 @@ def _connect_anew(uri: str, error: Exception) -> TransientStorageError:
 
 
 def _said(uri: str, error: Exception) -> str:
-    """Return what a library's own error says, with its name."""
+    """Return the name and message of a library's error."""
     return f"{uri}: {type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Files of this machine, or of a disk that all nodes share, as a storage backend: `file:///PATH`."""
+"""A storage backend for files of this machine, or of a disk that all nodes share: `file:///PATH`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pipelines.storage.errors import ConflictError, TransientStorageError, repor
 
 LOCK = ".lock"
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir"})
-"""What systems keep among people's files: of zips, of disks, and the small copies of pictures on network drives."""
+"""Folders that systems put among the user's files: in zips, on disks, and thumbnails on network drives."""
 
 
 class LocalBackend:
-    """Folders through pathlib; every file is written beside its place and renamed into it.
+    """Folders through pathlib; every file is written to a temporary file and renamed.
 
-    A conditional write compares and renames under a lock on `.NAME.lock` beside the file, which stays there. The kernel
-    releases the lock of a process that dies; on a shared disk, flock has to work between its nodes.
+    A conditional write compares and renames under a lock on `.NAME.lock` beside the file; the lock file is kept. The
+    kernel releases the lock of a process that dies; on a shared disk, flock has to work between nodes.
     """
 
     form: ClassVar[str] = "file:///PATH"
@@ -40,7 +40,7 @@ class LocalBackend:
 
     @staticmethod
     def environment(connection: Connection) -> dict[str, str]:
-        """Return nothing: a path is all that another process needs."""
+        """Return nothing: another process needs only the path."""
         return {}
 
     def read(self, uri: str, start: int, stop: int | None) -> bytes:
@@ -106,9 +106,10 @@ class LocalBackend:
         entries = []
         with reporting_os_errors(uri):
             for here, below, names in os.walk(local_path(uri), onerror=_unless_gone):
-                below[:] = [name for name in below if name not in SYSTEM_FOLDERS]  # which may be closed to this user
+                # They may be unreadable for this user.
+                below[:] = [name for name in below if name not in SYSTEM_FOLDERS]
                 for path in (Path(here, name) for name in names):
-                    with suppress(FileNotFoundError):  # removed meanwhile, or a link that leads nowhere
+                    with suppress(FileNotFoundError):  # removed meanwhile, or a broken link
                         status = path.stat()
                         if stat.S_ISREG(status.st_mode) and not _is_lock(path):
                             tag = str(status.st_mtime_ns)
@@ -121,7 +122,7 @@ class LocalBackend:
             local_path(uri).unlink(missing_ok=True)
 
     def remove_empty_folders(self, uri: str) -> None:
-        """Remove a folder's empty folders and locks, itself last."""
+        """Remove the empty folders and locks of a folder, then the folder."""
         folder = local_path(uri)
         with reporting_os_errors(uri):
             for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
@@ -137,7 +138,8 @@ def local_path(uri: str) -> Path:
 
 
 def _unless_gone(error: OSError) -> None:
-    """Raise why a folder cannot be listed, unless it is not there: what is in it must not be left out in silence."""
+    """Raise the error of a folder that cannot be listed, unless the folder is gone: no file may be left out
+    silently."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 
@@ -151,7 +153,7 @@ def _is_lock(path: Path) -> bool:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a temporary file written and give it the name of `path`, whatever was there."""
+    """Write a temporary file and rename it to `path`, replacing what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Repeat a call to a service that is away for a while: one rule for storage and tracking alike."""
+"""Repetition of calls while a service is unavailable, the same for storage and tracking."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.presentation.errors import PipelineError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE_S = 300.0
-"""How long a service may be away before a call to it fails."""
+"""Seconds for which a service may be unavailable before a call fails."""
 BACKOFF = wait_exponential(multiplier=0.2, max=10) + wait_random(0, 1)
 """Seconds between two tries."""
 
@@ -30,15 +30,15 @@ class TransientError(PipelineError):
 
 
 def retry(call: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
-    """Return what a call returns, repeating it with exponential backoff and jitter while the service is away.
+    """Return the result of a call, repeated with exponential backoff and jitter while the service is unavailable.
 
-    The first failure is logged as a warning: a person may be waiting.
+    The first failure is logged as a warning, because a person may be waiting.
 
     Args:
-        patience_s: seconds after which no further try is made; 0 for a single one.
+        patience_s: seconds after which the call is given up; 0 for a single try.
 
     Raises:
-        TransientError: the last try's, when patience has run out.
+        TransientError: the error of the last try, after `patience_s` seconds.
     """
 
     def announce(state: RetryCallState) -> None:

@@ -1,4 +1,4 @@
-"""S3 and what speaks its protocol as a storage backend: `s3://BUCKET/KEY`."""
+"""A storage backend for S3 and servers with its protocol: `s3://BUCKET/KEY`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class S3Backend:
 
     @staticmethod
     def is_address(uri: str) -> bool:
-        """Return True: `split_s3` names what is missing."""
+        """Return True: `split_s3` reports missing parts."""
         return True
 
     @staticmethod
@@ -68,7 +68,7 @@ class S3Backend:
             return answer["Body"].read(), answer["ETag"].strip('"')
 
     def write_if(self, uri: str, data: bytes, tag: str | None) -> str:
-        """Store bytes with `If-Match`, or with `If-None-Match: *` where nothing may be there."""
+        """Store bytes with `If-Match`, or with `If-None-Match: *` if nothing may be stored yet."""
         from botocore.exceptions import ClientError
 
         bucket, key = split_s3(uri)
@@ -115,7 +115,7 @@ class S3Backend:
         return True
 
     def list(self, uri: str) -> list[Entry]:
-        """Return every object whose key begins with the folder's."""
+        """Return every object whose key starts with the folder's."""
         bucket, prefix = split_s3(uri.rstrip("/") + "/")
         with self.client.calls(uri, "read") as client:
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)

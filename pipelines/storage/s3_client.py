@@ -1,4 +1,4 @@
-"""The boto3 client of a connection, which is made anew when its credentials have expired or changed."""
+"""The boto3 client of a connection, which is recreated when its credentials have expired or changed."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Action = Literal["read", "write"]
 MAX_ATTEMPTS = 8
 """Tries that boto3 makes for one call before it reports a failure."""
 TIMEOUT_S = 30.0
-"""How long a server may send nothing."""
+"""Seconds for which a server may send nothing."""
 FALLBACK_REGION = "us-east-1"
-"""Of a server of its own address, where no region is named anywhere: a signature needs one."""
+"""Region of a server other than AWS if none is configured: signatures need one."""
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A client with what it was made from.
+    """A client, and the state of the credentials that it was made from.
 
     Attributes:
         temporary: whether its credentials expire.
-        stamps: of the files that hold the credentials.
+        stamps: state of the credential files.
     """
 
     client: Any
@@ -39,7 +39,7 @@ class _Made:
 
 
 class S3Client:
-    """The boto3 client of a connection: one per process, which all threads may use."""
+    """The boto3 client of a connection, shared by all threads of a process."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -49,11 +49,11 @@ class S3Client:
 
     @contextmanager
     def calls(self, uri: str, action: Action) -> Iterator[Any]:
-        """Return the client for calls about an address; turn what they raise into a `StorageError` with the fix.
+        """Yield the client for calls about an address; turn their errors into a `StorageError` with the fix.
 
-        Credentials that have expired, or are refused and have changed since the client was made, are worth another try
-        with a client that reads them again. So is what is refused although this process was allowed to do it to this
-        bucket before: policies and keys are changed while a training goes on, and a store may need a while to agree.
+        Credentials that have expired, or that are refused and have changed since the client was made, are tried again
+        with a new client. So are calls that are refused but were allowed for this bucket before: policies and keys
+        change during a training, and a store may take a while to apply them.
         """
         made: _Made | None = None
         allowed = (uri.removeprefix("s3://").split("/")[0], action)
@@ -85,7 +85,7 @@ class S3Client:
             return self._made
 
     def _discard(self, made: _Made) -> None:
-        """Have the next call make a client, unless another thread has done so already."""
+        """Make the next call create a client, unless another thread has done so already."""
         with self._lock:
             if self._made is made:
                 self._made = None
@@ -97,7 +97,7 @@ class S3Client:
         stamps = self._stamps()  # before the files are read
         session = boto3.session.Session()
         if self.connection.credentials_file:
-            # botocore reads the file's place from the environment only when a session is made.
+            # botocore reads the path of the file from the environment only when a session is created.
             session._session.set_config_variable("credentials_file", self.connection.credentials_file)
         endpoint = self.connection.endpoint_url
         region = self.connection.region or session.region_name or (FALLBACK_REGION if endpoint else None)
@@ -116,7 +116,7 @@ class S3Client:
         return _Made(client, bool(credentials and credentials.token), stamps)
 
     def _stamps(self) -> tuple[object, ...]:
-        """Return what changes when the files of the credentials do."""
+        """Return a value that changes when the credential files do."""
         home = Path.home() / ".aws"
         files = (
             self.connection.credentials_file or os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or home / "credentials",

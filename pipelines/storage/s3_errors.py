@@ -1,6 +1,6 @@
-"""What S3 answers and what boto3 raises, sorted: nothing there, worth another try, credentials, or final.
+"""Classification of S3 responses and boto3 errors: not found, worth another try, credentials, or final.
 
-The code of an answer is read from the response alone. Texts of errors hold keys, and a key may hold "403".
+The error code is read from the response only: error messages contain keys, and a key may contain "403".
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ _FINAL = {
     "301": "the bucket is in another region: set storage.region",
 }
 MAX_SKEW_S = 900.0
-"""By how much a signed request's time may differ from the server's."""
+"""Largest difference in seconds between the time of a signed request and that of the server."""
 
 
 class ExpiredCredentialsError(TransientStorageError):
-    """The server takes the credentials for expired: they are read again, for a mounted file may hold newer ones."""
+    """The credentials have expired: they are read again, because a mounted file may have newer ones."""
 
 
 class CredentialsRefusedError(StorageError):
-    """The server does not accept the credentials, or there are none: final unless they have changed meanwhile."""
+    """The server rejects the credentials, or there are none: final unless they have changed meanwhile."""
 
 
 def sort_error(uri: str, error: Exception, *, temporary_credentials: bool = False) -> StorageError | None:
-    """Return the error of this project for what a call of boto3 raised; None where it came from somewhere else.
+    """Return the error of this project for an exception of boto3; None if it came from elsewhere.
 
     Args:
         temporary_credentials: whether the call was signed with credentials that expire.
@@ -89,7 +89,7 @@ def sort_error(uri: str, error: Exception, *, temporary_credentials: bool = Fals
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
     from urllib3.exceptions import HTTPError
 
-    # The transfer manager wraps what ended it.
+    # The transfer manager wraps the error that ended it.
     cause = error
     if isinstance(error, Boto3Error | RetriesExceededError | S3DownloadFailedError):
         inner = getattr(error, "last_exception", None) or error.__cause__ or error.__context__
@@ -112,7 +112,7 @@ def sort_error(uri: str, error: Exception, *, temporary_credentials: bool = Fals
         | FlexibleChecksumError
         | CredentialRetrievalError
         | MetadataRetrievalError
-        | ResponseParserError  # something in front of the store has answered
+        | ResponseParserError  # the answer of something in front of the store
         | HTTPError
         | http.client.HTTPException
     )
@@ -151,7 +151,7 @@ def _sort_answer(uri: str, error: Any, temporary_credentials: bool) -> StorageEr
 
 
 def _skew_s(answer: dict[str, Any]) -> float:
-    """Return how far this machine's clock is ahead of the server's in seconds; 0 where it does not say."""
+    """Return the seconds by which this machine's clock is ahead of the server's; 0 if the server does not say."""
     date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
     try:
         return time.time() - parsedate_to_datetime(date).timestamp() if date else 0.0

@@ -1,8 +1,8 @@
-"""Stored bytes by their address, wherever they are: the one value through which everything else reads and writes them.
+"""`Storage`, the value through which all other code reads and writes stored bytes, by address.
 
-An address is `SCHEME://…`; its scheme chooses the backend from `BACKENDS`. A `Storage` is a small frozen value that
-pickles; clients are made per process. Secrets are never part of it: it holds the path of a credentials file, or nothing
-for the store's own rules. Every method waits for a store that is away, up to `patience_s` seconds.
+An address is `SCHEME://…`; its scheme selects the backend from `BACKENDS`. A `Storage` is a small frozen value that can
+be pickled; clients are created per process. It never contains secrets, only the path of a credentials file, if any.
+Every method waits for an unavailable store for up to `patience_s` seconds.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ BACKENDS: dict[str, type[Backend]] = {
     "file": LocalBackend,
     **dict.fromkeys(PROTOCOLS, FsspecBackend),
 }
-"""By the scheme of an address."""
+"""Scheme of an address -> backend."""
 
 
 @dataclass(frozen=True)
 class Storage(Connection):
     """Reads and writes stored objects by their addresses.
 
-    Unless a method says otherwise it raises `NotFoundError` where nothing is stored at an address,
-    `TransientStorageError` where the store has been away for `patience_s` seconds (0: a single try), and `StorageError`
-    for what no patience mends: no permission, a full disk, no such bucket.
+    Unless stated otherwise, methods raise `NotFoundError` if nothing is stored at an address, `TransientStorageError`
+    if the store has been unavailable for `patience_s` seconds (0: a single try), and `StorageError` for everything that
+    waiting does not fix: no permission, a full disk, no such bucket.
     """
 
     @classmethod
     def of(cls, config: Config) -> Storage:
-        """Return the storage that a configuration names; the environment fills what it leaves open."""
+        """Return the storage of a configuration; missing settings come from the environment."""
         region = config.storage.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         return cls(
             config.storage.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
@@ -60,7 +60,7 @@ class Storage(Connection):
         )
 
     def environment(self) -> dict[str, str]:
-        """Return what processes that reach the same storage need in their environment: paths and endpoints."""
+        """Return the environment variables that other processes need for the same storage: paths and endpoints."""
         merged: dict[str, str] = {}
         for backend in BACKENDS.values():
             merged |= backend.environment(self)
@@ -72,25 +72,24 @@ class Storage(Connection):
         return retry(lambda: backend.read(uri, start, stop), patience_s)
 
     def stream(self, uri: str, start: int, stop: int, chunk: int = 1 << 20) -> Iterator[bytes]:
-        """Yield the bytes [start, stop) of a single request as they arrive; `fetch` is the patient form.
+        """Yield the bytes [start, stop) of a single request as they arrive; `fetch` resumes lost connections.
 
         Raises:
-            TransientStorageError: the connection broke; what was yielded until then is good.
+            TransientStorageError: the connection broke; the bytes yielded before are valid.
         """
         yield from self._backend(uri).stream(uri, start, stop, chunk)
 
     def fetch(
         self, uri: str, start: int, stop: int, sink: Callable[[bytes], object], *, patience_s: float = PATIENCE_S
     ) -> int:
-        """Hand the bytes [start, stop) to `sink` in order, going on where a connection broke; return the requests made.
+        """Pass the bytes [start, stop) to `sink` in order, resuming lost connections; return the number of requests.
 
-        A store that is away for a minute costs a minute: requests are repeated until one brings a byte or `patience_s`
-        have passed without any.
+        Requests are repeated until one returns a byte or `patience_s` seconds have passed without any.
 
         Raises:
-            TransientStorageError: patience has run out.
+            TransientStorageError: no byte arrived for `patience_s` seconds.
             ShortObjectError: the object ends before `stop`.
-            StorageError: what no patience mends.
+            StorageError: waiting does not help.
         """
         at, requests = start, 0
 
@@ -124,13 +123,14 @@ class Storage(Connection):
         return retry(lambda: backend.read_tagged(uri), patience_s)
 
     def write_if(self, uri: str, data: bytes, tag: str | None, *, patience_s: float = PATIENCE_S) -> str:
-        """Store bytes where those of this tag are, or none where the tag is None, and return their own tag.
+        """Store bytes if the stored ones have this tag, or if nothing is stored and the tag is None; return the new
+        tag.
 
-        One of several writers succeeds.
+        Exactly one of several writers succeeds.
 
         Args:
-            data: unlike what any other writer stores, for instance by a random token in it: a try whose answer was
-                lost is told from another writer's by the bytes that are there.
+            data: unique bytes, for instance with a random token: after a lost answer they show whether this writer or
+                another one succeeded.
 
         Raises:
             ConflictError: something else is there.
@@ -145,11 +145,12 @@ class Storage(Connection):
             return its_tag
 
     def update(self, uri: str, change: Callable[[bytes | None], bytes], *, patience_s: float = PATIENCE_S) -> bytes:
-        """Replace an object by a function of its bytes in one step, so that no other writer's are lost; return the new.
+        """Replace an object by a function of its bytes without losing writes of others; return the new bytes.
 
         Args:
-            change: gets what is stored, None where nothing is, and returns what `write_if` may store; called again
-                where another writer was faster. What it raises is passed on, and nothing is stored.
+            change: maps the stored bytes, None if there are none, to new ones that `write_if` may store; called again
+                if
+            another writer was faster. Its exceptions are passed on, and nothing is stored.
 
         Raises:
             ConflictError: others have been faster for `patience_s` seconds.
@@ -167,17 +168,17 @@ class Storage(Connection):
             time.sleep(random.uniform(0, 0.1))
 
     def upload(self, path: Path, uri: str, *, patience_s: float = PATIENCE_S) -> None:
-        """Store a file in one step; in parts where it is large."""
+        """Store a file in one step; large files are uploaded in parts."""
         backend = self._backend(uri)
         retry(lambda: backend.upload(path, uri), patience_s)
 
     def download(self, uri: str, path: Path, *, patience_s: float = PATIENCE_S) -> None:
-        """Copy an object into a file; ranged and in parallel where it is large."""
+        """Copy an object into a file; large objects are downloaded in parallel ranges."""
         backend = self._backend(uri)
         retry(lambda: backend.download(uri, path), patience_s)
 
     def copy(self, source: str, target: str, *, patience_s: float = PATIENCE_S) -> None:
-        """Store an object anew under another address; inside the store where both addresses are of the same kind."""
+        """Copy an object to another address, inside the store if both addresses have the same scheme."""
         backend = self._backend(source)
         if backend is self._backend(target):
             retry(lambda: backend.copy(source, target), patience_s)
@@ -194,17 +195,17 @@ class Storage(Connection):
         return retry(lambda: backend.exists(uri), patience_s)
 
     def list(self, uri: str, *, patience_s: float = PATIENCE_S) -> list[Entry]:
-        """Return every object under a folder address, in order of address; none where there is no such folder."""
+        """Return every object under a folder address, sorted by address; empty if there is no such folder."""
         backend = self._backend(uri)
         return sorted(retry(lambda: backend.list(uri), patience_s), key=lambda entry: entry.uri)
 
     def delete(self, uri: str, *, patience_s: float = PATIENCE_S) -> None:
-        """Remove an object; nothing happens where there is none."""
+        """Remove an object, if there is one."""
         backend = self._backend(uri)
         retry(lambda: backend.delete(uri), patience_s)
 
     def delete_folder(self, uri: str, *, patience_s: float = PATIENCE_S) -> None:
-        """Remove every object under a folder address, and the folder where the store has such a thing."""
+        """Remove every object under a folder address, and the folder itself if the store has folders."""
         backend = self._backend(uri)
         for entry in self.list(uri, patience_s=patience_s):
             self.delete(entry.uri, patience_s=patience_s)
@@ -215,19 +216,19 @@ class Storage(Connection):
 
         Raises:
             NotFoundError: there is none.
-            StorageError: the key of an object leads out of the folder; none is copied then.
+            StorageError: the key of an object leads out of the folder; then nothing is copied.
         """
         entries = self.list(uri, patience_s=patience_s)
         if not entries:
             raise not_found(uri)
         for path, entry in [(_path_below(folder, uri, entry), entry) for entry in entries]:
-            if entry.uri.endswith("/"):  # what some tools store in the place of a folder
+            if entry.uri.endswith("/"):  # some tools store such an object for a folder
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             self.download(entry.uri, path, patience_s=patience_s)
 
     def require(self, root: str) -> None:
-        """Check, before anything starts, that a root can be listed and written; a store that is away fails at once.
+        """Check, before anything starts, that a root can be listed and written; an unavailable store fails at once.
 
         Raises:
             StorageError: no such bucket, wrong key, no permission or no server, with the fix.
@@ -237,7 +238,7 @@ class Storage(Connection):
         self.delete(probe, patience_s=0)
 
     def _stored(self, uri: str, patience_s: float) -> tuple[bytes | None, str | None]:
-        """Return what is at an address and its tag; (None, None) where nothing is."""
+        """Return the bytes at an address and their tag; (None, None) if nothing is stored."""
         try:
             return self.read_tagged(uri, patience_s=patience_s)
         except NotFoundError:
@@ -251,7 +252,7 @@ def check_address(uri: str) -> type[Backend]:
     """Return the kind of backend that an address belongs to.
 
     Raises:
-        StorageError: its scheme is none of `BACKENDS`, or the address is incomplete.
+        StorageError: the scheme is not in `BACKENDS`, or the address is incomplete.
     """
     scheme, separator, _ = uri.partition("://")
     kind = BACKENDS.get(scheme) if separator else None
@@ -261,10 +262,10 @@ def check_address(uri: str) -> type[Backend]:
 
 
 def address_forms(key: str = "/KEY") -> str:
-    """Return what addresses look like, for messages.
+    """Return the forms of addresses, for messages.
 
     Args:
-        key: what to write for the part after the container's name.
+        key: placeholder for the part after the container's name.
     """
     forms = [backend.form.replace("/KEY", key) for backend in BACKENDS.values()]
     return " or ".join(dict.fromkeys(forms))
@@ -282,19 +283,19 @@ def split_scheme(uri: str) -> tuple[str, str]:
 
 
 def is_local(uri: str) -> bool:
-    """Return whether an address is that of a file of this machine, which has a path.
+    """Return whether an address is a file of this machine.
 
     Raises:
-        StorageError: it is no address.
+        StorageError: it is not an address.
     """
     return check_address(uri) is LocalBackend
 
 
 def _path_below(folder: Path, uri: str, entry: Entry) -> Path:
-    """Return the path below `folder` of an object that is listed under a folder address.
+    """Return the path below `folder` for an object listed under a folder address.
 
     Raises:
-        StorageError: there is none: keys of objects may hold "..", or begin with "/".
+        StorageError: the key contains ".." or starts with "/".
     """
     name = entry.uri[len(uri.rstrip("/")) + 1 :]
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:

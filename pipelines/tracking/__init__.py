@@ -1,8 +1,8 @@
-"""What is recorded of runs and models: the only package that talks to MLflow, apart from the served model itself.
+"""Recording of runs and models: the only package that talks to MLflow, apart from the served model itself.
 
 `run` is one MLflow run, `note` its description, `links` the addresses of pages, `model_registry` the versions and
-aliases, `scoring` the protocol by which servers are asked, `run_log` what rank 0 logs while it trains, sent to every
-sink through an `outbox` each. A sink is a class in one file and one line in `run_log.SINKS`.
+aliases, `scoring` the protocol of model servers, `run_log` the log of rank 0 during training, which is sent to every
+sink through its own `outbox`. A sink is a class in one file and one line in `run_log.SINKS`.
 """
 
 from pipelines.tracking.client import (

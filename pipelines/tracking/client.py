@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrackingError(PipelineError):
-    """MLflow cannot be reached, or does not have what was asked for; says how to fix it.
+    """MLflow cannot be reached, or refuses a request; the message says how to fix it.
 
     Attributes:
         status: HTTP status of the answer; None where there was none.
@@ -48,7 +48,7 @@ class TrackingError(PipelineError):
 
 
 class UnreachableError(TrackingError, TransientError):
-    """The server did not answer, or could not do now what it was asked for: worth another try."""
+    """The server did not answer, or cannot serve the request now: worth another try."""
 
 
 _BUSY = {408, 425, 429, 499}
@@ -64,12 +64,12 @@ _FOREIGN = re.compile(r"API request to endpoint \S+ failed with error code (\d{3
 _PROGRAMMING = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
 
 FIRST_ANSWER_S = 30.0
-"""How long a command waits for its first answer."""
+"""Seconds for which a command waits for its first answer."""
 _IMPORTING = threading.Lock()
 
 
 def import_mlflow() -> ModuleType:
-    """Return the module, which several threads may want first: two that import it at once each find half of it."""
+    """Import MLflow under a lock: two threads that import it at the same time would see it half initialized."""
     with _IMPORTING:
         import mlflow
         import mlflow.entities
@@ -81,7 +81,7 @@ def import_mlflow() -> ModuleType:
 @lru_cache(maxsize=4)
 def client(uri: str) -> MlflowClient:
     """Return the client of a server: one per process."""
-    # A server that is away must not hold a command for MLflow's default of minutes.
+    # An unavailable server must not block a command for MLflow's default of minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     bypass_proxies(uri)
@@ -91,10 +91,10 @@ def client(uri: str) -> MlflowClient:
 
 
 def authenticate() -> None:
-    """Give MLflow's clients in this process what is in the credentials file that DDPM_MLFLOW_CREDENTIALS_FILE names.
+    """Give MLflow's clients in this process the credentials from the file DDPM_MLFLOW_CREDENTIALS_FILE.
 
-    Where it names none, or one of another node, they use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or
-    `~/.mlflow/credentials`.
+    Without the variable, or if the file is on another node, they use MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD, or `~/.mlflow/credentials`.
     """
     path = os.environ.get(MLFLOW_FILE)
     if path:
@@ -102,20 +102,20 @@ def authenticate() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return the variables that another process needs for the same credentials: a path, no secret."""
+    """Return the environment variables that another process needs for the same credentials: a path, no secret."""
     return {MLFLOW_FILE: os.environ[MLFLOW_FILE]} if os.environ.get(MLFLOW_FILE) else {}
 
 
 @contextmanager
 def reporting(uri: str) -> Iterator[None]:
-    """Turn what MLflow and the libraries of its artifact stores raise into a `TrackingError`."""
+    """Turn errors of MLflow and of the libraries of its artifact stores into a `TrackingError`."""
     import requests
 
     mlflow_exception = import_mlflow().MlflowException
     try:
         yield
     except (PipelineError, *_PROGRAMMING) as error:
-        # Some of requests' own are ValueErrors too.
+        # Some errors of requests are ValueErrors too.
         if isinstance(error, requests.RequestException):
             raise _unanswered(uri, error) from error
         raise
@@ -128,16 +128,16 @@ def reporting(uri: str) -> Iterator[None]:
             raise _unanswered(uri, inner) from error
         status = http_status(error)
         if status == 401:
-            authenticate()  # the file may hold others by now
+            authenticate()  # the file may have new credentials
         raise _answered(uri, status, error.message) from error
     except Exception as error:
         raise _artifacts_failed(uri, error) from error
 
 
 def http_status(error: MlflowException) -> int:
-    """Return the HTTP status of an answer; 500 where there was none.
+    """Return the HTTP status of an answer; 500 if there was none.
 
-    MLflow's own error codes stand for statuses; what a proxy in front of it answers is in the text, or in its JSON.
+    MLflow's error codes correspond to statuses; the status of a proxy in front of it is in the text or its JSON.
     """
     foreign = _FOREIGN.match(error.message)
     if foreign:
@@ -161,7 +161,7 @@ def _unanswered(uri: str, error: Exception) -> UnreachableError:
 
 
 def _artifacts_failed(uri: str, error: Exception) -> TrackingError:
-    """Return the error for what the library of an artifact store raised: boto3, google.cloud, azure, open."""
+    """Return the error for an exception of the library of an artifact store: boto3, google.cloud, azure, open."""
     where = f"the artifacts of MLflow at {uri}"
     if "boto3" in sys.modules:
         found = sort_error(where, error)
@@ -171,11 +171,11 @@ def _artifacts_failed(uri: str, error: Exception) -> TrackingError:
 
 
 def ask(uri: str, call: Callable[[MlflowClient], T], patience_s: float = PATIENCE_S) -> T:
-    """Return what a call of the client returns; it is repeated while the server is away.
+    """Return the result of a call of the client, which is repeated while the server is unavailable.
 
     Raises:
-        UnreachableError: it has been away for `patience_s` seconds (0: a single try).
-        TrackingError: the server refuses.
+        UnreachableError: it has been unavailable for `patience_s` seconds (0: a single try).
+        TrackingError: the server refuses the request.
     """
 
     def once() -> T:
@@ -187,10 +187,10 @@ def ask(uri: str, call: Callable[[MlflowClient], T], patience_s: float = PATIENC
 
 @contextmanager
 def recording(what: str) -> Iterator[None]:
-    """Let work that has ended end well where MLflow does not take, or say, something about it.
+    """Log errors of MLflow instead of raising them, for records of work that is already done.
 
     Args:
-        what: is not done then, as the predicate of a sentence on MLflow.
+        what: what MLflow did not do, as the predicate of a sentence.
     """
     try:
         yield
@@ -199,13 +199,13 @@ def recording(what: str) -> Iterator[None]:
 
 
 def first_answer(uri: str, call: Callable[[MlflowClient], T], patience_s: float = FIRST_ANSWER_S) -> T:
-    """Return what a command's first call returns.
+    """Return the result of a command's first call.
 
-    A server that never answers is a mistake in an address, which is told sooner than an outage of one that did: after
-    the time that a server needs to start anew.
+    A server that never answers is probably a wrong address, which is reported sooner than an outage of a known server:
+    after the time that a server needs to restart.
 
     Args:
-        patience_s: for an address that is known to be right, because it was used before.
+        patience_s: seconds to wait; more for an address that has been used before.
 
     Raises:
         TrackingError: no MLflow server answers at `uri`.
@@ -220,10 +220,10 @@ def first_answer(uri: str, call: Callable[[MlflowClient], T], patience_s: float 
 
 
 def pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
-    """Yield what all pages of an answer hold.
+    """Yield the items of all pages of an answer.
 
     Args:
-        page: returns the page of a token; None is the first.
+        page: page token -> page; None for the first.
     """
     token = None
     while True:

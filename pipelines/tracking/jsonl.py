@@ -2,8 +2,8 @@
 
 A line holds the values that were logged together: `{"step": 2560, "at_ms": 1790000000000, "train/loss": 0.12, …}`;
 step is images seen, at_ms the time in milliseconds since the epoch, null a value that is not finite. Read it with
-`pandas.read_json(path, lines=True)`. Object stores cannot append: each line stores the file anew, so a file of
-`PART_BYTES` is put aside as `runs/RUN/metrics/000001.jsonl` and so on, and the next one begins.
+`pandas.read_json(path, lines=True)`. Object stores cannot append: every line rewrites the file, so a file that reaches
+`PART_BYTES` is moved to `runs/RUN/metrics/000001.jsonl` and so on, and a new one is started.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _ABOUT = ("step", "at_ms")
 
 
 class JsonLines:
-    """Records curves; it has no place for pictures and texts, which MLflow shows.
+    """A sink for metrics; pictures and texts are ignored.
 
-    The file is read once by every process that writes it, and so survives restarts on any node. It is written
-    conditionally: of two processes, such as one that a newer driver has replaced, none undoes what the other wrote.
+    Every process reads the file once before it writes, so it survives restarts on any node. Writes are conditional: of
+    two processes, for example one that a newer driver has replaced, neither undoes the writes of the other.
     """
 
     def __init__(self, run: Destination) -> None:
@@ -52,7 +52,7 @@ class JsonLines:
         current, self.tag = b"", None
         with suppress(NotFoundError):
             current, self.tag = self.storage.read_tagged(self.uri, patience_s=0)
-        if current in older[-1:]:  # it was put aside, and the next one had not begun
+        if current in older[-1:]:  # it was moved, and the next one was not started
             current = b""
         self.count, self.current = len(older), current
         steps: dict[str, int] = {}
@@ -100,7 +100,7 @@ class JsonLines:
 
 @contextmanager
 def _waiting() -> Iterator[None]:
-    """Count whatever storage refuses as worth another try: no point is at fault for a permission or a full disk."""
+    """Treat every storage error as temporary: a missing permission or full disk is not the fault of a point."""
     try:
         yield
     except StorageError as error:

@@ -1,7 +1,7 @@
-"""Addresses of MLflow's pages, from the address of the server on, as a text on one of its pages links to another.
+"""Addresses of MLflow's pages, relative to the address of the server.
 
-MLflow has a view for language-model traces and one for model training. It opens the one that the query of the address
-names; where it names none, the one that the browser had last, at first the one for traces.
+MLflow has a view for language-model traces and one for model training. It opens the one in the query of the address, or
+else the one that the browser opened last, at first the one for traces.
 """
 
 from __future__ import annotations

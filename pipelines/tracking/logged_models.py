@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 IMAGES_TAG = "ddpm.images_seen"
 _EXTERNAL = {"mlflow.model.isExternal": "true"}
-"""MLflow's mark of a model whose weights it does not hold."""
+"""MLflow's marker of a model whose weights are stored elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class CheckpointModel:
     """The logged model of a checkpoint.
 
     Attributes:
-        model_id: MLflow's ID of it.
-        tags: what is said of the checkpoint.
+        model_id: MLflow's ID of the logged model.
+        tags: tags of the checkpoint.
     """
 
     model_id: str
@@ -38,14 +38,14 @@ def checkpoint_models(tracker: Tracker) -> dict[int, CheckpointModel]:
         experiment = client.get_run(tracker.run_id).info.experiment_id
         return _of_run(client, experiment, tracker.run_id)
 
-    # Where two processes have made one at once, the older counts.
+    # If two processes created one at the same time, the older counts.
     found = sorted(ask(tracker.uri, read, tracker.patience_s), key=lambda model: -int(model.creation_timestamp))
     models = [CheckpointModel(m.model_id, int(m.tags[IMAGES_TAG]), dict(m.tags)) for m in found if IMAGES_TAG in m.tags]
     return {model.images_seen: model for model in models}
 
 
 def enter_checkpoint_model(tracker: Tracker, images_seen: int, tags: Mapping[str, str]) -> CheckpointModel:
-    """Return the logged model of a checkpoint; it is made once, whatever was interrupted, and has these tags then."""
+    """Create the logged model of a checkpoint with these tags, or return the existing one."""
     entities = import_mlflow().entities
 
     def enter(client: MlflowClient) -> str:
@@ -83,11 +83,11 @@ def tag_checkpoint_model(tracker: Tracker, model: CheckpointModel, tags: Mapping
 def log_scores(
     tracker: Tracker, model: CheckpointModel, scores: Mapping[str, float], dataset: tuple[str, str], at_ms: int
 ) -> None:
-    """Record the scores of a checkpoint in its run and on its logged model; sent twice, they are there once.
+    """Record the scores of a checkpoint in its run and on its logged model; recording them twice has no effect.
 
     Args:
-        dataset: (name, digest) of the data that they were measured on.
-        at_ms: when they were measured, in milliseconds since the epoch.
+        dataset: (name, digest) of the dataset.
+        at_ms: time of the evaluation, in milliseconds since the epoch.
     """
     entities, (name, digest) = import_mlflow().entities, dataset
     points = [
@@ -106,7 +106,7 @@ def log_scores(
 
 
 def starting_points(uri: str, run_id: str) -> list[str]:
-    """Return the MODELs of a run from which other runs of the server were started (`init_from`)."""
+    """Return the MODEL references to a run with which other runs of the server were started (`init_from`)."""
 
     def read(client: MlflowClient) -> list[Any]:
         experiments = [e.experiment_id for e in pages(lambda token: client.search_experiments(page_token=token))]

@@ -1,17 +1,17 @@
-"""What the metrics of a run mean, by name; those of scores, `eval/NAME`, are in `pipelines.evaluation.scores`."""
+"""The meaning of each metric of a run; scores, `eval/NAME`, are in `pipelines.evaluation.scores`."""
 
 METRICS = {
     "train/loss": "Mean training loss of the steps since the last point. Losses of different schedules or objectives "
     "are not comparable.",
     "train/images_per_s": "Images trained per second, by all workers together.",
-    "train/length": "Images after which the run ends, as corrected so far by its own speed; with training_s only.",
-    "train/goodput": "Share of the drivers' time that went into training which lasts, 0 to 1.",
+    "train/length": "Images after which the run ends, as corrected by the measured speed; only with training_s.",
+    "train/goodput": "Goodput: share of the drivers' time spent on training steps that were kept, 0 to 1.",
     "updates/lr": "Learning rate.",
-    "updates/grad_norm": "Mean norm of the gradient before it was clipped.",
-    "updates/skipped": "Updates that were left out so far, because a loss or a gradient was not finite.",
-    "updates/loss_scale": "Factor on the loss in fp16, which keeps small gradients from vanishing.",
-    "worker/data_wait_share": "Share of its time that rank 0 waited for data.",
-    "worker/memory_gib": "Peak memory of rank 0 in GiB: of tensors on its GPU, or of its process where it has none.",
+    "updates/grad_norm": "Mean gradient norm before clipping.",
+    "updates/skipped": "Updates skipped so far because the loss or gradient was not finite.",
+    "updates/loss_scale": "Loss scale in fp16, which keeps small gradients from vanishing.",
+    "worker/data_wait_share": "Share of time in which rank 0 waited for data.",
+    "worker/memory_gib": "Peak memory of rank 0 in GiB: of tensors on its GPU, or of its process without a GPU.",
     "worker/mfu": "Computing speed as a share of the GPU's dense bf16 peak.",
     "worker/fetched_mib": "MiB of shards that rank 0 has fetched from storage since it was started.",
     "worker/requests": "Requests for shards that rank 0 has made to storage since it was started.",
@@ -24,4 +24,4 @@ METRICS = {
     "search/SCORE": "Scores of the trials of a study, by the names of the scores.",
     "steps/CHOICE": "Distance of samples by a choice of levels from the ends of fine trajectories of the model.",
 }
-"""Metric -> its meaning. A part in capitals stands for a number or a name."""
+"""Metric -> its meaning. Parts in capitals are placeholders for numbers or names."""

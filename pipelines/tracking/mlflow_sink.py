@@ -1,4 +1,4 @@
-"""MLflow as a sink: curves, pictures and texts go to the run of the training."""
+"""MLflow as a sink: metrics, pictures and texts go to the run of the training."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pipelines.tracking.run import Tracker
 from pipelines.tracking.sink import Destination
 
 LEFT_OUT = {400, 413, 422}
-"""HTTP statuses that speak of the point that was sent."""
+"""HTTP statuses that concern the point that was sent."""
 
 
 @dataclass(frozen=True)
 class MlflowSink:
-    """Records in an MLflow run, in single tries: the outbox before it waits.
+    """Records in an MLflow run with a single try per call; the outbox in front of it waits and repeats.
 
-    A point is left out only where the server says that this very point is wrong or too large (`LEFT_OUT`). A token that
-    has expired, a run in the trash and a server that does not know the run are no reasons to forget what was measured.
+    A point is dropped only if the server says that this very point is wrong or too large (`LEFT_OUT`). An expired
+    token, a run in the trash or a server that does not know the run are no reasons to drop measurements.
     """
 
     tracker: Tracker
@@ -34,7 +34,7 @@ class MlflowSink:
 
     @property
     def uri(self) -> str:
-        """Where it records, for messages."""
+        """Description of the destination, for messages."""
         return f"MLflow at {self.tracker.uri}"
 
     def last_steps(self) -> dict[str, int]:
@@ -63,7 +63,7 @@ class MlflowSink:
             self.tracker.text(text, name)
 
     def holds(self, mark: str, name: str) -> bool:
-        """Return whether there is an artifact of that name with this in it."""
+        """Return whether an artifact of that name contains a mark."""
         with self._waiting():
             there = name in self.tracker.names(name.rpartition("/")[0] or None)
             return there and mark in self.tracker.read_text(name)

@@ -46,15 +46,15 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class Pyfunc:
-    """What a models-from-code pyfunc is made of.
+    """The parts of a models-from-code pyfunc.
 
     Attributes:
-        artifacts: name -> file or folder, as the pyfunc gets them.
-        code: the module that defines it.
-        packages: source folders that travel with it.
-        requirements: of pip.
-        columns: of the table that it takes -> type; see `table_signature`.
-        output: an example of what it returns.
+        artifacts: name -> file or folder that the pyfunc receives.
+        code: module that defines it.
+        packages: source folders that are packaged with it.
+        requirements: pip requirements.
+        columns: column of the input table -> type; see `table_signature`.
+        output: example of the output.
         params: parameter -> (type, default).
     """
 
@@ -80,8 +80,8 @@ class Pyfunc:
 def log_pyfunc(tracker: Tracker, pyfunc: Pyfunc, images_seen: int) -> str:
     """Store a pyfunc with its files in the run; return the ID of the logged model.
 
-    MLflow shows the run's points at `images_seen`, its loss and scores there, as those of the model. What an earlier
-    call has stored of which no version was made, because its process was killed in between, is deleted.
+    MLflow shows the run's metrics at `images_seen` as those of the model. Logged models of earlier calls without a
+    version, because the process was killed in between, are deleted.
 
     Args:
         images_seen: by the model.
@@ -93,13 +93,13 @@ def log_pyfunc(tracker: Tracker, pyfunc: Pyfunc, images_seen: int) -> str:
     def log(client: MlflowClient) -> str:
         mlflow.set_tracking_uri(tracker.uri)
         _delete_unregistered(client, tracker.run_id)
-        # MLflow's hints (types, input examples, nullable integers) are for who writes the model, not for who trains.
+        # MLflow's hints (types, input examples, nullable integers) are for authors of models, not for users.
         with warnings.catch_warnings(), mlflow.start_run(run_id=tracker.run_id, log_system_metrics=False):
             warnings.simplefilter("ignore")
             info = mlflow.pyfunc.log_model(name=PYFUNC, step=images_seen, **pyfunc.arguments())
         return str(info.model_id)
 
-    # MLflow starts the run for this and ends it, and it may be one that trains on, or that was stopped.
+    # MLflow starts and ends the run for this; the run may be training, or may have been stopped.
     before = str(ask(tracker.uri, lambda client: client.get_run(tracker.run_id)).info.status)
     try:
         model_id = ask(tracker.uri, log)
@@ -123,7 +123,7 @@ def _delete_unregistered(client: MlflowClient, run_id: str) -> None:
 
 
 def register(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]) -> ModelVersion:
-    """Return the version of a registered model that is made from what `log_pyfunc` stored; it is made once."""
+    """Create a version of a registered model from the result of `log_pyfunc`, or return the existing one."""
     from mlflow.exceptions import MlflowException
 
     before: list[set[Any]] = []  # the versions that each try has found
@@ -142,7 +142,7 @@ def register(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]
 
         there = made()
         before.append({each.version for each in there})
-        # Where an answer was lost on its way, the version is there already.
+        # If an answer was lost, the version exists already.
         if not there:
             mlflow.create_model_version(
                 name,
@@ -152,7 +152,7 @@ def register(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]
                 tags={k: str(v) for k, v in tags.items()},
             )
             there = made()
-        # MLflow's client sends the request again by itself where the server is slow, which then has made two of it.
+        # MLflow's client repeats the request if the server is slow, which then creates two versions.
         first, *others = there
         for other in others:
             if other.version not in before[0]:
@@ -164,7 +164,7 @@ def register(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]
 
 
 def version(uri: str, name: str, *, alias: str | None = None, number: str | None = None) -> ModelVersion | None:
-    """Return a version by alias or number, None where there is none."""
+    """Return a version by alias or number; None if there is none."""
     from mlflow.exceptions import MlflowException
 
     def find(mlflow: MlflowClient) -> Any:
@@ -189,7 +189,7 @@ def versions(uri: str, name: str) -> list[ModelVersion]:
 
 
 def aliases(uri: str, name: str) -> dict[str, str]:
-    """Return alias -> version of a registered model, in one try; none where there is no such model."""
+    """Return alias -> version of a registered model, in one try; empty if there is no such model."""
     from mlflow.exceptions import MlflowException
 
     def find(mlflow: MlflowClient) -> dict[str, str]:
@@ -209,7 +209,7 @@ def set_alias(uri: str, name: str, alias: str, number: str) -> None:
 
 
 def delete_alias(uri: str, name: str, alias: str) -> None:
-    """Take an alias away; one that is not there is no error."""
+    """Delete an alias, if it exists."""
     ask(uri, lambda mlflow: mlflow.delete_registered_model_alias(name, alias))
 
 
@@ -234,7 +234,7 @@ def set_version_tags(uri: str, name: str, number: str, tags: Mapping[str, str]) 
 
 
 def download_version(uri: str, found: ModelVersion, folder: Path) -> Path:
-    """Return the folder of a registered pyfunc, downloaded below `folder`; what it was made of is in `artifacts/`."""
+    """Download a registered pyfunc below `folder` and return its folder; its parts are in `artifacts/`."""
     import mlflow
 
     def download(_: MlflowClient) -> str:
@@ -254,7 +254,7 @@ def all_versions(uri: str) -> list[ModelVersion]:
         return list(models), list(found)
 
     models, found = ask(uri, read)
-    # MLflow's search leaves the aliases of versions out; those of models are there.
+    # MLflow's search omits the aliases of versions, but not those of models.
     aliases: dict[tuple[str, str], list[str]] = {}
     for model in models:
         for alias, number in model.aliases.items():

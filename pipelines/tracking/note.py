@@ -1,7 +1,6 @@
-"""The description of a run on its MLflow page: what it is, its newest score, where its model and its reports are.
+"""The description of a run on its MLflow page: what it trains, its newest score, and links to its model and reports.
 
-Training, evaluation and registration each write lines of their own and leave the others as they are, and so what a
-person has written there.
+Training, evaluation and registration each write their own lines and keep the others, including text of the user.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from pipelines.tracking.run import Tracker
 
 Part = Literal["Training", "Warnings", "Score", "Registered", "Goodput", "Samples", "Commands"]
 _PARTS: tuple[Part, ...] = ("Training", "Warnings", "Score", "Registered", "Goodput", "Samples", "Commands")
-"""In their order on the page, which hides what follows the first lines until it is asked for."""
+"""In display order; the page shows only the first lines unless expanded."""
 NOTE_TAG = "mlflow.note.content"
-_WRITING = threading.Lock()  # a driver scores checkpoints in a thread beside the one that trains
+_WRITING = threading.Lock()  # a driver scores checkpoints in a separate thread
 _SEEN = re.compile(r"at ([\d,]+) images\b")
 # The whole description of a run of an earlier release.
 _EARLIER = re.compile(r"[\d,]+ images of `.*; sample with `ddpm sample runs:/\w+ --out DIR`\.")
 
 
 def describe(tracker: Tracker, parts: Mapping[Part, str]) -> None:
-    """Write parts of a run's description anew, and show the newest of its pictures there.
+    """Rewrite parts of a run's description, and show the newest picture in it.
 
     Args:
         parts: name of a part -> Markdown in one line.
@@ -44,10 +43,10 @@ def describe(tracker: Tracker, parts: Mapping[Part, str]) -> None:
 
 
 def with_parts(note: str, parts: Mapping[Part, str]) -> str:
-    """Return a description with some parts written anew; what is no part of ours stays, above ours.
+    """Return a description with some parts replaced; text that is not ours is kept, above our parts.
 
-    A part that begins with "at N images" stays where one of fewer images would replace it: checkpoints are not always
-    scored in their order.
+    A part that starts with "at N images" is not replaced by one with fewer images, because checkpoints are not always
+    scored in order.
 
     Args:
         parts: name of a part -> Markdown in one line.
@@ -68,7 +67,7 @@ def with_parts(note: str, parts: Mapping[Part, str]) -> str:
 
 
 def newest_picture(names: Iterable[str]) -> tuple[str, str, int] | None:
-    """Return (artifact, key, step) of the picture with the most images seen; that of an evaluation, where it has one.
+    """Return (artifact, key, step) of the picture with the most images seen, preferably of an evaluation.
 
     Args:
         names: artifacts, as MLflow names its pictures: images/KEY+step+STEP+timestamp+….png.
@@ -105,7 +104,7 @@ def _pictures(names: Iterable[str]) -> Iterator[tuple[str, str, int]]:
 
 
 def _seen(text: str) -> int:
-    """Return the number of images that a part begins with; -1 where it begins with none."""
+    """Return the number of images at the start of a part; -1 if there is none."""
     found = _SEEN.match(text)
     return int(found[1].replace(",", "")) if found else -1
 

@@ -1,11 +1,10 @@
-"""What waits for a sink such as MLflow: nothing is sent twice after a restart, nothing is lost while it is away.
+"""The queue in front of a sink such as MLflow: nothing is sent twice after a restart or lost during an outage.
 
-What is logged is first written to a folder on this node and then sent by a thread, so training waits neither for the
-server nor for its return. What a killed process had not sent, the next one on this node does; and it travels with the
-checkpoints, for the next one may be on another node. Every point keeps the time at which it was made, so that sending
-it twice changes nothing; points at or below the last recorded step of their curve are dropped, for a resumed run comes
-by steps that it has passed before. Curves, and pictures and texts, may lie on different stores: neither waits for the
-other.
+Records are first written to a folder on this node and then sent by a thread, so training never waits for the server.
+Records that a killed process had not sent are sent by the next one on this node; they are also stored with checkpoints,
+because the next one may be on another node. Every point keeps its time, so that sending it twice changes nothing;
+points at or below the last recorded step of their metric are dropped, because a resumed run repeats steps. Metrics, and
+pictures and texts, may be in different stores: neither waits for the other.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ from pipelines.tracking.sink import Sink
 logger = logging.getLogger(__name__)
 RETRY_S = 5.0
 REPEAT_S = 300.0
-"""After this time it is said again that a sink is away."""
+"""Seconds after which the warning about an unavailable sink is repeated."""
 
 
 class Outbox:
-    """The queue before one sink, on disk.
+    """The queue in front of one sink, on disk.
 
     Args:
-        folder: on this node, where what is not sent yet is kept; of this run and sink alone.
-        fence: asked before everything that is sent: what a driver that was replaced has left is its successor's to
-            send. One thing may be on its way when that happens, and is what the successor sends too.
-        held: nothing is sent before `begin` or `flush`: the libraries of a sink take a second to import, which a
-            process that restarts would miss on the way to its next step.
+        folder: folder on this node for unsent records of this run and sink.
+        fence: checked before sending: the records of a replaced driver are sent by its successor. One record may be in
+        flight at that time, and the successor sends it too.
+        held: whether nothing is sent before `begin` or `flush`: the libraries of a sink take a second to import, which
+        would delay the first step of a restarted process.
     """
 
     def __init__(self, sink: Sink, folder: Path, fence: Fence | None = None, *, held: bool = False) -> None:
@@ -63,7 +62,7 @@ class Outbox:
             self.begin()
 
     def begin(self) -> None:
-        """Start to send, where the outbox was held."""
+        """Start sending, if the outbox was held."""
         if self._thread.ident is None:
             self._thread.start()
 
@@ -82,7 +81,8 @@ class Outbox:
         """Send a text file; under the same name it replaces itself.
 
         Args:
-            mark: a text of that name with this in it is the same one, perhaps with more in it, and stays; "": none is.
+            mark: an existing text of that name that contains the mark is the same text, perhaps longer, and is kept;
+            "": it is always replaced.
         """
         self._keep("text", step, json.dumps({"text": text, "name": name, "mark": mark}).encode())
 
@@ -90,7 +90,7 @@ class Outbox:
         """Wait until everything is sent.
 
         Raises:
-            UnreachableError: not everything is; the next process of this run sends the rest.
+            UnreachableError: not everything was sent; the next process of this run sends the rest.
             FencedError: another driver has taken over, whose processes send the rest.
         """
         self.begin()
@@ -106,14 +106,14 @@ class Outbox:
             time.sleep(0.02)
 
     def close(self) -> None:
-        """End the thread; what waits is left to the next process."""
+        """End the thread; unsent records are left to the next process."""
         self._ending.set()
         self._wake.set()
         if self._thread.ident is not None:
             self._thread.join(RETRY_S + 1)
 
     def waiting(self) -> dict[str, bytes]:
-        """Return what waits, by file name."""
+        """Return the unsent records, by file name."""
         found = {}
         for path in self._waiting():
             with suppress(FileNotFoundError):  # sent meanwhile
@@ -121,12 +121,12 @@ class Outbox:
         return found
 
     def adopt(self, name: str, data: bytes) -> None:
-        """Take up a file that a process on another node had not sent when it made a checkpoint."""
+        """Add a record that a process on another node had not sent when it wrote a checkpoint."""
         self._store(self.folder / name, data)
         self._wake.set()
 
     def _keep(self, kind: str, step: int, data: bytes) -> None:
-        """Put data into the queue; file names order by step, and are the same for nothing but the same point."""
+        """Add data to the queue; file names sort by step, and only equal points have equal names."""
         name = f"{step:015d}-{time.time_ns():020d}-{self.count:06d}.{kind}"
         self.count += 1
         try:
@@ -151,14 +151,14 @@ class Outbox:
                 while self._send_waiting():
                     if self._ending.wait(RETRY_S):
                         return
-            except Exception:  # a disk that is away, say: this thread is the only one that sends
+            except Exception:  # an unavailable disk, for example: this is the only thread that sends
                 logger.exception("what waits in %s could not be sent; this is tried again", self.folder)
                 self._wake.set()
                 if self._ending.wait(RETRY_S):
                     return
 
     def _send_waiting(self) -> bool:
-        """Send what waits, in order; return whether some of it has to wait longer."""
+        """Send the records in order; return whether some have to wait longer."""
         held = set()
         for path in self._waiting():
             if self._ending.is_set() or self.fenced:
@@ -169,10 +169,10 @@ class Outbox:
         return bool(held)
 
     def _sent(self, path: Path, again: bool = True) -> bool:
-        """Send what a file holds and remove it; return False where it has to wait.
+        """Send the record in a file and remove the file; return False if it has to wait.
 
         Args:
-            again: whether it is sent once more where it is refused: the cause may have been removed meanwhile.
+            again: whether it is sent once more if refused: the cause may have been fixed meanwhile.
         """
         try:
             data = path.read_bytes()
@@ -199,8 +199,8 @@ class Outbox:
         return True
 
     def _wait(self, path: Path, error: TransientError) -> None:
-        """Note why something waits; said once, and then every few minutes."""
-        # The server may have taken what it did not acknowledge: ask anew what is there.
+        """Store why a record waits; warn once, and then every few minutes."""
+        # The server may have stored records that it did not acknowledge: ask again for the last steps.
         if _kind(path) == "curves":
             self.last_steps = None
         else:
@@ -236,7 +236,7 @@ class Outbox:
 
 
 def _kind(path: Path) -> str:
-    """Return what a file holds, as far as it may wait by itself."""
+    """Return the group of a record; groups do not wait for each other."""
     return "curves" if path.suffix == ".metrics" else "artifacts"
 
 

@@ -1,4 +1,4 @@
-"""A look at an MLflow server from outside, in plain requests: who answers, which version, and what one may do there.
+"""A probe of an MLflow server with plain requests: whether it answers, its version, and permissions.
 
 MLflow's own client takes seconds to import and minutes to give up.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from pipelines.tracking.client import UnreachableError, authenticate
 
 EXPERIMENT = "ddpm-doctor"
-"""The experiment that is made and deleted again."""
+"""Name of the experiment that is created and deleted."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,12 @@ class ServerAnswers:
     """The answers of an MLflow server.
 
     Attributes:
-        version: of the server, None where it does not say.
+        version: version of the server; None if unknown.
         date: the `Date` header of an answer.
         read: HTTP status of listing experiments.
-        write: HTTP status of making, changing and deleting an experiment: the first that is not 200; None where
-            reading was refused already.
+        write: first HTTP status other than 200 of creating, changing and deleting an experiment, or 200; None if
+            reading
+        was refused already.
     """
 
     version: str | None
@@ -35,7 +36,7 @@ class ServerAnswers:
 
 
 def ask_server(uri: str, timeout_s: float = 5.0) -> ServerAnswers:
-    """Return what the MLflow server at an address answers to this process's credentials.
+    """Return the answers of an MLflow server to requests with this process's credentials.
 
     Raises:
         UnreachableError: it does not answer.

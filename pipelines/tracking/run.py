@@ -1,6 +1,6 @@
-"""One MLflow run: parameters, curves, pictures, artifacts, tags.
+"""One MLflow run: parameters, metrics, pictures, artifacts, tags.
 
-A training run is one MLflow run, found again by its name whatever crashed in between; steps are images seen.
+A training run is one MLflow run, which is found by name after any crash; steps are images seen.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 RUN_TAG = "ddpm.run"
 ID_TAG = "ddpm.id"
-"""Of a training run: the id that is in its folder too."""
+"""Tag of a training run with its id, which is also stored in its folder."""
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """One MLflow run. Pickles, so that driver, workers and evaluation write to the same one.
+    """One MLflow run; picklable, so that driver, workers and evaluation write to the same run.
 
-    Its methods wait for a server that is away and raise `UnreachableError` when `patience_s` seconds have passed; they
-    raise `TrackingError` for what the server refuses.
+    Methods wait for an unavailable server for `patience_s` seconds and then raise `UnreachableError`; they raise
+    `TrackingError` if the server refuses.
 
     Attributes:
         uri: address of the server.
         run_id: MLflow's ID of the run.
-        patience_s: how long a call waits for a server that is away; 0 for a single try.
+        patience_s: seconds for which a call waits for an unavailable server; 0 for a single try.
     """
 
     uri: str
@@ -51,7 +51,7 @@ class Tracker:
 
     @property
     def url(self) -> str:
-        """The page of the run in MLflow's view for training; that of the server, where it does not answer now."""
+        """The page of the run in MLflow's view for training, or that of the server if it does not answer."""
         try:
             info = ask(self.uri, lambda client: client.get_run(self.run_id), patience_s=0).info
         except TrackingError:
@@ -63,7 +63,7 @@ class Tracker:
         return str(self._ask(lambda client: client.get_run(self.run_id)).info.experiment_id)
 
     def params(self, params: Mapping[str, Any]) -> None:
-        """Record flat parameters; those that are recorded already with the same value stay."""
+        """Record flat parameters; recording the same value again has no effect."""
         entities = import_mlflow().entities
 
         def write(client: MlflowClient) -> None:
@@ -75,10 +75,10 @@ class Tracker:
         self._ask(write)
 
     def metrics(self, values: Mapping[str, float], step: int, at_ms: int | None = None) -> None:
-        """Record points of curves at `step` images seen; sent twice with the same time, they are there once.
+        """Record metrics at `step` images seen; recording them again with the same time has no effect.
 
         Args:
-            at_ms: time of the points in milliseconds since the epoch; now, where not given.
+            at_ms: time of the points in milliseconds since the epoch; default: now.
         """
         entities = import_mlflow().entities
 
@@ -88,7 +88,7 @@ class Tracker:
 
     def last_steps(self) -> dict[str, int]:
         """Return the last step of every curve by its name."""
-        # A run knows each curve's newest point; its history may be long. MLflow's own monitor reads it there too.
+        # A run has the newest point of each metric; histories may be long.
         run = self._ask(lambda client: client.get_run(self.run_id))
         return {m.key: m.step for m in run.data._metric_objs}
 
@@ -121,7 +121,7 @@ class Tracker:
         return [(m.step, m.value) for m in self._ask(lambda client: client.get_metric_history(self.run_id, key))]
 
     def image(self, key: str, pixels: NDArray[Any], step: int) -> None:
-        """Record a picture, uint8 [H, W, C], under a key whose pictures the page shows with a step slider."""
+        """Record a picture, uint8 [H, W, C], under a key; the page shows the pictures of a key with a step slider."""
         self._ask(lambda client: client.log_image(self.run_id, pixels, key=key, step=step, synchronous=True))
 
     def text(self, text: str, name: str) -> None:
@@ -164,7 +164,7 @@ class Tracker:
         self._ask(lambda client: client.log_batch(self.run_id, tags=listed))
 
     def tag(self, key: str) -> str | None:
-        """Return a tag's value, None where it is not set."""
+        """Return the value of a tag; None if it is not set."""
         return self._ask(lambda client: client.get_run(self.run_id)).data.tags.get(key)
 
     def dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
@@ -199,10 +199,10 @@ class Tracker:
 def open_run(
     uri: str, experiment: str, name: str, tags: Mapping[str, str], patience_s: float = FIRST_ANSWER_S
 ) -> tuple[Tracker, bool]:
-    """Return the run of a name in an experiment and whether it was there before; it is opened where there is none.
+    """Find or create the run of a name in an experiment; return it and whether it existed.
 
     Args:
-        patience_s: how long to wait for the first answer; more where the address was used before.
+        patience_s: seconds to wait for the first answer; more for an address that was used before.
 
     Raises:
         TrackingError: no MLflow server answers at `uri`.
@@ -221,7 +221,7 @@ def open_run(
 
 
 def find_run(uri: str, experiment: str, name: str) -> Tracker | None:
-    """Return the run of a name in an experiment, the newest of several; None where there is none.
+    """Return the newest run of a name in an experiment; None if there is none.
 
     Raises:
         TrackingError: no MLflow server answers at `uri`.
@@ -233,10 +233,10 @@ def find_run(uri: str, experiment: str, name: str) -> Tracker | None:
 def runs_of(
     uri: str, experiment: str, name: str, patience_s: float = FIRST_ANSWER_S
 ) -> list[tuple[Tracker, str | None]]:
-    """Return the runs of a name in an experiment with their ids, None for those of earlier releases, the newest first.
+    """Return the runs of a name in an experiment, newest first, with their ids; None for runs of earlier releases.
 
     Args:
-        patience_s: how long to wait for the first answer.
+        patience_s: seconds to wait for the first answer.
 
     Raises:
         TrackingError: no MLflow server answers at `uri`.
@@ -264,7 +264,7 @@ def get_run(uri: str, run_id: str) -> Tracker:
 
 
 def recorded_config(tracker: Tracker) -> dict[str, Any]:
-    """Return the configuration that a training run has recorded.
+    """Return the recorded configuration of a training run.
 
     Raises:
         TrackingError: it has none.
@@ -274,14 +274,14 @@ def recorded_config(tracker: Tracker) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> str:
-    """Return a value as the JSON that artifacts hold."""
+    """Return a value as JSON text for an artifact."""
     return json.dumps(value, indent=1, sort_keys=True)
 
 
 def _experiment_id(uri: str, experiment: str, patience_s: float) -> str:
-    """Return the ID of an experiment, which is made where there is none.
+    """Return the ID of an experiment, which is created if it does not exist.
 
-    Its kind says that MLflow shows training runs and charts of it; a kind that somebody has chosen stays.
+    Its kind makes MLflow show training runs and charts; a kind that a user has chosen is kept.
     """
     found = first_answer(uri, lambda client: client.get_experiment_by_name(experiment), patience_s)
     if found is None:
@@ -292,7 +292,7 @@ def _experiment_id(uri: str, experiment: str, patience_s: float) -> str:
             if found is None:  # else another run was faster
                 raise error
     experiment_id, kind = str(found.experiment_id), found.tags.get(KIND_TAG, "")
-    if kind in ("", "no_inferred_type") or kind.endswith("_inferred"):  # the page guessed it, from what it had seen
+    if kind in ("", "no_inferred_type") or kind.endswith("_inferred"):  # guessed by MLflow's page
         with recording(f"does not take it that experiment '{experiment}' is of training runs"):
             ask(uri, lambda client: client.set_experiment_tag(experiment_id, KIND_TAG, KIND), patience_s=0)
     return experiment_id

@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 
 STUDY_TAG = "ddpm.study"
 RETIRED_TAG = "ddpm.removed_run"
-"""Of a run whose files were removed: the name that it had."""
+"""Tag of a run whose files were removed, with its former name."""
 ENDED = ("FINISHED", "FAILED", "KILLED")
 _PAGE = 500
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What MLflow knows of a run of this project.
+    """MLflow's record of a run of this project.
 
     Attributes:
-        name: of the run, under which the same command finds it again.
+        name: name of the run.
         experiment: name of its experiment.
         status: RUNNING, FINISHED, FAILED, KILLED or SCHEDULED.
-        deleted: whether it lies in MLflow's trash.
-        began: seconds since the epoch.
-        ended: seconds since the epoch; None for one that has not ended.
-        study: the study that it is, or is a trial of; None for others.
-        id: of the training run, which its folder has too; None for others, and in earlier releases.
-        metrics: newest (value, step) of every curve by name.
+        deleted: whether it is in MLflow's trash.
+        began: start, in seconds since the epoch.
+        ended: end, in seconds since the epoch; None if it has not ended.
+        study: name of its study, for studies and their trials; else None.
+        id: id of the training run, also stored in its folder; None for other runs, and in earlier releases.
+        metrics: metric -> newest (value, step).
     """
 
     run_id: str
@@ -47,15 +47,15 @@ class RunRecord:
     metrics: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
     def of(self, experiment: str) -> bool:
-        """Return whether `ddpm train` would resume this run of its name in an experiment."""
+        """Return whether `ddpm train` in an experiment would resume this run."""
         return not self.deleted and self.experiment == experiment
 
 
 def list_runs(uri: str, name: str | None = None) -> list[RunRecord]:
-    """Return the runs of this project in all experiments of a server, the newest first, deleted ones included.
+    """Return the runs of this project in all experiments of a server, newest first, including deleted ones.
 
     Args:
-        name: of the only run that is asked for; None for all.
+        name: name of a run; None for all runs.
 
     Raises:
         TrackingError: no MLflow server answers at `uri`.
@@ -77,14 +77,14 @@ def list_runs(uri: str, name: str | None = None) -> list[RunRecord]:
 
 
 def delete_run(uri: str, run_id: str) -> None:
-    """Move a run into MLflow's trash, where `mlflow gc` deletes it for good; nothing happens where it is there."""
+    """Move a run into MLflow's trash, from which `mlflow gc` deletes it, unless it is there already."""
     with reporting(uri):
         if client(uri).get_run(run_id).info.lifecycle_stage != "deleted":
             client(uri).delete_run(run_id)
 
 
 def retire_run(uri: str, run_id: str) -> None:
-    """Take its name from a run, which stays: no training finds it by that name any more."""
+    """Remove the name of a run, which is kept, so that no training finds it by that name."""
     mlflow = client(uri)
     with reporting(uri):
         name = mlflow.get_run(run_id).data.tags.get(RUN_TAG)

@@ -1,4 +1,4 @@
-"""What rank 0 logs of a run, sent to every sink that the configuration names."""
+"""The log of a run, which rank 0 writes and which is sent to every configured sink."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ SINKS: dict[str, Callable[[Destination], Sink]] = {
     "mlflow": MlflowSink.of,
     "jsonl": JsonLines,
 }
-"""By the name in `tracking.sinks`."""
+"""Name in `tracking.sinks` -> sink."""
 FIRST = "mlflow"
-"""The sink whose waiting points lie at the top of the folder and of the packed file; others have one of their own."""
+"""The sink whose unsent records are at the top of the folder and of the packed file; others have a subfolder."""
 
 
 class RunLog:
-    """The log of a run: every sink has a queue of its own, and none waits for another.
+    """The log of a run: every sink has its own queue, and none waits for another.
 
     Args:
-        sinks: by name.
-        folder: on this node, where what is not sent yet is kept; of this run alone.
-        fence: of the driver whose process logs; None where there is only one.
-        held: nothing is sent before `begin` or `flush`.
+        sinks: name -> sink.
+        folder: folder on this node for unsent records of this run.
+        fence: fence of the driver of this process; None if there is only one driver.
+        held: whether nothing is sent before `begin` or `flush`.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class RunLog:
 
     @classmethod
     def open(cls, names: Iterable[str], run: Destination, folder: Path, *, held: bool = False) -> RunLog:
-        """Return the log that sends a run to the sinks of these names."""
+        """Return the log of a run with the sinks of these names."""
         return cls({name: SINKS[name](run) for name in names}, folder, run.fence, held=held)
 
     def begin(self) -> None:
-        """Start to send, where the log was held."""
+        """Start sending, if the log was held."""
         for outbox in self.outboxes.values():
             outbox.begin()
 
@@ -68,7 +68,8 @@ class RunLog:
         """Log a text file at `step` images seen; under the same name it replaces itself.
 
         Args:
-            mark: a text of that name with this in it is the same one, perhaps with more in it, and stays; "": none is.
+            mark: an existing text of that name that contains the mark is the same text, perhaps longer, and is kept;
+            "": it is always replaced.
         """
         for outbox in self.outboxes.values():
             outbox.text(text, name, step, mark)
@@ -77,19 +78,19 @@ class RunLog:
         """Wait until everything is sent.
 
         Raises:
-            UnreachableError: not everything is; the next process of this run sends the rest.
+            UnreachableError: not everything was sent; the next process of this run sends the rest.
         """
         deadline = time.monotonic() + timeout_s
         for outbox in self.outboxes.values():
             outbox.flush(max(deadline - time.monotonic(), 0))
 
     def close(self) -> None:
-        """End the threads; what waits is left to the next process."""
+        """End the threads; unsent records are left to the next process."""
         for outbox in self.outboxes.values():
             outbox.close()
 
     def pack(self) -> bytes | None:
-        """Return what waits as a zip that travels with a checkpoint; None where nothing does."""
+        """Return the unsent records as a zip that is stored with a checkpoint; None if there are none."""
         waiting = {
             name if sink == FIRST else f"{sink}/{name}": data
             for sink, outbox in self.outboxes.items()
@@ -104,7 +105,7 @@ class RunLog:
         return packed.getvalue()
 
     def adopt(self, packed: Path | IO[bytes]) -> None:
-        """Take up what a process on another node had not sent when it made a checkpoint, or at its end."""
+        """Add the records that a process on another node had not sent when it wrote a checkpoint or ended."""
         with zipfile.ZipFile(packed) as archive:
             for name in archive.namelist():
                 sink = str(Path(name).parent)

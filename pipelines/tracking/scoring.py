@@ -20,7 +20,7 @@ PARAMS = "params"
 
 
 class Scoring:
-    """Answers as `mlflow models serve` does for a pyfunc of this signature; see `table_signature` for its arguments."""
+    """Answers like `mlflow models serve` for a pyfunc with this signature; see `table_signature` for the arguments."""
 
     def __init__(self, columns: Mapping[str, str], output: NDArray[Any], params: Mapping[str, tuple[str, Any]]) -> None:
         import_mlflow()
@@ -53,7 +53,7 @@ class Scoring:
         return answer.response, answer.status, answer.mimetype
 
     def _check_names(self, body: Mapping[str, Any]) -> None:
-        """Raise MLflow's error if a body has names that the signature lacks: MLflow would drop them without a word."""
+        """Raise MLflow's error if a body has names that the signature lacks: MLflow would drop them silently."""
         from mlflow.exceptions import MlflowException
 
         params = body.get(PARAMS)
@@ -66,7 +66,7 @@ class Scoring:
 
 
 class _Predicting:
-    """What MLflow calls once it has read a table."""
+    """The model that MLflow calls after reading a table."""
 
     def __init__(self, predict: Predict) -> None:
         self._predict = predict
@@ -85,10 +85,10 @@ class _Predicting:
 
 
 def _without_traceback(error: Any) -> Any:
-    """Return an error of MLflow without a traceback, which it answers with for any error that it did not expect.
+    """Return an error of MLflow without the traceback that it sends for unexpected errors.
 
     Raises:
-        Exception: the unexpected error, where it is none of a value's type.
+        Exception: the unexpected error, unless it is about the type of a value.
     """
     from mlflow.exceptions import MlflowException
 
@@ -101,7 +101,7 @@ def _without_traceback(error: Any) -> Any:
 
 
 def _column_names(body: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the names of the columns of a body's table; none where it has another form, which MLflow refuses."""
+    """Yield the column names of a body's table; nothing if it has another form, which MLflow refuses."""
     for field in TABLES:
         table = body.get(field)
         if field == "dataframe_split":
@@ -113,5 +113,5 @@ def _column_names(body: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def version_of_mlflow() -> str:
-    """Return the release of MLflow, which its protocol's `/version` answers."""
+    """Return MLflow's version, the answer of `/version` in its protocol."""
     return str(import_mlflow().__version__)

@@ -1,4 +1,4 @@
-"""The signature of a pyfunc whose columns and parameters may all be left out."""
+"""The signature of a pyfunc whose columns and parameters are all optional."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def table_signature(
     Args:
         columns: column -> type of its values: "any", or MLflow's name of a type, such as "long".
         output: an example; its first axis is that of the rows.
-        params: parameter -> (type, default). None stands for no value, and a list makes the parameter a list.
+        params: parameter -> (type, default). None means no value, and a list makes the parameter a list.
     """
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec

@@ -1,4 +1,4 @@
-"""What receives the curves of a run: the protocol that MLflow and every further sink implement."""
+"""The protocol of a metrics sink, which MLflow and all other sinks implement."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pipelines.tracking.run import Tracker
 
 
 class Sink(Protocol):
-    """One place where a run's curves, pictures and texts are recorded.
+    """A place where a run's metrics, pictures and texts are recorded.
 
-    An `Outbox` calls it from one thread, in order of steps, and waits where it is away: every method makes a single
-    try. It raises `pipelines.storage.retry.TransientError` where another try may help, and another `PipelineError` for
-    what is refused for good, which is then left out. When a method has returned, what it was given is durable. A sink
-    that has no place for pictures or texts ignores them.
+    An `Outbox` calls it from one thread, in order of steps, and waits while it is unavailable: every method makes a
+    single try. It raises `pipelines.storage.retry.TransientError` if another try may help, and another
+    `PipelineError` if a record is refused for good and is then dropped. When a method has returned, its record is
+    durable. A sink may ignore pictures or texts.
     """
 
     @property
     def uri(self) -> str:
-        """Where it records, for messages."""
+        """Description of the destination, for messages."""
 
     def last_steps(self) -> dict[str, int]:
         """Return the last recorded step of every curve by its name."""
@@ -41,17 +41,17 @@ class Sink(Protocol):
         """Record a text file; written again under the same name it replaces itself."""
 
     def holds(self, mark: str, name: str) -> bool:
-        """Return whether a text file of that name is recorded and has this in it."""
+        """Return whether a text file of that name is recorded and contains a mark."""
 
 
 @dataclass(frozen=True)
 class Destination:
-    """What a sink is made from.
+    """The destination of a run's records, from which sinks are made.
 
     Attributes:
         tracker: the MLflow run.
-        folder: address of all that the run stores.
-        fence: of the driver whose process records; None where there is only one.
+        folder: address of the folder of the run.
+        fence: fence of the driver of this process; None if there is only one driver.
     """
 
     tracker: Tracker

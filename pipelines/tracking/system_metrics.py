@@ -1,4 +1,4 @@
-"""A machine's processor, memory, disk, network and GPUs as curves of an MLflow run."""
+"""CPU, memory, disk, network and GPU usage of a machine as metrics of an MLflow run."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ RESTART_AFTER_S = 30.0
 
 @contextmanager
 def system_metrics(tracker: Tracker, node: str, fence: Fence | None = None) -> Iterator[None]:
-    """Log this machine's use of its resources to a run while the block runs, as system/NODE/…
+    """Log the resource usage of this machine to a run while the block runs, as system/NODE/…
 
     Args:
-        fence: of the driver whose process logs; nothing is sent for one that was replaced.
+        fence: fence of the driver of this process; nothing is sent for a replaced driver.
     """
     ending = threading.Event()
     monitors: list[Any] = []
 
     def watch() -> None:
-        # What the monitor imports would hold up the first steps.
+        # The imports of the monitor would delay the first steps.
         if ending.wait(MONITOR_AFTER_S):
             return
         import_mlflow()
@@ -41,7 +41,7 @@ def system_metrics(tracker: Tracker, node: str, fence: Fence | None = None) -> I
                 super().publish_metrics(metrics)
 
         authenticate()
-        # MLflow's monitor ends when the server is away for a moment: it is started again then.
+        # MLflow's monitor ends when the server is unavailable for a moment; then it is restarted.
         while not ending.is_set():
             try:
                 if fence:

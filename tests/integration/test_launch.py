@@ -64,7 +64,7 @@ def test_a_launched_training_is_followed_stopped_and_resumed_under_its_name(shel
     out, err = follower.communicate(timeout=30)
     assert follower.returncode == 0, err[-2000:]
     assert '"id": "launched", "submitted": true' in out
-    assert "job launched goes on; the same command follows it again" in err
+    assert "job launched keeps running; the same command follows it again" in err
     assert checkpoints(s3) == []
 
     stopped = shell.ok("launch", "--stop", "launched", "--json")

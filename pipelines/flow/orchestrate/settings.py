@@ -17,7 +17,7 @@ VARIABLE = "DDPM_ORCHESTRATE"
 
 
 class OrchestrateSettings(BaseModel):
-    """What `definitions` is made from."""
+    """The settings of `definitions`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -35,7 +35,7 @@ FLAT = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What images are compared by.
+    """The fingerprints by which images are compared.
 
     Attributes:
         hash: 63 bits.

@@ -36,7 +36,7 @@ KINDS = (
 
 
 class NoSourceError(DatasetError):
-    """What names a source names none, as this machine can tell without a service."""
+    """The name of a source does not refer to one, as far as this machine can tell without a service."""
 
     exit_code = 2
 

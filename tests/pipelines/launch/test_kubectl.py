@@ -92,13 +92,13 @@ def test_a_command_that_runs_already_is_left_alone(cluster, notice, said):
     cluster.answers(RUNNING)
     apply(training(), notice)
     assert cluster.verbs() == ["get"]
-    assert "is there already (Running running): following it" in said[0]
+    assert "already exists (Running running): following it" in said[0]
 
 
 def test_another_command_under_the_name_of_one_that_runs_is_refused(cluster, notice):
     cluster.answers(RUNNING)
     other = command("kuberay", *TRAIN, *KUBERAY, "launch.namespace=team", "images=64")
-    with pytest.raises(LaunchError, match=r"RayJob first runs another command already: `ddpm train .*--stop first"):
+    with pytest.raises(LaunchError, match=r"RayJob first already runs another command: `ddpm train .*--stop first"):
         apply(other, notice)
     assert cluster.verbs() == ["get"]
 
@@ -157,13 +157,13 @@ def test_ctrl_c_detaches(cluster, notice, said):
         raise KeyboardInterrupt
 
     assert follow(Kubectl("team"), "first", notice, interrupt) is None
-    assert said[-1] == "detached; RayJob first goes on; the same command follows it again"
+    assert said[-1] == "detached; RayJob first keeps running; the same command follows it again"
     assert "delete" not in cluster.verbs()
 
 
 def test_a_rayjob_that_is_gone_cannot_be_followed(cluster, notice):
     cluster.answers(None)
-    with pytest.raises(LaunchError, match="there is no RayJob first any more"):
+    with pytest.raises(LaunchError, match="RayJob first no longer exists"):
         follow(Kubectl("team"), "first", notice)
 
 

@@ -272,7 +272,7 @@ def test_keys_are_a_mounted_file_that_only_the_user_reads_or_a_role():
         assert role["spec"]["serviceAccountName"] == "trainer"
         assert "AWS_SHARED_CREDENTIALS_FILE" not in variables(role)
         assert "s3" not in {v["name"] for v in role["spec"]["volumes"]}
-    with pytest.raises(ConfigError, match=r"nobody may use the bucket: set launch.service_account=NAME"):
+    with pytest.raises(ConfigError, match=r"the cluster has no access to the bucket: set launch.service_account=NAME"):
         job("launch.s3_secret=null")
 
 

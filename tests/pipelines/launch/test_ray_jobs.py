@@ -112,7 +112,7 @@ def test_a_command_is_submitted_under_the_name_of_its_run():
 
 def test_another_command_under_the_name_of_one_that_runs_is_refused():
     server = Server(("first", "RUNNING"))
-    with pytest.raises(LaunchError, match=r"job first runs another command already: `ddpm train .*--stop first"):
+    with pytest.raises(LaunchError, match=r"job first already runs another command: `ddpm train .*--stop first"):
         RayJobs(server, "http://ray").submit(command("ray", *TRAIN, "images=64"), "ddpm", {})
     assert server.submitted == []
 
@@ -144,7 +144,7 @@ def test_ctrl_c_detaches_and_stops_nothing():
     server = Server(logs=[["one", KeyboardInterrupt()]])
     state, written, said = follow(server)
     assert (state, written, server.stopped) == (None, "one", [])
-    assert said == ["detached; job first goes on; the same command follows it again"]
+    assert said == ["detached; job first keeps running; the same command follows it again"]
 
 
 def test_stopping_waits_until_the_job_has_ended():
