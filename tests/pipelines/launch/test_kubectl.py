@@ -188,7 +188,7 @@ def test_a_head_that_is_lost_is_taken_away_all_the_same(cluster, notice, said):
     (cluster.folder / "broken").touch()
     stop(Kubectl("team"), "first", notice)
     assert cluster.verbs() == ["get", "exec", "delete"]
-    assert any("resumes from its newest checkpoint" in text and "the pod is gone" in text for text in said)
+    assert any("will resume from its newest checkpoint" in text and "the pod is gone" in text for text in said)
 
 
 def test_stopping_what_is_not_there_says_so(cluster, notice):
