@@ -84,7 +84,7 @@ def load_images(config: Config, dataset: Dataset, storage: Storage) -> RealImage
     for split in ("train", "test"):
         with opened_split(dataset, split, storage, config.data.cache_dir, config.data.cache_gib) as reader:
             splits[split] = read_split(reader)
-    evaluator = open_evaluator(config, dataset, storage)
+    evaluator = open_evaluator(config, dataset)
     unseen = reference_part(evaluator.share, dataset, storage, splits["train"])
     reference = FeatureMoments.of(evaluator.encoder(to_levels(unseen.images)).features)
     return RealImages(splits["train"], splits["test"], evaluator, reference)

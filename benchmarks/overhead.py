@@ -342,7 +342,7 @@ class _Bench:
         batch = case.alone if workers == 1 else case.together
         config = self.fill([*case.overrides, f"name={name}", f"images={images}", f"batch_size={batch}",
                             f"cluster.num_workers={workers}", f"checkpoint.every={every}"])  # fmt: skip
-        return driver.train(prepare_run(config, self.storage, {}), watch)
+        return driver.train(prepare_run(config, {}), watch)
 
     def turn(self, case: Case, workers: int, seconds: float, rate: float, name: str) -> dict[str, float]:
         """Return the ratio of a run through Ray to the mean of bare runs before and after, and where time is lost.
@@ -405,7 +405,7 @@ class _Bench:
         config = self.fill([*DIGITS.overrides, f"name={name}", f"images={images}", "cluster.num_workers=1",
                             f"checkpoint.every={every}", f"checkpoint.publish_every={every}",
                             f"evaluation.every={scored}"])  # fmt: skip
-        result = driver.train(prepare_run(config, self.storage, {}), sample, workers=workers.provide)
+        result = driver.train(prepare_run(config, {}), sample, workers=workers.provide)
         first, last = seen[0], seen[-1]
         thousands = max(last[0] - first[0], 1) / 1_000
         return {

@@ -105,9 +105,9 @@ def record(reference: str) -> None:
     storage = Storage.of(config)
     model = references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage).model
     dataset = read_dataset(model.spec.lineage["dataset_uri"], storage)
-    connect_ray(config, storage)
-    evaluator = open_evaluator(config, dataset, storage, say)
-    real = open_real(dataset, evaluator, config, storage, notice=say)
+    connect_ray(config)
+    evaluator = open_evaluator(config, dataset, say)
+    real = open_real(dataset, evaluator, config, notice=say)
     base = base_of(config, model.spec.sampling)
 
     class Judge:

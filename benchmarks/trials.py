@@ -61,7 +61,7 @@ def run(size: Size) -> dict[str, Any]:
 
     storage = Storage.of(config)
     walk([Ingest(config)], Site(storage, {}, Terminal()))
-    connect_ray(config, storage)
+    connect_ray(config)
     at_a_time = int(ray.cluster_resources()["CPU"])
     if size is not Size.SMOKE:
         ours(1, config)  # trains the evaluator, which later studies reuse
@@ -128,7 +128,7 @@ def ours(trials: int, config: Config) -> tuple[float, dict[str, float]]:
     _, answer = search.run(resume=False, after=[], on_change=lambda observer: None)
     store, work = StudyStore.of(config, name), 0.0
     for record in store.records():  # trials stopped by ASHA did less work
-        for session in trial_sessions(record, config, name, store.storage):
+        for session in trial_sessions(record, config, name):
             work += sum(attempt.seconds[kind] for attempt in session.attempts for kind in ("step", "data", "grid"))
     return work, answer["trial_seconds"]
 

@@ -101,18 +101,20 @@ def complete_checkpoints(storage: Storage, folder: str) -> list[tuple[Listed, Ch
     return _examine(storage, folder, _folders(storage.list(folder), folder)).complete
 
 
-def newest_checkpoint(config: Config, storage: Storage) -> CheckpointState | None:
+def newest_checkpoint(config: Config) -> CheckpointState | None:
     """Return the state of the newest complete checkpoint of a run, None where it has never had one.
 
     Raises:
         ModelError: there were checkpoints, and none of them is complete.
     """
+    storage = Storage.of(config)
     found = _usable(storage, run_folder(config))
     return found.complete[0][1] if found.complete else None
 
 
-def newest_lineage(config: Config, storage: Storage) -> dict[str, Any]:
+def newest_lineage(config: Config) -> dict[str, Any]:
     """Return the lineage that the newest complete checkpoint of a run has stored; empty where there is none."""
+    storage = Storage.of(config)
     folder = run_folder(config)
     found = _usable(storage, folder).complete
     if not found:

@@ -171,7 +171,7 @@ class InitialModel:
     digest: str
 
 
-def initial_model(config: Config, tracking_uri: str | None, storage: Storage) -> InitialModel:
+def initial_model(config: Config, tracking_uri: str | None) -> InitialModel:
     """Return the model that `init_from` names, for the network of the configuration.
 
     An inpainting network can start from a network without inpainting; its initial outputs are the same.
@@ -180,6 +180,7 @@ def initial_model(config: Config, tracking_uri: str | None, storage: Storage) ->
         ModelError: the model does not exist, or has another network or parameterization; the message names every field
             that differs.
     """
+    storage = Storage.of(config)
     assert config.init_from is not None
     model = resolve(config.init_from, tracking_uri=tracking_uri, storage=storage).model
     weights: dict[str, Tensor] = dict(model.network.state_dict())

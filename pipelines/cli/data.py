@@ -46,15 +46,13 @@ def ingest(
     config = connect(config, ["s3"] if any(end.startswith("s3://") for end in (source, to)) else [])
 
     from pipelines.flow.ingest import write_dataset
-    from pipelines.storage import Storage
 
-    storage = Storage.of(config)
     if over_ray:
         from pipelines.training.ray_train.resources import connect_ray
 
-        connect_ray(config, storage)
+        connect_ray(config)
     with terminal.live():
-        done = write_dataset(config, storage, terminal)
+        done = write_dataset(config, terminal)
     dataset = done.dataset
     counts = {split: dataset.samples(split) for split in dataset.splits}
     answer_json(

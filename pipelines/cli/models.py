@@ -59,9 +59,8 @@ def evaluate(
             resolved,
             settings,
             config,
-            storage,
             terminal,
-            lambda: connect_ray(config, storage),
+            lambda: connect_ray(config),
             dataset_uri,
         )
     for name, text in scores.lines():
@@ -101,9 +100,8 @@ def register(
             resolved,
             settings,
             config,
-            storage,
             terminal,
-            lambda: connect_ray(config, storage),
+            lambda: connect_ray(config),
             dataset_uri=dataset_uri,
         )
     terminal.stage("registry", f"{version.uri}; `ddpm promote {version.uri} --alias {config.registry.alias}`")
@@ -151,13 +149,11 @@ def promote(
 
     from pipelines import registry
     from pipelines.checkpoints import lookup
-    from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
 
-    storage = Storage.of(config)
     if not rollback:
         config = lookup.judged_as_before(config, overrides or [], model)
-    gate = registry.Gate(config, storage, terminal, lambda: connect_ray(config, storage), name, alias)
+    gate = registry.Gate(config, terminal, lambda: connect_ray(config), name, alias)
     with terminal.live():
         if rollback:
             verdict = gate.rollback(dry_run=dry_run)
@@ -267,10 +263,8 @@ def report(
     config = compose_running(overrides, services=["s3", "mlflow"])
 
     from pipelines import report as reports
-    from pipelines.storage import Storage
 
-    storage = Storage.of(config)
-    made = reports.make(reference, config, storage, lambda text: terminal.stage("note", text), with_model=model)
+    made = reports.make(reference, config, lambda text: terminal.stage("note", text), with_model=model)
     path = out or Path(made.file_name)
     path.write_text(made.html, encoding="utf-8")
     terminal.stage("report", f"{path}: {', '.join(made.sections)}")

@@ -166,7 +166,7 @@ def likelihood(
 
     storage = Storage.of(config)
     resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=storage, device=str(task_device()))
-    read = bits.read_data(data, resolved.model, images, config, storage, lambda text: terminal.stage("note", text))
+    read = bits.read_data(data, resolved.model, images, config, lambda text: terminal.stage("note", text))
     with terminal.live():
         found = bits.measure(
             resolved.model, read, chosen, seed=seed, batch_size=batch_size, progress=terminal.counter(method, "images")
@@ -190,9 +190,8 @@ def _drawn_here(
 
     from pipelines.inference.files import PictureSource, written_as_drawn
     from pipelines.inference.pictures import encoder_of, open_model, picture
-    from pipelines.storage import Storage
 
-    resolved = open_model(model, first, config, Storage.of(config))
+    resolved = open_model(model, first, config)
     asked = request(resolved.model.spec.classes)
     with terminal.live():
         pictures = picture(

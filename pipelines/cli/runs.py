@@ -30,7 +30,6 @@ from pipelines.environment.lineage import code_lineage
 
 if TYPE_CHECKING:
     from pipelines.config import Config
-    from pipelines.storage import Storage
     from pipelines.training.log_lines import Line
 
 FOLLOW_EVERY_S = 2.0
@@ -62,7 +61,7 @@ def logs(
 
     show()
     if follow:
-        _until_the_end(show, config, storage, folder)
+        _until_the_end(show, config, folder)
     if not lines:
         whose = "the workers" if rank is None else f"rank {rank}"
         terminal.stage("logs", f"{whose} of run '{run}' logged no warning and no error")
@@ -74,9 +73,9 @@ def runs(overrides: Overrides = None, as_json: Json = False) -> None:
     config = compose_running(overrides, services=["s3", "mlflow"])
 
     from pipelines import housekeeping
-    from pipelines.storage import Storage, layout
+    from pipelines.storage import layout
 
-    found = housekeeping.list_runs(config, Storage.of(config))
+    found = housekeeping.list_runs(config)
     table = _table("run", "state", "images>", "last score", "size>", "when")
     for row in found:
         score = f"{row.score[0]} {row.score[1]:.4g}" if row.score else ""
@@ -103,16 +102,14 @@ def rm(
     config = compose_running(overrides, name=run, services=["s3", "mlflow"], optional=["ray"])
 
     from pipelines import housekeeping
-    from pipelines.storage import Storage
 
-    storage = Storage.of(config)
-    removal = housekeeping.find_removal(config, storage, force=force)
-    with housekeeping.kept_from_training(config, storage, lambda text: terminal.stage("rm", text)):
+    removal = housekeeping.find_removal(config, force=force)
+    with housekeeping.kept_from_training(config, lambda text: terminal.stage("rm", text)):
         for text in removal.lines():
             terminal.stage("rm", text)
         _ask(yes, f"Delete everything of run '{run}'?")
-        removal = housekeeping.find_removal(config, storage, force=force)  # the question may have been open for long
-        housekeeping.remove(removal, config, storage)
+        removal = housekeeping.find_removal(config, force=force)  # the question may have been open for long
+        housekeeping.remove(removal, config)
     terminal.stage("rm", f"deleted run '{run}', {decimal(removal.folder.size)}")
     answer_json(as_json, {"run": run, "size": removal.folder.size, "run_ids": [r.run_id for r in removal.records]})
 
@@ -137,7 +134,7 @@ def gc(
     from pipelines.storage import Storage
 
     storage, grace_s = Storage.of(config), older_than * 3600
-    found = housekeeping.find_garbage(config, storage, grace_s)
+    found = housekeeping.find_garbage(config, grace_s)
     table = _table("address", "size>", "why")
     for verdict in found:
         table.add_row(verdict.folder.address, decimal(verdict.folder.size), verdict.why)
@@ -151,7 +148,7 @@ def gc(
     if found and not dry_run:
         _ask(yes, f"Delete these, {decimal(sum(v.folder.size for v in found))} in total?")
         shown = {verdict.folder.address for verdict in found}
-        for verdict in housekeeping.find_garbage(config, storage, grace_s):  # the question may have been open for long
+        for verdict in housekeeping.find_garbage(config, grace_s):  # the question may have been open for long
             if verdict.folder.address in shown:
                 housekeeping.collect(verdict, storage)
                 deleted.append(verdict)
@@ -188,15 +185,17 @@ def _print(line: Line, *, to_stderr: bool) -> None:
     typer.echo(str(line), err=to_stderr)
 
 
-def _until_the_end(show: Callable[[], None], config: Config, storage: Storage, folder: str) -> None:
+def _until_the_end(show: Callable[[], None], config: Config, folder: str) -> None:
     """Show new lines until MLflow says that the run has ended, nothing more is written, or Ctrl-C.
 
     Storage or MLflow may be unavailable for a while: the next check comes soon.
     """
     from pipelines import tracking
     from pipelines.presentation.errors import PipelineError
+    from pipelines.storage import Storage
     from pipelines.training.log_lines import has_ended, last_write
 
+    storage = Storage.of(config)
     try:
         while True:
             status = None
@@ -231,11 +230,10 @@ def train(
         config = connect(read_config(config_file, overrides or []), SERVICES)
 
     from pipelines.flow.train import begin, show_end
-    from pipelines.storage import Storage
     from pipelines.training import driver
 
     with terminal.live():
-        result = driver.train(*begin(config, Storage.of(config), code_lineage(), terminal))
+        result = driver.train(*begin(config, code_lineage(), terminal))
         show_end(result, terminal)
     terminal.stage("train", f"{result.status} at {result.images_seen:,} images; runs:/{result.tracker.run_id}")
     published = asdict(result.published) if result.published else None

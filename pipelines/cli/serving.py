@@ -51,13 +51,12 @@ def serve(
     from pipelines.serving.service import ModelService
     from pipelines.serving.token import server_token
     from pipelines.stack import default_home
-    from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
 
     for model in models:
         lookup.check_exists(model, config.tracking.uri)
     token = None if no_token else server_token(config.serving.token_file, default_home())
-    connect_ray(config, Storage.of(config))
+    connect_ray(config)
     service = ModelService(models, config, lambda text: terminal.stage("serve", text))
     for number in (signal.SIGINT, signal.SIGTERM):  # background processes of a shell ignore SIGINT
         signal.signal(number, signal.default_int_handler)

@@ -37,17 +37,20 @@ class EvaluationData:
 
     dataset: Dataset
     config: Config
-    storage: Storage
     connect: Callable[[], object] = _connected
     notice: Notice = no_notice
     progress: Progress = no_progress
+
+    @property
+    def storage(self) -> Storage:
+        """Reads and writes what is stored."""
+        return Storage.of(self.config)
 
     @classmethod
     def of(
         cls,
         uri: str,
         config: Config,
-        storage: Storage,
         connect: Callable[[], object] = _connected,
         notice: Notice = no_notice,
         progress: Progress = no_progress,
@@ -57,7 +60,8 @@ class EvaluationData:
         Raises:
             DatasetError: there is none.
         """
-        return cls(read_dataset(uri, storage), config, storage, connect, notice, progress)
+        storage = Storage.of(config)
+        return cls(read_dataset(uri, storage), config, connect, notice, progress)
 
     @cached_property
     def stream(self) -> str:
@@ -67,19 +71,19 @@ class EvaluationData:
     @cached_property
     def evaluator(self) -> Evaluator:
         """Maps images to features."""
-        return open_evaluator(self.config, self.dataset, self.storage, self.notice, connect=self.connect)
+        return open_evaluator(self.config, self.dataset, self.notice, connect=self.connect)
 
     @cached_property
     def matcher(self) -> Evaluator:
         """Says which caption fits an image."""
-        return open_matcher(self.config, self.dataset, self.storage, self.notice, connect=self.connect)
+        return open_matcher(self.config, self.dataset, self.notice, connect=self.connect)
 
     @cached_property
     def real(self) -> Real:
         """What the evaluator says of the real images."""
         evaluator = self.evaluator
         self.connect()
-        return open_real(self.dataset, evaluator, self.config, self.storage, progress=self.progress, notice=self.notice)
+        return open_real(self.dataset, evaluator, self.config, progress=self.progress, notice=self.notice)
 
     def prompts(self, spec: ModelSpec) -> Prompts | None:
         """Return the captions of test images that samples of a model are drawn from, and what judges samples by them.
@@ -98,7 +102,7 @@ class EvaluationData:
         return {}
 
     def _open_prompts(self, width: int, classes: tuple[str, ...]) -> Prompts | None:
-        found = open_captions(width, self.dataset, self.config, self.storage, self.notice)
+        found = open_captions(width, self.dataset, self.config, self.notice)
         if found is None:
             return None
         labelled = bool(classes) and classes == self.dataset.classes
@@ -108,7 +112,7 @@ class EvaluationData:
     def opened(self, spec: ModelSpec) -> EvaluationData:
         """Return this with all that judges samples of a model opened, to be sent to where no key is."""
         self.prompts(spec)
-        sent = EvaluationData(self.dataset, self.config, self.storage)
+        sent = EvaluationData(self.dataset, self.config)
         opened = {"evaluator": self.evaluator, "real": self.real, "stream": self.stream, "_prompts": self._prompts}
         vars(sent).update(opened)
         return sent

@@ -157,7 +157,6 @@ def open_captions(
     width: int,
     dataset: Dataset,
     config: Config,
-    storage: Storage,
     notice: Notice = no_notice,
     held_out: int | None = None,
 ) -> tuple[Captions, Captions] | None:
@@ -170,6 +169,7 @@ def open_captions(
     Returns:
         None for a model that is not conditioned on text, and for data without fitting captions.
     """
+    storage = Storage.of(config)
     if not width:
         return None
     found = caption_width(dataset, "test", storage)

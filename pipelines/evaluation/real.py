@@ -180,7 +180,6 @@ def open_real(
     dataset: Dataset,
     evaluator: Evaluator,
     config: Config,
-    storage: Storage,
     *,
     progress: Progress = no_progress,
     notice: Notice = no_notice,
@@ -193,6 +192,7 @@ def open_real(
     Raises:
         DatasetError: the dataset has no train or no test split.
     """
+    storage = Storage.of(config)
     quarantine = read_quarantine(dataset.uri, storage)
     stream = stream_digest(dataset, quarantine)
     parts = layout.FEATURES, features_name(stream, evaluator.digest)

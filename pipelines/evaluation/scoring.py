@@ -98,7 +98,6 @@ def score_and_record(
     resolved: Resolved,
     settings: Sampling,
     config: Config,
-    storage: Storage,
     display: Display,
     connect: Callable[[], None],
     dataset_uri: str | None = None,
@@ -115,7 +114,7 @@ def score_and_record(
     """
     authority = Authority.of(config.registry)
     uri, say = dataset_uri or resolved.model.spec.lineage.get("dataset_uri", config.data.uri), _said(display)
-    data = EvaluationData.of(uri, config, storage, connect, say, display.counter("evaluate", "real images"))
+    data = EvaluationData.of(uri, config, connect, say, display.counter("evaluate", "real images"))
     scored = score(resolved, settings, data, display, authority)
     tracker, published, spec = resolved.tracker, resolved.published, resolved.model.spec
     if tracker is None:
@@ -182,7 +181,7 @@ def score(
 
 
 def find_scores(
-    tracker: Tracker, spec: ModelSpec, model_digest: str, settings: Sampling, config: Config, storage: Storage
+    tracker: Tracker, spec: ModelSpec, model_digest: str, settings: Sampling, config: Config
 ) -> Scores | None:
     """Return the scores that a run has of a model with the same settings, data and evaluator; None without any.
 
@@ -197,11 +196,13 @@ def find_scores(
         DatasetError, ConfigError: the data cannot be used to score the model.
     """
 
+    storage = Storage.of(config)
+
     def nothing_is_made() -> None:
         raise _NotMadeError("the evaluator of the dataset was not trained yet")
 
     uri = spec.lineage.get("dataset_uri", config.data.uri)
-    data = EvaluationData.of(uri, config, storage, connect=nothing_is_made)
+    data = EvaluationData.of(uri, config, connect=nothing_is_made)
     guides = references.guided(Model(spec, nn.Module()), settings, config.tracking.uri, storage)
     try:
         return _Asked.of(guides, model_digest, settings, data).found(tracker, Trust.of(config.registry))

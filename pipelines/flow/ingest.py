@@ -48,7 +48,7 @@ class Ingest(Stage[Dataset]):
         """Return the digest of the source's state and of the settings of an ingest; none without a source."""
         if self.config.data.source is None:
             return {}
-        return {"source": ingest_key(self.config, site.storage)}
+        return {"source": ingest_key(self.config)}
 
     def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[Dataset]:
         """Look whether the dataset was written from this source, as it is now, with these settings.
@@ -79,18 +79,16 @@ class Ingest(Stage[Dataset]):
         Raises:
             DatasetError: the source has another number of classes, say, than the configuration.
         """
-        connect = partial(connect_ray, self.config, site.storage)
+        connect = partial(connect_ray, self.config)
         local = self.config.storage.local_stack  # whose tasks start later than this process has written some images
         if not local:
             connect()
-        dataset = write_dataset(self.config, site.storage, site.display, connect if local else None).dataset
+        dataset = write_dataset(self.config, site.display, connect if local else None).dataset
         prepare.check_dataset(dataset, self.config)
         return dataset
 
 
-def write_dataset(
-    config: Config, storage: Storage, display: Display, connect: Callable[[], object] | None = None
-) -> Ingested:
+def write_dataset(config: Config, display: Display, connect: Callable[[], object] | None = None) -> Ingested:
     """Ingest `data.source` with the settings of the configuration, and record the ingest key.
 
     The work runs on Ray where this process is connected to a cluster that can read the source and write the dataset.
@@ -101,9 +99,10 @@ def write_dataset(
     Raises:
         ConfigError: there is no such text encoder.
     """
+    storage = Storage.of(config)
     data = config.data
     assert data.source is not None
-    key, encoder = ingest_key(config, storage), _text_encoder(data.text_encoder)
+    key, encoder = ingest_key(config), _text_encoder(data.text_encoder)
     storage.delete(join(data.uri, layout.INGEST_KEY))  # an interrupted ingest must not look finished
     display.stage("ingest", f"{data.source} -> {data.uri}")
     done = ingest(
@@ -167,11 +166,12 @@ def _text_encoder(name: str | None) -> CaptionEncoder | None:
         raise ConfigError(f"data.text_encoder: {error}") from error
 
 
-def ingest_key(config: Config, storage: Storage) -> str:
+def ingest_key(config: Config) -> str:
     """Return the digest of the input and of every setting that decides what an ingest writes.
 
     The versions of this code and of Pillow are left out: an upgrade must not rewrite a dataset that runs train on.
     """
+    storage = Storage.of(config)
     data = config.data
     assert data.source is not None
     settings = data.model_dump(mode="json", include=set(INGEST_SETTINGS))

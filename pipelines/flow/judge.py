@@ -62,13 +62,13 @@ class MakeEvaluator(Stage[Evaluator]):
 
     def has_room(self, site: Site) -> bool:
         """Return whether the cluster has room for a task beside all workers of a training."""
-        connect_ray(self.config, site.storage)
+        connect_ray(self.config)
         return has_room_beside(self.config.cluster, alive_nodes(), needs(self.config))
 
     def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[Evaluator]:
         """Look whether the evaluator is there: stored with the dataset, or loaded from `evaluation.weights`."""
         assert given.dataset is not None
-        found = find_evaluator(self.config, given.dataset, site.storage)
+        found = find_evaluator(self.config, given.dataset)
         if found is None:
             return StageStatus(None, f"{given.dataset.uri} has no evaluator ({inputs['kind']}) yet")
         return StageStatus(found, f"the evaluator ({found.kind}) is there already (digest {found.digest[:12]})")
@@ -76,13 +76,12 @@ class MakeEvaluator(Stage[Evaluator]):
     def run(self, site: Site, given: Results) -> Evaluator:
         """Train the evaluator in a Ray task, and store it."""
         assert given.dataset is not None
-        config, storage = self.config, site.storage
+        config = self.config
         return open_evaluator(
             config,
             given.dataset,
-            storage,
             lambda text: site.display.stage(self.name, text),
-            connect=lambda: connect_ray(config, storage),
+            connect=lambda: connect_ray(config),
         )
 
 
@@ -125,7 +124,7 @@ class Evaluate(Stage[Scores]):
         assert published is not None
         spec = checkpoints.published_spec(published, site.storage)
         settings = sampling(self.config)
-        scores = find_scores(given.run.tracker, spec, inputs["model"], settings, self.config, site.storage)
+        scores = find_scores(given.run.tracker, spec, inputs["model"], settings, self.config)
         if scores is None:
             return StageStatus(
                 None, f"the model of {published.images_seen:,} images was not scored with these settings yet"
@@ -140,9 +139,8 @@ class Evaluate(Stage[Scores]):
             _loaded(given.run, storage),
             sampling(config),
             config,
-            storage,
             site.display,
-            lambda: connect_ray(config, storage),
+            lambda: connect_ray(config),
         )
         return scores
 
@@ -174,7 +172,7 @@ class Register(Stage[ModelVersion]):
         """
         check_signing(self.config.registry)
         if given.dataset is not None and self.config.model.text_dim:
-            registry.bundled_encoder(prepare.encoder_lineage(self.config, site.storage)["text_encoder"])
+            registry.bundled_encoder(prepare.encoder_lineage(self.config)["text_encoder"])
 
     def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[ModelVersion]:
         """Look whether a version has this checkpoint with these scores."""
@@ -195,7 +193,7 @@ class Register(Stage[ModelVersion]):
         assert given.evaluation is not None
         resolved = _loaded(given.run, site.storage)
         uri = resolved.model.spec.lineage["dataset_uri"]
-        return registry.register_once(resolved, given.evaluation, self.config, site.storage, site.display, uri)
+        return registry.register_once(resolved, given.evaluation, self.config, site.display, uri)
 
 
 @dataclass(frozen=True)
@@ -256,7 +254,6 @@ class Promote(Stage[Verdict]):
             resolved,
             resolved.model.spec.sampling,
             self.config,
-            site.storage,
             site.display,
             gate.connect,
             dataset_uri=self.config.data.uri,
@@ -264,9 +261,9 @@ class Promote(Stage[Verdict]):
 
     def gate(self, site: Site) -> Gate:
         """Return the gate before the alias."""
-        config, storage = self.config, site.storage
+        config = self.config
         name, alias = config.registry.model, config.registry.alias
-        return Gate(config, storage, site.display, lambda: connect_ray(config, storage), name, alias)
+        return Gate(config, site.display, lambda: connect_ray(config), name, alias)
 
 
 def _loaded(run: TrainingResult, storage: Storage) -> Resolved:

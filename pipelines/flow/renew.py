@@ -9,7 +9,7 @@ from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.storage import Storage
 
 
-def for_data(config: Config, storage: Storage) -> Config:
+def for_data(config: Config) -> Config:
     """Return the configuration whose run is of the data that are there now.
 
     That is the given one where its run is of these data, may go on with others (`data.allow_changed`), or is not there
@@ -19,7 +19,8 @@ def for_data(config: Config, storage: Storage) -> Config:
         DatasetError: there is no dataset.
         ModelError: none of the run's checkpoints is complete.
     """
-    state = newest_checkpoint(config, storage)
+    storage = Storage.of(config)
+    state = newest_checkpoint(config)
     dataset = read_dataset(config.data.uri, storage)
     digest = stream_digest(dataset, read_quarantine(config.data.uri, storage))
     if state is None or state.stream_digest == digest or config.data.allow_changed:

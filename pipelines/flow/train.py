@@ -14,7 +14,7 @@ from pipelines.config import Config
 from pipelines.flow.stage import TRAIN, Results, Site, Stage, StageSpec, StageStatus
 from pipelines.presentation.progress import Display, Notice, Report, TimeBreakdown, no_report
 from pipelines.shards.quarantine import read_quarantine, stream_digest
-from pipelines.storage import Storage, join, layout
+from pipelines.storage import join, layout
 from pipelines.training import driver
 from pipelines.training.describe import workers_text
 from pipelines.training.driver import TrainingResult
@@ -56,7 +56,7 @@ class Train(Stage[TrainingResult]):
         """
         assert given.dataset is not None
         config, storage = self.config, site.storage
-        state = checkpoints.newest_checkpoint(config, storage)
+        state = checkpoints.newest_checkpoint(config)
         if state is None:
             return StageStatus(None, f"run '{config.name}' has no checkpoint")
         quarantine = read_quarantine(config.data.uri, storage)
@@ -65,7 +65,7 @@ class Train(Stage[TrainingResult]):
         if state.images_seen < length:
             return StageStatus(None, f"run '{config.name}' has seen {state.images_seen:,} of {length:,} images")
         seen = f"run '{config.name}' has seen its {state.images_seen:,} images already"
-        tracker = find_training_run(config, storage)
+        tracker = find_training_run(config)
         waits = storage.exists(join(self.output, layout.UNSENT))
         if tracker is None or waits or not tracker.is_finished():
             return StageStatus(None, f"{seen}, and MLflow does not have all of it")
@@ -86,7 +86,7 @@ class Train(Stage[TrainingResult]):
         Raises:
             TrainingError: it was stopped before it saw all its images, or MLflow does not name its checkpoint.
         """
-        result = driver.train(*begin(self.config, site.storage, site.lineage, site.display, site.training_ends))
+        result = driver.train(*begin(self.config, site.lineage, site.display, site.training_ends))
         show_end(result, site.display)
         if result.status == "stopped":
             raise TrainingError(f"stopped at {result.images_seen} images; the same command goes on from there")
@@ -98,7 +98,7 @@ class Train(Stage[TrainingResult]):
 
 
 def begin(
-    config: Config, storage: Storage, lineage: Mapping[str, Any], display: Display, ends: float | None = None
+    config: Config, lineage: Mapping[str, Any], display: Display, ends: float | None = None
 ) -> tuple[PreparedRun, Report, Notice]:
     """Prepare a run, and say whether it is new, resumed or complete.
 
@@ -108,7 +108,7 @@ def begin(
     Returns:
         What `driver.train` takes.
     """
-    run = prepare_run(config, storage, dict(lineage))
+    run = prepare_run(config, dict(lineage))
     if ends is not None and config.training_s is not None and run.resumes_at == 0:
         # What came before took more or less time than was expected.
         training_s = max(LEAST_SHARE * config.training_s, ends - time.monotonic())

@@ -88,12 +88,13 @@ def judge(
     ]
 
 
-def find_garbage(config: Config, storage: Storage, grace_s: float = GRACE_S) -> list[GarbageVerdict]:
+def find_garbage(config: Config, grace_s: float = GRACE_S) -> list[GarbageVerdict]:
     """Return published checkpoints, studies, evaluators, samples and features that nothing names.
 
     Raises:
         TrackingError, StorageError: a service does not answer: then nothing is known to be garbage.
     """
+    storage = Storage.of(config)
     now, uri, root = time.time(), config.tracking.server, config.storage.root
     records, versions = tracking.list_runs(uri), tracking.all_versions(uri)
     published = _published(folders_at(storage, join(root, layout.RUNS)), records, storage, uri)

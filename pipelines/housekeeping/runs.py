@@ -33,12 +33,13 @@ class RemovalError(PipelineError):
     """A run is not removed; says why and what to do."""
 
 
-def list_runs(config: Config, storage: Storage) -> list[RunSummary]:
+def list_runs(config: Config) -> list[RunSummary]:
     """Return the runs of the configuration's experiment and storage, the newest first.
 
     Raises:
         TrackingError, StorageError: a service does not answer.
     """
+    storage = Storage.of(config)
     records = tracking.list_runs(config.tracking.server)
     stored = folders_at(storage, join(config.storage.root, layout.RUNS))
     return summaries(records, stored, config.tracking.experiment, time.time())
@@ -192,7 +193,7 @@ def removal_order(folder: Folder) -> tuple[list[str], list[str]]:
 
 
 @contextmanager
-def kept_from_training(config: Config, storage: Storage, notice: Notice) -> Iterator[None]:
+def kept_from_training(config: Config, notice: Notice) -> Iterator[None]:
     """Keep drivers on the Ray cluster of the configuration, where one answers, from training a run meanwhile.
 
     Raises:
@@ -209,7 +210,7 @@ def kept_from_training(config: Config, storage: Storage, notice: Notice) -> Iter
     from pipelines.training.ray_train.resources import connect_ray
 
     try:
-        connect_ray(config, storage)
+        connect_ray(config)
     except TrainingError as error:
         notice(f"{error}; whether the run is being trained is judged by what it has written last")
         yield
@@ -221,8 +222,9 @@ def kept_from_training(config: Config, storage: Storage, notice: Notice) -> Iter
         ray.shutdown()
 
 
-def find_removal(config: Config, storage: Storage, *, force: bool) -> Removal:
+def find_removal(config: Config, *, force: bool) -> Removal:
     """Return all that belongs to the run of the configuration, and whether it may be removed."""
+    storage = Storage.of(config)
     uri, address = config.tracking.server, layout.run_folder(config.storage.root, config.name)
     return plan_removal(
         Folder(address, tuple(storage.list(address))),
@@ -235,11 +237,12 @@ def find_removal(config: Config, storage: Storage, *, force: bool) -> Removal:
     )
 
 
-def remove(removal: Removal, config: Config, storage: Storage) -> None:
+def remove(removal: Removal, config: Config) -> None:
     """Delete a run, in an order in which no interruption leaves something that looks usable; a repeat does the rest.
 
     What makes checkpoints complete goes first, then the MLflow run, then the files.
     """
+    storage = Storage.of(config)
     first, rest = removal_order(removal.folder)
     for address in first:
         storage.delete(address)

@@ -97,7 +97,7 @@ class Bits:
         )
 
 
-def read_data(data: str, model: Model, most: int, config: Config, storage: Storage, notice: Notice = no_notice) -> Data:
+def read_data(data: str, model: Model, most: int, config: Config, notice: Notice = no_notice) -> Data:
     """Return images spread evenly over the test split of a dataset, or over a folder of images.
 
     Args:
@@ -110,6 +110,7 @@ def read_data(data: str, model: Model, most: int, config: Config, storage: Stora
         DatasetError: the dataset is damaged, or its images have another size than the model's.
         RequestError: there are fewer than two images.
     """
+    storage = Storage.of(config)
     uri = data if "://" in data else Path(data).absolute().as_uri()
     try:
         storage.read(join(uri, layout.DATASET))
@@ -117,7 +118,7 @@ def read_data(data: str, model: Model, most: int, config: Config, storage: Stora
         if not uri.startswith("file://"):
             read_dataset(uri, storage)  # raises, and says how to write one
         return _folder(Path(data.removeprefix("file://")), model, most, notice)
-    return _test_split(uri, model, most, config, storage)
+    return _test_split(uri, model, most, config)
 
 
 def parse_method(method: str) -> Method:
@@ -198,7 +199,8 @@ def _plot(bits: Bits) -> str:
     return html.page("Terms of the variational bound", bits.line(), [section], "Made by ddpm likelihood.")
 
 
-def _test_split(uri: str, model: Model, most: int, config: Config, storage: Storage) -> Data:
+def _test_split(uri: str, model: Model, most: int, config: Config) -> Data:
+    storage = Storage.of(config)
     dataset, spec = read_dataset(uri, storage), model.spec
     there = (dataset.channels, dataset.image_size, dataset.image_size)
     if there != spec.shape:

@@ -90,13 +90,14 @@ class Pictures:
     film: Film | None = None
 
 
-def open_model(reference: str, request: Request, config: Config, storage: Storage) -> Resolved:
+def open_model(reference: str, request: Request, config: Config) -> Resolved:
     """Return the model of a MODEL reference with the guiding networks that a request needs, on the GPU if there is one.
 
     Raises:
         ModelError: the model, or a guiding network, does not exist.
         RequestError: the request changes the sampling settings in a way that does not work.
     """
+    storage = Storage.of(config)
     uri, device = config.tracking.uri, str(task_device())
     resolved = references.resolve(reference, tracking_uri=uri, storage=storage, device=device)
     settings = _sampling(request, resolved.model.spec)

@@ -175,7 +175,7 @@ def _measured(
     if not address:  # the local stack's Ray has this machine
         machine = measure(facts, settings, budget_s, start_s=start_s)
         return measure_longer(facts, settings, budget_s, machine, compared=compared)
-    connect_ray(services, storage)
+    connect_ray(services)
     nodes = alive_nodes()
     if not nodes:
         raise ConfigError(f"the Ray cluster at {address} has no nodes")

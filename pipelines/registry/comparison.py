@@ -18,7 +18,6 @@ from pipelines.evaluation.scores import IMAGES_PER_FEATURE
 from pipelines.presentation.progress import Display
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import RegistryError
-from pipelines.storage import Storage
 
 LEAST = 5_000
 """Samples of each model, by default, where the evaluator has few features."""
@@ -42,16 +41,14 @@ def request_of(config: Config, features: int, seed: int) -> Request:
     return replace(Request.of(config), n=n, seeds=(seed,), likelihood_images=0)
 
 
-def open_data(
-    evidence: Evidence, config: Config, storage: Storage, display: Display, connect: Callable[[], None]
-) -> EvaluationData:
+def open_data(evidence: Evidence, config: Config, display: Display, connect: Callable[[], None]) -> EvaluationData:
     """Return what judges samples of a version: its dataset, and the evaluator that scored it.
 
     Raises:
         RegistryError: the evaluator is another one now.
     """
     say, progress = partial(display.stage, "gate"), display.counter("gate", "real images")
-    data = EvaluationData.of(evidence.dataset_uri, config, storage, connect, say, progress)
+    data = EvaluationData.of(evidence.dataset_uri, config, connect, say, progress)
     connect()
     if data.evaluator.digest != evidence.scores.evaluator_digest:
         raise RegistryError(

@@ -64,7 +64,6 @@ class Gate:
 
     Attributes:
         config: names the services, the evaluator, who signs and who is believed.
-        storage: where data, samples and the log of verdicts are.
         display: shows what is done.
         connect: connects this process to the Ray cluster; called only where samples have to be drawn.
         model: name of the registered model.
@@ -72,11 +71,15 @@ class Gate:
     """
 
     config: Config
-    storage: Storage
     display: Display
     connect: Callable[[], None]
     model: str
     alias: str
+
+    @property
+    def storage(self) -> Storage:
+        """Reads and writes what is stored."""
+        return Storage.of(self.config)
 
     @property
     def log(self) -> VerdictLog:
@@ -322,7 +325,7 @@ class Gate:
                 )
             return replace(refused, reason=f"{refused.reason}; {mend}")
         assert champion.evidence is not None
-        data = open_data(candidate.evidence, self.config, self.storage, self.display, self.connect)
+        data = open_data(candidate.evidence, self.config, self.display, self.connect)
         against = champion.evidence.served_digest
         request = request_of(
             self.config, data.evaluator.encoder.width, gate_seed(self.model, self.alias, against, dry_run)

@@ -24,7 +24,6 @@ def register_scored(
     resolved: Resolved,
     settings: Sampling,
     config: Config,
-    storage: Storage,
     display: Display,
     connect: Callable[[], None],
     *,
@@ -47,9 +46,9 @@ def register_scored(
     """
     check_signing(config.registry)
     run_of(resolved)  # before anything is drawn
-    scores, _ = score_and_record(resolved, settings, config, storage, display, connect, dataset_uri)
+    scores, _ = score_and_record(resolved, settings, config, display, connect, dataset_uri)
     dataset = dataset_uri or resolved.model.spec.lineage.get("dataset_uri", config.data.uri)
-    return register_once(resolved, scores, config, storage, display, dataset)
+    return register_once(resolved, scores, config, display, dataset)
 
 
 def find_version(uri: str, name: str, scores: Scores, model_digest: str) -> ModelVersion | None:
@@ -71,7 +70,7 @@ def is_candidate(uri: str, version: ModelVersion) -> bool:
 
 
 def register_once(
-    resolved: Resolved, scores: Scores, config: Config, storage: Storage, display: Display, dataset_uri: str
+    resolved: Resolved, scores: Scores, config: Config, display: Display, dataset_uri: str
 ) -> ModelVersion:
     """Return the version of a scored model, on the page of its run and with the alias `candidate`.
 
@@ -81,6 +80,7 @@ def register_once(
         scores: of the model; the version serves the settings in them.
         dataset_uri: of the data that it was scored on.
     """
+    storage = Storage.of(config)
     tracker, name = run_of(resolved), config.registry.model
     version = find_version(tracker.uri, name, scores, digest_of(resolved))
     if version is not None and is_candidate(tracker.uri, version):

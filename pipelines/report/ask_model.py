@@ -46,9 +46,7 @@ MOST_STEPS = 50
 """Steps of a sampler; one that has more draws with these."""
 
 
-def ask_model(
-    facts: Facts, subject: ReportSubject, config: Config, storage: Storage, notice: Notice = no_notice
-) -> Facts:
+def ask_model(facts: Facts, subject: ReportSubject, config: Config, notice: Notice = no_notice) -> Facts:
     """Return the facts with the parts that the model can compute; the notes name the others.
 
     Args:
@@ -67,7 +65,7 @@ def ask_model(
             notice(notes[-1])
             return None
 
-    resolved = attempt("the model could not be loaded", lambda: _resolve(facts, subject, config, storage))
+    resolved = attempt("the model could not be loaded", lambda: _resolve(facts, subject, config))
     if resolved is None:
         return replace(facts, notes=tuple(notes))
     model, uri = resolved.model, resolved.model.spec.lineage.get("dataset_uri")
@@ -75,7 +73,7 @@ def ask_model(
     found = {"film": attempt("the film could not be drawn", lambda: film(resolved, prompts))}
     data = None
     if uri:
-        data = attempt("the test images could not be read", lambda: read_data(uri, model, MEASURED, config, storage))
+        data = attempt("the test images could not be read", lambda: read_data(uri, model, MEASURED, config))
     if data is not None:
         found["levels"] = attempt("the error by noise level could not be measured", lambda: levels(model, data))
         if can_inpaint(model.spec):
@@ -144,8 +142,9 @@ def inpainting(model: Model, data: Data, seed: int = 0) -> Picture:
     return Picture.of_pixels(label_grid(rows.reshape(-1, *original.shape[1:]), len(original)))
 
 
-def _resolve(facts: Facts, subject: ReportSubject, config: Config, storage: Storage) -> Resolved:
+def _resolve(facts: Facts, subject: ReportSubject, config: Config) -> Resolved:
     """Return the model that is shown."""
+    storage = Storage.of(config)
     asked = subject.reference.startswith("models:/")
     reference = subject.reference if asked else f"runs:/{subject.tracker.run_id}/{facts.images_seen}"
     return references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage, device=str(task_device()))

@@ -66,15 +66,14 @@ SETTINGS = {
 """Name of a setting in a report -> its key in the configuration."""
 
 
-def gather(subject: ReportSubject, config: Config, storage: Storage, notice: Notice = no_notice) -> Facts:
+def gather(subject: ReportSubject, config: Config, notice: Notice = no_notice) -> Facts:
     """Return the recorded facts of a run and its model.
 
     Args:
         config: with the address of the MLflow server; `registry.alias` names the champion.
-        storage: reads the dataset, the ledger and studies.
         notice: called with each part that cannot be read, and the reason.
     """
-    return _Reader(subject, config, storage, notice).facts()
+    return _Reader(subject, config, notice).facts()
 
 
 @dataclass
@@ -83,9 +82,13 @@ class _Reader:
 
     subject: ReportSubject
     config: Config
-    storage: Storage
     notice: Notice
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def storage(self) -> Storage:
+        """Reads and writes what is stored."""
+        return Storage.of(self.config)
 
     def facts(self) -> Facts:
         """Return all facts that can be read."""

@@ -12,7 +12,6 @@ from pipelines.report.gather import gather
 from pipelines.report.page import page
 from pipelines.report.sections import sections
 from pipelines.report.subject import find_subject
-from pipelines.storage import Storage
 from pipelines.tracking import Tracker, links
 
 ARTIFACT = "report.html"
@@ -47,9 +46,7 @@ class Report:
         return f"{self.tracker.uri}/{page}"
 
 
-def make(
-    reference: str, config: Config, storage: Storage, notice: Notice = no_notice, *, with_model: bool = True
-) -> Report:
+def make(reference: str, config: Config, notice: Notice = no_notice, *, with_model: bool = True) -> Report:
     """Return the report of a run or a registered version.
 
     Args:
@@ -63,8 +60,8 @@ def make(
         TrackingError: MLflow does not answer.
     """
     subject = find_subject(reference, config)
-    facts = gather(subject, config, storage, notice)
+    facts = gather(subject, config, notice)
     if with_model:
-        facts = ask_model(facts, subject, config, storage, notice)
+        facts = ask_model(facts, subject, config, notice)
     shown = sections(facts)
     return Report(facts.name, page(facts, shown), tuple(section.name for section in shown), subject.tracker)

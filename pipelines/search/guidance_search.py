@@ -215,7 +215,6 @@ class GuidanceSearch(Search):
                 resolved,
                 winner.settings,
                 config.model_copy(update=named),
-                self.storage,
                 Lines(self.notice),
                 lambda: None,  # the study is connected
             )

@@ -177,7 +177,7 @@ def search_steps(
     try:
         settings = _settings(resolved, changes)
         seeds = trials_seed(config, name), confirmation_seed(config, name, [])
-        captions = _captions(resolved, config, storage, notice, seeds[0])
+        captions = _captions(resolved, config, notice, seeds[0])
         found = find_steps(resolved.model, settings, asked, seeds, captions, notice)
     except ValueError as error:
         raise ConfigError(f"search steps: {error}") from error
@@ -185,7 +185,7 @@ def search_steps(
         notice("steps", f"{spacing}: {distance:.4g} from the ends of fine trajectories")
     overrides = " ".join(sampling_overrides(found.settings))
     notice("steps", f"use them with `ddpm register {reference} {overrides}`")
-    return _store(found, config, name, reference, storage)
+    return _store(found, config, name, reference)
 
 
 def _settings(resolved: Resolved, changes: dict[str, Any]) -> Sampling:
@@ -204,15 +204,16 @@ def _settings(resolved: Resolved, changes: dict[str, Any]) -> Sampling:
     return settings
 
 
-def _captions(resolved: Resolved, config: Config, storage: Storage, notice: StageNotice, seed: int) -> Captions | None:
+def _captions(resolved: Resolved, config: Config, notice: StageNotice, seed: int) -> Captions | None:
     """Return the captions of the test split of a model's data in a seeded order, for a model on text."""
+    storage = Storage.of(config)
     spec = resolved.model.spec
     if can_inpaint(spec):
         raise ValueError("a model that sees known pixels has no trajectories without them: name one without inpainting")
     if not spec.network.text_dim:
         return None
     dataset = read_dataset(spec.lineage.get("dataset_uri", config.data.uri), storage)
-    found = open_captions(spec.network.text_dim, dataset, config, storage, lambda text: notice("steps", text))
+    found = open_captions(spec.network.text_dim, dataset, config, lambda text: notice("steps", text))
     return None if found is None else found[0].shuffled(seed)
 
 
@@ -225,8 +226,9 @@ def _conditions(model: Model, ids: Tensor, captions: Captions | None) -> Conditi
     return Conditioning(label=ids % classes) if classes else None
 
 
-def _store(found: FoundSteps, config: Config, name: str, reference: str, storage: Storage) -> dict[str, Any]:
+def _store(found: FoundSteps, config: Config, name: str, reference: str) -> dict[str, Any]:
     """Write what was found into the folder of the study and an MLflow run, and return it as JSON types."""
+    storage = Storage.of(config)
     note = f"Time steps that were {LEARNED if LEARNED in found.distances else CHOSEN} for {reference}."
     tracker = open_study_run(config, name, "steps", note)
     plain = {

@@ -166,8 +166,8 @@ class Search(ABC):
         first = earlier_points(
             self.study, self.base, (StudyStore.of(config, other) for other in after), notice=self.say
         )
-        connect_ray(config, self.storage)
-        self.data = EvaluationData(dataset, config, self.storage, notice=self.say)
+        connect_ray(config)
+        self.data = EvaluationData(dataset, config, notice=self.say)
         self.open()
         records = self.store.open(self.study, self.base, self.identity, resume=resume)
         with self._opened_run() as tracker:

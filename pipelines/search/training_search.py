@@ -151,7 +151,7 @@ class TrainingSearch(Search):
         """Load captions and test images, and check that the cluster has room for a trial."""
         config, asked = self.config, (self.config.model.text_dim, *self.study.values("model.text_dim", self.config))
         width = max(int(width or 0) for width in asked)  # 0 where no trial is on text
-        found = open_captions(width, self.data.dataset, config, self.storage, self.say, held_out=HELD_OUT)
+        found = open_captions(width, self.data.dataset, config, self.say, held_out=HELD_OUT)
         self.captions: Captions | None
         self.captions, held = found or (None, None)
         self.held_out = held_out_images(self.data.real, held)
@@ -235,7 +235,7 @@ class TrainingSearch(Search):
         """Write the configuration of the winner, or of the best trial."""
         top, images = best(records, self.study.objectives[0]), self.config.images
         seen = sum(r.scores.get("images_seen", 0) for r in records)
-        spent = median_seconds(records, self.config, self.name, self.storage)
+        spent = median_seconds(records, self.config, self.name)
         notes = [
             f"Each trial trains on up to {images:,} images; together they saw {seen:,.0f}, where training each to its "
             f"end would have taken {images * len(records):,}."

@@ -152,7 +152,7 @@ class TrainingTrial(Trial):
     def _fit(self) -> None:
         """Train the run to its end; an error is kept for `step`."""
         try:
-            run = prepare_run(self.run_config, self.judge.storage, self.lineage, self.below)
+            run = prepare_run(self.run_config, self.lineage, self.below)
             driver.train(replace(run, job=replace(run.job, evaluation_hook=self.judge)), workers=self.workers.provide)
         except BaseException as error:  # noqa: BLE001 - it is raised in Tune's own thread
             self.error = error
@@ -208,13 +208,14 @@ def trial_seconds(record: TrialRecord, sessions: Sequence[Session]) -> dict[str,
     }
 
 
-def trial_sessions(record: TrialRecord, config: Config, name: str, storage: Storage) -> Sequence[Session]:
+def trial_sessions(record: TrialRecord, config: Config, name: str) -> Sequence[Session]:
     """Return the ledger of a trial's run in the study of this name."""
+    storage = Storage.of(config)
     return read_sessions(storage, layout.run_folder(config.storage.root, f"{name}-{record.trial}"))
 
 
-def median_seconds(records: Sequence[TrialRecord], config: Config, name: str, storage: Storage) -> dict[str, float]:
+def median_seconds(records: Sequence[TrialRecord], config: Config, name: str) -> dict[str, float]:
     """Return the medians of `trial_seconds` over a study's trials; empty where no trial finished in one go."""
-    found = [trial_seconds(record, trial_sessions(record, config, name, storage)) for record in records]
+    found = [trial_seconds(record, trial_sessions(record, config, name)) for record in records]
     spent = [seconds for seconds in found if seconds is not None]
     return {part: statistics.median(s[part] for s in spent) for part in spent[0]} if spent else {}

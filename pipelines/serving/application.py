@@ -52,7 +52,7 @@ class ModelReplica:
         config: the configuration, with every address filled in.
     """
 
-    async def __init__(self, reference: str, config: Config, storage: Storage) -> None:  # type: ignore[misc]
+    async def __init__(self, reference: str, config: Config) -> None:  # type: ignore[misc]
         self._reference = reference
         threads = config.cluster.threads_per_worker
         drawing = ThreadPoolExecutor(1, "draw", torch.set_num_threads, (threads,))
@@ -63,7 +63,7 @@ class ModelReplica:
             return lookup.find_registered(reference, config.tracking.uri).uri
 
         def load_version(version: str) -> Served:
-            return load(version, config, storage, drawing)
+            return load(version, config, drawing)
 
         follows = reference.startswith("models:/") and "@" in reference
         version = await asyncio.to_thread(find) if follows else reference
@@ -225,13 +225,14 @@ async def ask_front(front: Any, body: Mapping[str, Any]) -> dict[str, Any]:
         raise
 
 
-def build(served: Sequence[str], config: Config, storage: Storage, token_digest: str | None) -> Any:
+def build(served: Sequence[str], config: Config, token_digest: str | None) -> Any:
     """Return the application of some models.
 
     Args:
         served: MODEL references, the default one first.
         token_digest: of the bearer token; None for none.
     """
+    storage = Storage.of(config)
     serving = config.serving
     replica = serve.deployment(
         ModelReplica,

@@ -202,7 +202,7 @@ class Served:
             raise RefusedRequest(422, "sampling.compile: others would wait for it; register the model with it")
 
 
-def load(reference: str, config: Config, storage: Storage, executor: Executor) -> Served:
+def load(reference: str, config: Config, executor: Executor) -> Served:
     """Return a model ready to serve: it has drawn a picture, and is compiled where its settings say so.
 
     Args:
@@ -212,6 +212,7 @@ def load(reference: str, config: Config, storage: Storage, executor: Executor) -
     Raises:
         ModelError: the model does not exist, or draws something that is not a number.
     """
+    storage = Storage.of(config)
     device = str(task_device())
     resolved = references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage, device=device)
     serving, model = config.serving, resolved.model

@@ -21,7 +21,6 @@ from pipelines.environment.loopback import bypass_proxies, is_loopback
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Notice
 from pipelines.serving.application import build
-from pipelines.storage import Storage
 from pipelines.training.ray_train.resources import alive_nodes, possible_workers
 
 POLL_S = 0.5
@@ -75,8 +74,7 @@ class ModelService:
         host = "127.0.0.1" if serving.host == "0.0.0.0" else serving.host
         self.url = f"http://{host}:{port}{serving.prefix.rstrip('/')}"
         bypass_proxies(self.url)
-        storage = Storage.of(self.config)
-        self._run(serving.name, build(self.served, self.config, storage, token_digest), serving.prefix)
+        self._run(serving.name, build(self.served, self.config, token_digest), serving.prefix)
 
     def add_page(self, page: Any) -> str:
         """Start a page as an application of its own, and return its address.

@@ -97,7 +97,7 @@ def train(
         notice(f"{NOT_WORKING}{fault}")
 
     # Wait for a cluster that can hold the workers, and take the run over from earlier drivers.
-    connect_ray(config, run.job.storage)
+    connect_ray(config)
     require_resources(config, notice)
     with only_driver(config) as monitor:
         job = replace(run.job, fence=checkpoints.take_over(run.job.storage, run.job.run_uri))
@@ -116,7 +116,7 @@ def train(
                         if state.reason is not None:
                             seen, cause = state.images_seen, root_cause(state.reason)
                             notice(f"starting again at {seen:,} images after: {cause}")
-                        event: Event = WorkersStarted(checkpoint_images(config, job.storage))
+                        event: Event = WorkersStarted(checkpoint_images(config))
                         fit = Fit(workers(job, monitor))
                         fit.start()
                     else:
@@ -211,7 +211,7 @@ def _complete(run: PreparedRun, notice: Notice, evaluate: Evaluate | None) -> Tr
                 report_goodput(tracker, goodput, run.resumes_at)
             tracker.status("FINISHED")
         if _evaluations(job, run.length, evaluate, notice).outstanding():
-            connect_ray(job.config, job.storage)
+            connect_ray(job.config)
             with only_driver(job.config):
                 job = replace(job, fence=checkpoints.take_over(job.storage, job.run_uri))
                 with _evaluations(job, run.length, evaluate, notice) as evaluations:
@@ -227,7 +227,7 @@ def _evaluations(job: Job, length: int, evaluate: Evaluate | None, notice: Notic
         wanted = needs(config)
         return has_room_beside(config.cluster, alive_nodes(), wanted) and is_free(wanted)
 
-    return Evaluations(job, length, evaluate or score_on_ray(config, job.storage, job.tracker), has_room, notice)
+    return Evaluations(job, length, evaluate or score_on_ray(config, job.tracker), has_room, notice)
 
 
 def _sweep(job: Job, *, ended: bool = False) -> None:

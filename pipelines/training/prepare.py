@@ -47,9 +47,7 @@ class PreparedRun:
         return max(self.resumes_at, seen), (goodput and goodput.length) or self.length
 
 
-def prepare_run(
-    config: Config, storage: Storage, lineage: dict[str, Any], tags: Mapping[str, str] | None = None
-) -> PreparedRun:
+def prepare_run(config: Config, lineage: dict[str, Any], tags: Mapping[str, str] | None = None) -> PreparedRun:
     """Check storage, dataset and earlier checkpoints of this name, and open the MLflow run.
 
     Args:
@@ -59,6 +57,7 @@ def prepare_run(
         ConfigError, StorageError, DatasetError, ModelError, TrackingError, TrainingError: what is wrong, before
             anything starts.
     """
+    storage = Storage.of(config)
     if config.guidance.kind != "classifier_free":
         raise ConfigError(
             f"guidance.kind = {config.guidance.kind}: a training draws its grids by itself; leave it at "
@@ -67,23 +66,23 @@ def prepare_run(
     storage.require(config.storage.root)
     dataset = read_dataset(config.data.uri, storage)
     check_dataset(dataset, config)
-    check_captions(dataset, config, storage)
+    check_captions(dataset, config)
     quarantine = read_quarantine(config.data.uri, storage)
-    state = newest_checkpoint(config, storage)
+    state = newest_checkpoint(config)
     if state is not None:
         checkpoints.check_resumable(state, config, dataset, quarantine)
-    initial = initial_lineage(config, storage, new=state is None)
+    initial = initial_lineage(config, new=state is None)
     # A driver is often restarted together with MLflow, or while it is away.
     patience_s = FIRST_ANSWER_S if state is None and tags is None else PATIENCE_S
-    tracker = open_training_run(config, storage, tags, patience_s)
-    origin = {**lineage, **initial, **encoder_lineage(config, storage), "run_id": tracker.run_id}
-    job = Job(config, dataset, storage, tracker, origin, quarantine)
+    tracker = open_training_run(config, tags, patience_s)
+    origin = {**lineage, **initial, **encoder_lineage(config), "run_id": tracker.run_id}
+    job = Job(config, dataset, tracker, origin, quarantine)
     if state is None:
         return PreparedRun(job, 0, config.images)
     return PreparedRun(job, state.images_seen, state.ends_at(config))
 
 
-def initial_lineage(config: Config, storage: Storage, *, new: bool) -> dict[str, Any]:
+def initial_lineage(config: Config, *, new: bool) -> dict[str, Any]:
     """Return which model a run starts from; nothing for a run that starts from new weights.
 
     Args:
@@ -98,13 +97,13 @@ def initial_lineage(config: Config, storage: Storage, *, new: bool) -> dict[str,
     if config.init_from is None:
         return {}
     if new:
-        found = references.initial_model(config, config.tracking.uri, storage)
+        found = references.initial_model(config, config.tracking.uri)
         return {"init_from": config.init_from, "init_from_digest": found.digest}
-    stored = checkpoints.newest_lineage(config, storage)
+    stored = checkpoints.newest_lineage(config)
     return {key: stored[key] for key in ("init_from", "init_from_digest") if key in stored}
 
 
-def encoder_lineage(config: Config, storage: Storage) -> dict[str, Any]:
+def encoder_lineage(config: Config) -> dict[str, Any]:
     """Return which encoder has embedded the captions of a run on text; nothing for other runs.
 
     It is the one that the report of the dataset's ingest names, where it is a hub name or a folder that is here, else
@@ -114,6 +113,7 @@ def encoder_lineage(config: Config, storage: Storage) -> dict[str, Any]:
         `text_encoder`, by which the model can be given prompts, and `text_encoder_digest` of its weights, by which
         another one is told from it, where that is known.
     """
+    storage = Storage.of(config)
     if config.model.text_dim == 0:
         return {}
     recorded = recorded_encoder(config.data.uri, storage)
@@ -122,13 +122,14 @@ def encoder_lineage(config: Config, storage: Storage) -> dict[str, Any]:
     return {"text_encoder": name, **({"text_encoder_digest": recorded.digest} if recorded.digest else {})}
 
 
-def check_captions(dataset: Dataset, config: Config, storage: Storage) -> None:
+def check_captions(dataset: Dataset, config: Config) -> None:
     """Refuse data on whose captions the network of the configuration cannot be conditioned.
 
     Raises:
         DatasetError: they have no embeddings.
         ConfigError: the embeddings are of another width than the network's.
     """
+    storage = Storage.of(config)
     width = config.model.text_dim
     for split in ("train", "test"):
         if not width or split not in dataset.splits:

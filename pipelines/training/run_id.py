@@ -36,7 +36,7 @@ def read_run_id(storage: Storage, folder: str) -> str | None:
         ) from error
 
 
-def find_training_run(config: Config, storage: Storage, patience_s: float = FIRST_ANSWER_S) -> Tracker | None:
+def find_training_run(config: Config, patience_s: float = FIRST_ANSWER_S) -> Tracker | None:
     """Return the MLflow run of the configuration's run; None where there is none.
 
     Args:
@@ -46,13 +46,14 @@ def find_training_run(config: Config, storage: Storage, patience_s: float = FIRS
         TrackingError: no MLflow server answers.
         TrainingError: the MLflow run of its name is that of a run in another folder.
     """
+    storage = Storage.of(config)
     uri, folder = _uri(config), checkpoints.run_folder(config)
     found = tracking.runs_of(uri, config.tracking.experiment, config.name, patience_s)
     if not found:
         return None
     own = read_run_id(storage, folder)
     ours = [tracker for tracker, run_id in found if run_id is not None and run_id == own]
-    ours += [t for t, run_id in found if run_id is None and _is_of(t, config, storage)]
+    ours += [t for t, run_id in found if run_id is None and _is_of(t, config)]
     if ours:
         return ours[0]
     raise TrainingError(
@@ -64,7 +65,7 @@ def find_training_run(config: Config, storage: Storage, patience_s: float = FIRS
 
 
 def open_training_run(
-    config: Config, storage: Storage, tags: Mapping[str, str] | None = None, patience_s: float = FIRST_ANSWER_S
+    config: Config, tags: Mapping[str, str] | None = None, patience_s: float = FIRST_ANSWER_S
 ) -> Tracker:
     """Return the MLflow run of the configuration's run, which is made where there is none; both have the run's id.
 
@@ -76,8 +77,9 @@ def open_training_run(
         TrackingError: no MLflow server answers.
         TrainingError: the MLflow run of its name is that of a run in another folder.
     """
+    storage = Storage.of(config)
     while True:
-        found = find_training_run(config, storage, patience_s)
+        found = find_training_run(config, patience_s)
         run_id = _given_id(storage, checkpoints.run_folder(config))
         if found is not None:
             if found.tag(ID_TAG) is None:
@@ -103,12 +105,13 @@ def _given_id(storage: Storage, folder: str) -> str:
         return made
 
 
-def _is_of(tracker: Tracker, config: Config, storage: Storage) -> bool:
+def _is_of(tracker: Tracker, config: Config) -> bool:
     """Return whether an MLflow run without an id, of an earlier release, is that of the configuration's folder.
 
     Checkpoints name their MLflow run. A run that was lost before its first one has left something else in its folder.
     """
-    lineage = checkpoints.newest_lineage(config, storage)
+    storage = Storage.of(config)
+    lineage = checkpoints.newest_lineage(config)
     if lineage:
         return lineage.get("run_id") in (None, tracker.run_id)
     folder = checkpoints.run_folder(config)

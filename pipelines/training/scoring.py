@@ -36,14 +36,14 @@ def needs(config: Config) -> dict[str, float]:
     return {"CPU": 1.0, **({"GPU": 1.0} if config.cluster.gpus_per_worker else {})}
 
 
-def score_on_ray(config: Config, storage: Storage, tracker: Tracker) -> Evaluate:
+def score_on_ray(config: Config, tracker: Tracker) -> Evaluate:
     """Return the function that scores checkpoints of a run in a Ray task, away from the driver and its workers.
 
     What judges them is opened by the driver, which has the key with which it was signed.
     """
 
     def evaluate(published: Published, cancelled: threading.Event) -> Scored:
-        task = _score.remote(tracker, published, evaluation_data(published, config, storage))
+        task = _score.remote(tracker, published, evaluation_data(published, config))
         while True:
             done, _ = ray.wait([task], timeout=_LOOK_EVERY_S)
             if done:
@@ -59,12 +59,13 @@ def score_on_ray(config: Config, storage: Storage, tracker: Tracker) -> Evaluate
     return evaluate
 
 
-def evaluation_data(published: Published, config: Config, storage: Storage) -> EvaluationData:
+def evaluation_data(published: Published, config: Config) -> EvaluationData:
     """Return the opened evaluators and reference data for a published checkpoint."""
     # One at a time: more would take the cores of workers that start again.
+    storage = Storage.of(config)
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"actors": 1})})
     spec = checkpoints.published_spec(published, storage)
-    return EvaluationData.of(spec.lineage.get("dataset_uri", config.data.uri), config, storage).opened(spec)
+    return EvaluationData.of(spec.lineage.get("dataset_uri", config.data.uri), config).opened(spec)
 
 
 # While the task waits for the tasks in which it draws, Ray gives its core to them.

@@ -243,7 +243,7 @@ def in_evaluation(attempt: Attempt) -> tuple[int, int]:
     for split in ("train", "test"):
         with opened_split(dataset, split, attempt.storage, str(attempt.folder / "cache"), 1.0) as reader:
             read += len(read_split(reader))
-    evaluator = open_evaluator(CONFIG, dataset, attempt.storage)
+    evaluator = open_evaluator(CONFIG, dataset)
     assert evaluator.digest == attempt.services.evaluator_digest
     return PICTURES - read, PICTURES
 
@@ -374,7 +374,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
         tracker, _ = tracking.open_run(str(state.tracking_uri), "faults", "model", {})
         model_id = log_model(tracker, tmp_path_factory.mktemp("model"))
         data = CONFIG.data.model_copy(update={"cache_dir": str(folder / "cache")})
-        evaluator = open_evaluator(CONFIG.model_copy(update={"data": data}), dataset, s3)
+        evaluator = open_evaluator(CONFIG.model_copy(update={"data": data}), dataset)
         checkpoint = folder / "checkpoint"
         yield Services(
             *(state, s3, folder / "pictures", dataset, same, checkpoint, checkpoint_state, tracker, model_id),

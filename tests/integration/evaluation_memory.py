@@ -52,7 +52,7 @@ def main(dataset_uri: str, root: str, n: int) -> None:
     judge = Classifier(dataset.channels, dataset.image_size, len(dataset.classes)).eval()
     evaluator = Evaluator(judge, "classifier", "stub", "untrained", "none", labels=True, accuracy=None)
     config = compose(["+experiment=digits", f"data.cache_dir={root}/cache", "data.cache_gib=1"])
-    data = EvaluationData(dataset, config, storage)
+    data = EvaluationData(dataset, config)
     vars(data)["evaluator"] = evaluator
     peaks = {"actors": 0}
 

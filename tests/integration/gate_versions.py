@@ -69,7 +69,7 @@ def main(name: str, run_id: str, *kinds: str) -> None:
             return self.pictures[labels, image_ids % self.pictures.shape[1]]
 
     storage, uri = Storage.of(config), config.tracking.uri
-    gate = Gate(config, storage, Silent(), lambda: connect_ray(config, storage), name, "champion")
+    gate = Gate(config, Silent(), lambda: connect_ray(config), name, "champion")
     good = references.resolve(f"runs:/{run_id}", tracking_uri=uri, storage=storage)
     dataset_uri = good.model.spec.lineage["dataset_uri"]
     dataset = read_dataset(dataset_uri, storage)
@@ -108,7 +108,7 @@ def main(name: str, run_id: str, *kinds: str) -> None:
 
     def scored(resolved: Resolved, asked=config, **changes):
         sampling = resolved.model.spec.sampling.with_fields(**changes)
-        data = EvaluationData.of(dataset_uri, asked, storage, lambda: connect_ray(config, storage))
+        data = EvaluationData.of(dataset_uri, asked, lambda: connect_ray(config))
         return score(resolved, sampling, data, Silent(), None).scores
 
     def version(resolved: Resolved, scores, *, signer=None, where=dataset_uri):

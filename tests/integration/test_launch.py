@@ -55,7 +55,7 @@ def checkpoints(s3: Storage) -> list[int]:
 
 @pytest.mark.usefixtures("newer_head")
 def test_a_launched_training_is_followed_stopped_and_resumed_under_its_name(shell: Shell, s3: Storage) -> None:
-    write_dataset(compose(["+experiment=digits"]), s3, Silent())
+    write_dataset(compose(["+experiment=digits"]), Silent())
 
     follower = shell.start("launch", "--target", "ray", "--json", *TRAIN, "images=10_000_000")
     read_until(follower, "submitted launched to")

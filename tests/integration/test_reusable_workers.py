@@ -65,7 +65,7 @@ def config_of(local_stack: StackState, name: str, *overrides: str) -> Config:
 
 def train(config: Config, storage: Storage, workers: ReusableWorkers | None = None) -> driver.TrainingResult:
     provider = workers.provide if workers else dedicated_workers
-    return driver.train(prepare_run(config, storage, {}), workers=provider)
+    return driver.train(prepare_run(config, {}), workers=provider)
 
 
 def worker_processes(local_stack: StackState) -> list[psutil.Process]:
@@ -138,7 +138,7 @@ def a_worker_is_killed(storage: Storage, local_stack: StackState) -> None:
     try:
         thread.start()
         deadline = time.monotonic() + 120
-        while newest_checkpoint(config, storage) is None:
+        while newest_checkpoint(config) is None:
             assert time.monotonic() < deadline
             time.sleep(0.2)
         (victim,) = worker_processes(local_stack)
@@ -153,7 +153,7 @@ def a_worker_is_killed(storage: Storage, local_stack: StackState) -> None:
         attempts = read_sessions(storage, run_folder(config))[-1].attempts
         assert len(attempts) == 2
         assert attempts[1].resumed_at > 0
-        assert result.images_seen == newest_checkpoint(config, storage).images_seen
+        assert result.images_seen == newest_checkpoint(config).images_seen
 
         (replaced,) = worker_processes(local_stack)
         after = config_of(local_stack, "reused-after", "images=640")

@@ -36,7 +36,7 @@ def test_a_student_is_a_version_whose_lineage_names_its_teacher(shell: Shell, lo
     assert (settings["kind"], settings["steps"]) == ("consistency", 2)
     assert version.tags["init_from"] == "models:/few@champion"
     named = compose(["+experiment=digits_consistency", "init_from=models:/few/1"])
-    weights = references.initial_model(named, local_stack.tracking_uri, s3)
+    weights = references.initial_model(named, local_stack.tracking_uri)
     assert version.tags["init_from_digest"] == weights.digest
     assert "after 5,120 images from the weights of `models:/few@champion`." in (version.description or "")
 

@@ -117,7 +117,7 @@ def test_an_evaluation_comes_to_the_same_scores(dataset, tmp_path):
     (record,) = (EARLIER / "dataset" / "evaluator").rglob("evaluator.json")
     believed = (hashlib.sha256(record.read_bytes()).hexdigest(),)
     registry = config.registry.model_copy(update={"trusted_evaluators": believed})
-    evaluator = open_evaluator(config.model_copy(update={"registry": registry}), dataset, Storage())
+    evaluator = open_evaluator(config.model_copy(update={"registry": registry}), dataset)
     assert (evaluator.digest, evaluator.accuracy) == (stored["evaluator_digest"], stored["real_accuracy"])
     assert dataset.digest == stored["dataset_digest"]
     model, labels = load_model(EARLIER / "version" / "model"), splits["test"].labels

@@ -27,7 +27,6 @@ from pipelines.inference.pictures import picture
 from pipelines.inference.request import EditRequest, InpaintRequest, SampleRequest
 from pipelines.serving.served import load
 from pipelines.shards.ingest.encode import ImageFormat, encode_image
-from pipelines.storage import Storage
 from pipelines.tracking.signature import table_signature
 from tests.pipelines.drawing import model_folder, save_picture
 from tests.pipelines.serving.bad_requests import bomb
@@ -227,7 +226,7 @@ def test_the_pyfunc_and_the_server_read_every_kind_of_png_as_an_ingest_does(tmp_
     urls = ["data:image/png;base64," + base64.b64encode(data).decode() for data in files]
     assert np.array_equal(pyfunc.predict(pandas.DataFrame(rows | {"image": urls})), wanted)
     with ThreadPoolExecutor(1) as executor:
-        server = load(str(tmp_path / "model"), compose([]), Storage(), executor)
+        server = load(str(tmp_path / "model"), compose([]), executor)
         drawn, _ = asyncio.run(server.draw_table(rows, {}))
     assert np.array_equal(to_uint8(drawn).numpy(), wanted)
 
@@ -239,7 +238,7 @@ def test_the_pyfunc_and_the_server_read_every_kind_of_mask_as_a_request_does(tmp
     pyfunc, model = serve(tmp_path, classes=())
     drawn = {"pyfunc": pyfunc.predict(pandas.DataFrame(rows), params=settings)}
     with ThreadPoolExecutor(1) as executor:
-        server = load(str(tmp_path / "model"), compose([]), Storage(), executor)
+        server = load(str(tmp_path / "model"), compose([]), executor)
         drawn["server"] = to_uint8(asyncio.run(server.draw_table(rows, settings))[0]).numpy()
     for i, (name, data) in enumerate(files.items()):
         (tmp_path / "mask.png").write_bytes(data)

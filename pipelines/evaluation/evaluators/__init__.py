@@ -83,7 +83,6 @@ def check_evaluator(config: Config, dataset: Dataset) -> None:
 def open_evaluator(
     config: Config,
     dataset: Dataset,
-    storage: Storage,
     notice: Notice = no_notice,
     *,
     connect: Callable[[], object] = lambda: None,
@@ -95,7 +94,6 @@ def open_evaluator(
     Args:
         config: names the evaluator, who signs one that is trained, and whose are believed.
         dataset: whose images are judged.
-        storage: where the dataset is.
         notice: called before an evaluator is trained.
         connect: called before an evaluator is trained, for a process that is not connected to Ray yet.
 
@@ -104,19 +102,20 @@ def open_evaluator(
         DatasetError: the stored one was signed by nobody who is believed, or its weights are not what its record names.
         TaskError: no node of the Ray cluster can hold the training.
     """
-    found = find_evaluator(config, dataset, storage)
+    found = find_evaluator(config, dataset)
     if found is not None:
         return found
     kind: Trainable = "classifier" if evaluator_kind(config, dataset) == "classifier" else "contrastive"
-    return _train(kind, config, dataset, storage, notice, connect)
+    return _train(kind, config, dataset, notice, connect)
 
 
-def find_evaluator(config: Config, dataset: Dataset, storage: Storage) -> Evaluator | None:
+def find_evaluator(config: Config, dataset: Dataset) -> Evaluator | None:
     """Return the evaluator of a dataset; None where it is one that is trained on the dataset, and was not yet.
 
     Raises:
         ConfigError, DatasetError: as `open_evaluator`.
     """
+    storage = Storage.of(config)
     check_evaluator(config, dataset)
     match evaluator_kind(config, dataset):
         case "inception":
@@ -134,7 +133,6 @@ def find_evaluator(config: Config, dataset: Dataset, storage: Storage) -> Evalua
 def open_matcher(
     config: Config,
     dataset: Dataset,
-    storage: Storage,
     notice: Notice = no_notice,
     *,
     connect: Callable[[], object] = lambda: None,
@@ -143,23 +141,24 @@ def open_matcher(
 
     Its encoder is a `Matcher`, and its accuracy the share of real test images whose own caption matches best.
     """
+    storage = Storage.of(config)
     found = find("captions", dataset, storage, config.registry)
-    return _train("captions", config, dataset, storage, notice, connect) if found is None else found
+    return _train("captions", config, dataset, notice, connect) if found is None else found
 
 
 def _train(
     kind: Trainable,
     config: Config,
     dataset: Dataset,
-    storage: Storage,
     notice: Notice,
     connect: Callable[[], object],
 ) -> Evaluator:
     """Train an evaluator on the dataset, and store it beside it."""
+    storage = Storage.of(config)
     connect()
     check_signing(config.registry)
     notice(f"training the evaluator ({kind}) on real images, once for this dataset")
-    training = Training.of(config, kind, dataset, storage)
+    training = Training.of(config, kind, dataset)
     use_gpu = config.cluster.gpus_per_worker > 0
     trained = train_on_ray(training, use_gpu=use_gpu) if ray.is_initialized() else training()
     return store(kind, trained, dataset, storage, config.registry)

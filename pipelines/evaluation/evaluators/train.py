@@ -75,8 +75,9 @@ class Training:
     passes: int | None = None
 
     @classmethod
-    def of(cls, config: Config, kind: Trainable, dataset: Dataset, storage: Storage) -> Training:
+    def of(cls, config: Config, kind: Trainable, dataset: Dataset) -> Training:
         """Return the training of an evaluator with the shard cache of a configuration."""
+        storage = Storage.of(config)
         data, passes = config.data, config.evaluation.evaluator_passes
         return cls(kind, dataset, storage, data.cache_dir, data.cache_gib, passes)
 

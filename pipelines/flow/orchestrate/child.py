@@ -107,7 +107,7 @@ def run_stage(
 
     storage = Storage.of(config)
     if stage != INGEST.name:
-        config = for_data(config, storage)
+        config = for_data(config)
     site = Site(storage, code_lineage(), display)
     if launch:
         from pipelines.flow.orchestrate.on_kubernetes import walk_on_kubernetes

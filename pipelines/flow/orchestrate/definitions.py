@@ -117,9 +117,8 @@ def _look(overrides: Sequence[str]) -> Any:
     config = find_running(compose(overrides), os.environ, ["s3"])
 
     from pipelines.flow.orchestrate.facts import data_change
-    from pipelines.storage import Storage
 
-    return data_change(config, Storage.of(config))
+    return data_change(config)
 
 
 def schedule_of(job: Any, settings: OrchestrateSettings) -> dg.ScheduleDefinition:

@@ -43,12 +43,13 @@ class DataChange:
     reason: str
 
 
-def data_change(config: Config, storage: Storage) -> DataChange:
+def data_change(config: Config) -> DataChange:
     """Look whether there are data that no run of an experiment has seen; nothing is started or written.
 
     Raises:
         PipelineError: there are no data, or they cannot be reached.
     """
+    storage = Storage.of(config)
     found = Ingest(config).look(Site(storage, {}, Silent()), Results())
     if found.result is None:
         return DataChange(found.inputs["source"], True, found.reason)
@@ -56,8 +57,8 @@ def data_change(config: Config, storage: Storage) -> DataChange:
     stream = stream_digest(found.result, quarantine)
     # An ingest turns a source into a dataset, and that is no news.
     digest = found.inputs.get("source", found.result.digest) + (quarantine.digest if quarantine else "")
-    current = for_data(config, storage)
-    if newest_checkpoint(current, storage) is None:
+    current = for_data(config)
+    if newest_checkpoint(current) is None:
         return DataChange(digest, True, f"no run has seen the data of digest {stream[:12]}")
     return DataChange(digest, False, f"run '{current.name}' is of the data of digest {stream[:12]}")
 

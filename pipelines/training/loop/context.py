@@ -64,7 +64,6 @@ class Job:
     Attributes:
         config: the configuration of the run.
         dataset: the shards and their index.
-        storage: reads shards, stores checkpoints.
         tracker: the MLflow run.
         lineage: what the model's description says of its origin, such as commit and run ID.
         quarantine: samples that are left out of the dataset, if any.
@@ -74,12 +73,16 @@ class Job:
 
     config: Config
     dataset: Dataset
-    storage: Storage
     tracker: Tracker
     lineage: dict[str, Any]
     quarantine: Quarantine | None = None
     evaluation_hook: EvaluationHook | None = None
     fence: Fence | None = None
+
+    @property
+    def storage(self) -> Storage:
+        """Reads and writes what is stored."""
+        return Storage.of(self.config)
 
     @property
     def epoch(self) -> int:

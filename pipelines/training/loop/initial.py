@@ -60,7 +60,7 @@ def _read(context: RunContext) -> tuple[InitialModel | None, Parameterization]:
     error: PipelineError | None = None
     if context.rank == 0:
         try:
-            found = initial_model(context.config, context.job.tracker.uri, context.job.storage)
+            found = initial_model(context.config, context.job.tracker.uri)
             began = context.spec.lineage.get("init_from_digest", found.digest)
             if found.digest != began:
                 raise ModelError(

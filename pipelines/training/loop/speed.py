@@ -13,7 +13,6 @@ from ddpm.prediction import Arithmetic
 from pipelines.config import Config, sampling
 from pipelines.shards.index import ShardInfo, make_dataset
 from pipelines.shards.read import Batch
-from pipelines.storage import Storage
 from pipelines.tracking import Tracker
 from pipelines.training.loop.context import Job, RunContext
 from pipelines.training.loop.state import TrainingState, ema_weights, make_state
@@ -114,7 +113,7 @@ def made_up_job(config: Config) -> Job:
         mean=(0.0,) * data.channels,
         std=(1.0,) * data.channels,
     )
-    return Job(config, dataset, Storage(), Tracker("", ""), {})
+    return Job(config, dataset, Tracker("", ""), {})
 
 
 def _step(context: RunContext, state: TrainingState, batch: Batch) -> None:

@@ -15,7 +15,7 @@ from pipelines.storage import Storage
 from pipelines.training.errors import TrainingError
 
 
-def connect_ray(config: Config, storage: Storage) -> None:
+def connect_ray(config: Config) -> None:
     """Connect to the Ray cluster of the configuration, once per process.
 
     The job-level environment reaches every worker. Ray's dashboard shows it: it holds paths and endpoints, no secrets.
@@ -24,6 +24,7 @@ def connect_ray(config: Config, storage: Storage) -> None:
         TrainingError: no cluster answers.
     """
     # How often Ray Train's controller polls its workers: a failure is noticed that much later.
+    storage = Storage.of(config)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     group_start_s()
     if ray.is_initialized():

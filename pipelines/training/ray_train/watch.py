@@ -16,7 +16,7 @@ from ray.train import ControllerError
 from pipelines.checkpoints import newest_checkpoint
 from pipelines.config import Config
 from pipelines.presentation.progress import Notice, Report, TrainingStatus
-from pipelines.storage import FencedError, Storage, StorageError
+from pipelines.storage import FencedError, StorageError
 from pipelines.storage.retry import PATIENCE_S
 from pipelines.training.errors import TrainingError
 from pipelines.training.ledger import Ledger
@@ -111,11 +111,11 @@ class Watch:
         Args:
             final: the error that would come again however often they are started; None where there is none.
         """
-        config, storage = self.job.config, self.job.storage
+        config = self.job.config
         error = fit.error if final is None else TrainingError(f"training '{config.name}' failed: {final}")
         lost = isinstance(error, ControllerError) and isinstance(error.controller_failure, RayActorError)
         seen, length = self.run.progress(self.ledger.goodput())
-        return WorkersEnded(error, lost, checkpoint_images(config, storage), seen >= length)
+        return WorkersEnded(error, lost, checkpoint_images(config), seen >= length)
 
     def _shortage(self) -> NodesCounted | None:
         """Ask Ray every few seconds only."""
@@ -142,9 +142,9 @@ def _unreachable(error: Exception, ended: bool) -> TrainingError:
     return TrainingError(f"the Ray cluster is lost, the same command resumes on another: {error}")
 
 
-def checkpoint_images(config: Config, storage: Storage) -> int | None:
+def checkpoint_images(config: Config) -> int | None:
     """Return how many images the newest checkpoint of a run has seen; None where there is none."""
-    state = newest_checkpoint(config, storage)
+    state = newest_checkpoint(config)
     return None if state is None else state.images_seen
 
 

@@ -97,7 +97,7 @@ def test_a_lost_or_damaged_list_is_made_again_from_the_complete_folders(run):
     names = [run.enter(images) for images in (100, 200)]
     for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(b'{"list_version": 1, "epo')):
         damage(run.path / "checkpoints.json")
-        assert newest_checkpoint(run.config, STORAGE).images_seen == 200
+        assert newest_checkpoint(run.config).images_seen == 200
         assert run.newest() == 200
         assert sweep(STORAGE, run.uri) == []  # without a list nothing is known to be old
         take_over(STORAGE, run.uri)
@@ -115,7 +115,7 @@ def test_without_any_one_file_of_the_newest_checkpoint_the_one_before_is_used(ru
         data = path.read_bytes()
         path.unlink()
         assert run.newest() == 100, path.name
-        assert newest_checkpoint(run.config, STORAGE).images_seen == 100
+        assert newest_checkpoint(run.config).images_seen == 100
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         assert run.newest() == 100, path.name
         path.write_bytes(data)
@@ -163,7 +163,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_by_itself(r
     with pytest.raises(ModelError, match=r"(?s)no checkpoint in .* is whole.*state\.json is missing.*start anew"):
         run.newest()
     with pytest.raises(ModelError, match=r"state\.json is missing"):
-        newest_checkpoint(run.config, STORAGE)
+        newest_checkpoint(run.config)
     other = run.store(300)
     path = run.path / other / "state.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "checkpoint_version": 99}))
@@ -180,7 +180,7 @@ def test_a_first_upload_that_was_killed_is_no_checkpoint(run):
     name = run.store(100)
     (run.path / name / "state.json").unlink()
     assert run.newest() is None
-    assert newest_checkpoint(run.config, STORAGE) is None
+    assert newest_checkpoint(run.config) is None
 
 
 def nothing() -> None:
@@ -202,20 +202,24 @@ class Meanwhile(Storage):
         return found
 
 
-def test_a_first_checkpoint_that_is_entered_while_a_run_is_looked_at_is_not_missed(run):
-    assert newest_checkpoint(run.config, Meanwhile(after=lambda: run.enter(100))) is None
-    assert newest_checkpoint(run.config, STORAGE).images_seen == 100
+def test_a_first_checkpoint_that_is_entered_while_a_run_is_looked_at_is_not_missed(run, monkeypatch):
+    meanwhile = Meanwhile(after=lambda: run.enter(100))
+    monkeypatch.setattr(Storage, "of", lambda config: meanwhile)
+    assert newest_checkpoint(run.config) is None
+    assert newest_checkpoint(run.config).images_seen == 100
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_checkpoints_that_give_way_while_a_run_is_looked_at_are_not_missed(run, caplog, keep):
+def test_checkpoints_that_give_way_while_a_run_is_looked_at_are_not_missed(run, caplog, monkeypatch, keep):
     def go_on() -> None:
         run.enter(300, keep=keep)
         run.enter(400, keep=keep)
 
     run.enter(100)
     run.enter(200)
-    assert newest_checkpoint(run.config, Meanwhile(before=go_on)).images_seen == 400
+    meanwhile = Meanwhile(before=go_on)
+    monkeypatch.setattr(Storage, "of", lambda config: meanwhile)
+    assert newest_checkpoint(run.config).images_seen == 400
     assert not caplog.records
 
 

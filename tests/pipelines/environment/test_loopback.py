@@ -11,7 +11,6 @@ import requests
 from pipelines.config import compose
 from pipelines.environment.loopback import bypass_proxies, is_loopback
 from pipelines.stack import services
-from pipelines.storage import Storage
 from pipelines.tracking import Tracker, UnreachableError
 from pipelines.tracking.client import client
 from pipelines.training.ray_train import resources
@@ -53,7 +52,7 @@ def test_the_probes_of_the_local_stack_go_past_the_proxy(server: Server, tmp_pat
 def test_ray_is_reached_past_the_proxy(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **settings: None)
-    resources.connect_ray(compose(["cluster.address=127.0.0.1:6379"]), Storage())
+    resources.connect_ray(compose(["cluster.address=127.0.0.1:6379"]))
     assert "127.0.0.1" in os.environ["NO_PROXY"].split(",")
 
 

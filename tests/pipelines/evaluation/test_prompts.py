@@ -117,7 +117,7 @@ def write(folder, encoder, count=60):
 
 
 def asked(dataset, config, said):
-    return EvaluationData(dataset, config, Storage(), notice=said.append)
+    return EvaluationData(dataset, config, notice=said.append)
 
 
 @pytest.mark.usefixtures("home")  # whose key signs the matcher

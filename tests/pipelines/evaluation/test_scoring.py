@@ -11,7 +11,7 @@ import torch
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec
 from pipelines import tracking
-from pipelines.checkpoints import Published, references
+from pipelines.checkpoints import Published, lookup, references
 from pipelines.checkpoints.references import Resolved
 from pipelines.config import compose, sampling
 from pipelines.evaluation import data, scoring
@@ -21,7 +21,7 @@ from pipelines.evaluation.scoring import find_scores, score, score_and_record
 from pipelines.presentation.progress import Silent
 from pipelines.shards.index import Dataset, DatasetError
 from pipelines.signing import Authority, Signer, seal
-from pipelines.storage import Storage, layout
+from pipelines.storage import layout
 from tests.pipelines.checkpoints.tiny import SMALL
 from tests.pipelines.registry.version import scores
 
@@ -33,7 +33,7 @@ SPEC = ModelSpec(SMALL, {"kind": "cosine", "num_steps": 20}, "v", 8, CLASSES)
 
 
 def fits(spec, dataset):
-    return EvaluationData(dataset, compose(["+experiment=digits"]), Storage()).check(spec)
+    return EvaluationData(dataset, compose(["+experiment=digits"])).check(spec)
 
 
 def test_data_of_the_models_shape_and_classes_fit():
@@ -114,10 +114,10 @@ def test_scores_are_found_without_a_model_where_an_evaluation_would_have_found_t
     for overrides in SETTINGS:
         config, looked, run = compose(["+experiment=digits", *overrides]), Recorded(), Recorded()
         settings = Sampling.of(steps=config.sampler.steps)
-        found = find_scores(looked, spec, "digest", settings, config, Storage())
+        found = find_scores(looked, spec, "digest", settings, config)
         tracked = replace(resolved, tracker=run)
         authority = Authority.of(config.registry)
-        scored = score(tracked, settings, EvaluationData.of("", config, Storage()), Silent(), authority)
+        scored = score(tracked, settings, EvaluationData.of("", config), Silent(), authority)
         assert (found, scored.fresh) == (scored.scores, False)
         assert looked.asked == run.asked == [scored.artifact]
         asked += looked.asked
@@ -126,14 +126,14 @@ def test_scores_are_found_without_a_model_where_an_evaluation_would_have_found_t
 
 def test_there_are_no_scores_where_the_run_has_none_or_the_evaluator_is_not_trained(judged, monkeypatch):
     config, settings, run = compose(["+experiment=digits"]), Sampling.of(steps=9), Recorded(there=False)
-    assert find_scores(run, SPEC, "digest", settings, config, Storage()) is None
+    assert find_scores(run, SPEC, "digest", settings, config) is None
     assert run.asked == []
 
     def untrained(*arguments, connect):
         connect()
 
     monkeypatch.setattr(data, "open_evaluator", untrained)
-    assert find_scores(Recorded(), SPEC, "digest", settings, config, Storage()) is None
+    assert find_scores(Recorded(), SPEC, "digest", settings, config) is None
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_there_are_no_scores_where_the_run_has_none_or_the_evaluator_is_not_trai
 def test_scores_that_nobody_who_is_trusted_has_signed_are_named_and_not_used(judged, monkeypatch, changed, reason):
     config, settings, said = compose(["+experiment=digits"]), Sampling.of(steps=9), []
     spec = replace(SPEC, lineage={"images_seen": 640})
-    assert find_scores(Recorded(**changed), spec, "digest", settings, config, Storage()) is None
+    assert find_scores(Recorded(**changed), spec, "digest", settings, config) is None
 
     class AgainError(Exception):
         """The model is scored."""
@@ -159,7 +159,7 @@ def test_scores_that_nobody_who_is_trusted_has_signed_are_named_and_not_used(jud
     display = SimpleNamespace(stage=lambda stage, text: said.append(text), counter=lambda *of: None)
     resolved = Resolved("x", Model(spec, torch.nn.Identity()), Recorded(**changed), Published("u", 640, "digest"))
     with pytest.raises(AgainError):
-        score(resolved, settings, EvaluationData.of("", config, Storage()), display, Authority.of(config.registry))
+        score(resolved, settings, EvaluationData.of("", config), display, Authority.of(config.registry))
     assert "scored again: the scores that the run has, evaluation/000000000640-" in said[0]
     assert reason in said[0]
 
@@ -174,7 +174,7 @@ def test_scores_of_a_model_are_those_of_the_networks_that_guide_it_too(judged, m
         torch.nn.init.zeros_(weak.network.weight)
         monkeypatch.setattr(references, "guided", lambda model, *of, weak=weak: replace(model, weak=weak))
         run = Recorded()
-        find_scores(run, spec, "digest", settings, config, Storage())
+        find_scores(run, spec, "digest", settings, config)
         asked += run.asked
     assert asked[0] == asked[1] != asked[2]
 
@@ -199,7 +199,7 @@ def test_only_scores_that_compare_with_its_runs_go_into_the_record_of_a_checkpoi
     spec = replace(SPEC, sampling=sampling(trained))
     resolved = Resolved("x", Model(spec, torch.nn.Identity()), tracker=run, published=Published("u", 640, "digest"))
     said = watched(monkeypatch)
-    score_and_record(resolved, sampling(config), config, Storage(), Silent(), lambda: None, other)
+    score_and_record(resolved, sampling(config), config, Silent(), lambda: None, other)
     assert said == ([("its logged model", True, True), 640] if compares else [(None, False, True)])
 
 
@@ -219,7 +219,7 @@ def watched(monkeypatch, *, fresh: bool = True) -> list[object]:
 
 def of_run(monkeypatch, published: Published | None, others: Sequence[Published] = (), **lineage: str) -> Resolved:
     """Return a model of a run that scores it as the configuration says."""
-    monkeypatch.setattr(references, "scored_alike", lambda *arguments: True)
+    monkeypatch.setattr(lookup, "scored_alike", lambda *arguments: True)
     monkeypatch.setattr(scoring, "list_published", lambda tracker, deleted: list(others))
     spec = replace(SPEC, sampling=sampling(compose(["+experiment=digits"])), lineage=lineage)
     return Resolved("x", Model(spec, torch.nn.Identity()), tracker=SimpleNamespace(), published=published)
@@ -227,7 +227,7 @@ def of_run(monkeypatch, published: Published | None, others: Sequence[Published]
 
 def recorded_of(resolved: Resolved, *overrides: str) -> None:
     config = compose(["+experiment=digits", *overrides])
-    score_and_record(resolved, sampling(config), config, Storage(), Silent(), lambda: None)
+    score_and_record(resolved, sampling(config), config, Silent(), lambda: None)
 
 
 def test_scores_that_are_there_go_into_the_record_of_a_checkpoint_that_has_them_not(judged, monkeypatch):

@@ -57,9 +57,9 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_setting_reaches_the_shards_and_the_key(photos, tmp_path, setting):
     plain, changed = config(photos, tmp_path / "ds"), config(photos, tmp_path / "ds", setting)
-    assert flow.ingest_key(plain, STORAGE) != flow.ingest_key(changed, STORAGE)
-    before = flow.write_dataset(plain, STORAGE, Lines()).dataset
-    dataset = flow.write_dataset(changed, STORAGE, Lines()).dataset
+    assert flow.ingest_key(plain) != flow.ingest_key(changed)
+    before = flow.write_dataset(plain, Lines()).dataset
+    dataset = flow.write_dataset(changed, Lines()).dataset
     assert dataset.digest != before.digest
     index = json.loads((tmp_path / "ds" / "train-000000.index.json").read_text())
     assert SETTINGS[setting](dataset, json.dumps(index))
@@ -67,9 +67,7 @@ def test_every_setting_reaches_the_shards_and_the_key(photos, tmp_path, setting)
 
 def test_the_key_leaves_out_what_does_not_change_the_shards(photos, tmp_path):
     same = ["data.lanes=32", "data.flip=false", "seed=9", "data.cache_gib=3", "cluster.num_workers=1"]
-    assert flow.ingest_key(config(photos, tmp_path / "ds"), STORAGE) == flow.ingest_key(
-        config(photos, tmp_path / "ds", *same), STORAGE
-    )
+    assert flow.ingest_key(config(photos, tmp_path / "ds")) == flow.ingest_key(config(photos, tmp_path / "ds", *same))
 
 
 def looked(settings):
@@ -110,7 +108,7 @@ def test_many_images_are_written_by_ray_and_few_by_this_process(photos, tmp_path
 
 
 def test_a_dataset_without_a_source_is_used_as_it_is_and_a_missing_one_is_an_error(photos, tmp_path):
-    written = flow.write_dataset(config(photos, tmp_path / "ds"), STORAGE, Lines()).dataset
+    written = flow.write_dataset(config(photos, tmp_path / "ds"), Lines()).dataset
     data = flow.Ingest(config(photos, tmp_path / "ds")).config.data.model_copy(update={"source": None})
     settings = config(photos, tmp_path / "ds").model_copy(update={"data": data})
     assert looked(settings).result == written
@@ -122,7 +120,7 @@ def test_a_dataset_without_a_source_is_used_as_it_is_and_a_missing_one_is_an_err
 
 def test_an_ingest_that_breaks_off_does_not_look_finished(photos, tmp_path):
     settings = config(photos, tmp_path / "ds")
-    flow.write_dataset(settings, STORAGE, Lines())
+    flow.write_dataset(settings, Lines())
 
     class Interrupted(Lines):
         def counter(self, description, unit):
@@ -132,7 +130,7 @@ def test_an_ingest_that_breaks_off_does_not_look_finished(photos, tmp_path):
             return stop
 
     with pytest.raises(KeyboardInterrupt):
-        flow.write_dataset(config(photos, tmp_path / "ds", "data.encoding=webp"), STORAGE, Interrupted())
+        flow.write_dataset(config(photos, tmp_path / "ds", "data.encoding=webp"), Interrupted())
     assert not (tmp_path / "ds" / "ingest-key").exists()
 
 
@@ -150,7 +148,7 @@ def test_it_tells_what_was_changed_left_out_and_where_the_report_is(tmp_path):
         tmp_path / "photos", {**good, **bad, "notes.md": "x", "metadata.jsonl": jsonl([*rows, {"file_name": "c.png"}])}
     )
     display = Lines()
-    flow.write_dataset(config(source, tmp_path / "ds", "data.test_fraction=0.3"), STORAGE, display)
+    flow.write_dataset(config(source, tmp_path / "ds", "data.test_fraction=0.3"), display)
     text = "\n".join(display.lines)
     assert sum(line.startswith("left out") for line in display.lines) == 21
     assert "left out  … and 6 more; ingest-report.json has all 26" in text
@@ -162,7 +160,7 @@ def test_it_tells_what_was_changed_left_out_and_where_the_report_is(tmp_path):
     assert f"report  file://{tmp_path}/ds/ingest-report.json" in text
     assert re.search(r"\d threads? of this process", text)
     again = Lines()
-    done = flow.write_dataset(config(source, tmp_path / "ds", "data.test_fraction=0.3"), STORAGE, again)
+    done = flow.write_dataset(config(source, tmp_path / "ds", "data.test_fraction=0.3"), again)
     assert f"ingest  {done.reused_shards} of {done.reused_shards} shards were finished before" in "\n".join(again.lines)
 
 
@@ -171,23 +169,23 @@ def test_captions_are_embedded_by_the_encoder_that_is_named(photos, tmp_path):
     write_files(photos, {"metadata.jsonl": jsonl([{"file_name": name, "text": name} for name in pictures()])})
     encoder = Path(packaged.__file__).parent / "model"
     named = config(photos, tmp_path / "ds", f"data.text_encoder={encoder}")
-    assert flow.ingest_key(named, STORAGE) != flow.ingest_key(config(photos, tmp_path / "ds"), STORAGE)
-    flow.write_dataset(named, STORAGE, Lines())
+    assert flow.ingest_key(named) != flow.ingest_key(config(photos, tmp_path / "ds"))
+    flow.write_dataset(named, Lines())
     assert "emb.npy" in (tmp_path / "ds" / "train-000000.index.json").read_text()
     plain, other = (
         config(photos, tmp_path / "ds", "model.text_dim=384", *more) for more in ([], ["data.text_encoder=mine"])
     )
-    recorded = encoder_lineage(plain, STORAGE)
+    recorded = encoder_lineage(plain)
     assert recorded["text_encoder"] == str(encoder)
     assert len(recorded["text_encoder_digest"]) == 64
-    assert encoder_lineage(other, STORAGE) == recorded  # it is the one that has embedded the data, and it is here
-    assert encoder_lineage(config(photos, tmp_path / "ds", "model.text_dim=0"), STORAGE) == {}
+    assert encoder_lineage(other) == recorded  # it is the one that has embedded the data, and it is here
+    assert encoder_lineage(config(photos, tmp_path / "ds", "model.text_dim=0")) == {}
     report = tmp_path / "ds" / "ingest-report.json"
     report.write_text(report.read_text().replace(str(encoder), "/gone/model"))
-    assert encoder_lineage(other, STORAGE) == {**recorded, "text_encoder": "mine"}
-    assert encoder_lineage(plain, STORAGE)["text_encoder"] == "/gone/model"
+    assert encoder_lineage(other) == {**recorded, "text_encoder": "mine"}
+    assert encoder_lineage(plain)["text_encoder"] == "/gone/model"
     report.unlink()
-    assert encoder_lineage(plain, STORAGE) == {"text_encoder": None}
+    assert encoder_lineage(plain) == {"text_encoder": None}
 
 
 @pytest.mark.parametrize(
@@ -203,9 +201,9 @@ def test_captions_that_a_network_cannot_be_trained_on_are_found_before_a_trainin
     encoder = embed if captioned else None
     dataset = ingest(str(source), f"file://{tmp_path}/ds", STORAGE, text_encoder=encoder, **options).dataset
     asked = config(source, tmp_path / "ds", "data.num_classes=0", "model.class_conditional=false")
-    check_captions(dataset, asked, STORAGE)
+    check_captions(dataset, asked)
     with pytest.raises(PipelineError, match=message):
-        check_captions(dataset, with_text(asked, width), STORAGE)
+        check_captions(dataset, with_text(asked, width))
 
 
 def with_text(config, width):
@@ -213,8 +211,8 @@ def with_text(config, width):
 
 
 def test_an_encoder_that_does_not_exist_leaves_the_data_as_they_are(photos, tmp_path):
-    flow.write_dataset(config(photos, tmp_path / "ds"), STORAGE, Lines())
+    flow.write_dataset(config(photos, tmp_path / "ds"), Lines())
     with pytest.raises(ConfigError, match=r"data\.text_encoder: cannot load the text encoder '.*/none'"):
-        flow.write_dataset(config(photos, tmp_path / "ds", f"data.text_encoder={tmp_path}/none"), STORAGE, Lines())
+        flow.write_dataset(config(photos, tmp_path / "ds", f"data.text_encoder={tmp_path}/none"), Lines())
     read_dataset(f"file://{tmp_path}/ds", STORAGE)
     assert (tmp_path / "ds" / "ingest-key").exists()

@@ -116,9 +116,9 @@ def test_a_run_that_has_seconds_is_trained_when_it_has_seen_what_fitted_them(con
 def test_a_new_training_gets_the_seconds_that_are_left(config, monkeypatch, left_s, resumes_at, expected):
     timed, trained = config.model_copy(update={"training_s": 60.0}), []
 
-    def prepare_run(config, storage, lineage):
+    def prepare_run(config, lineage):
         tracker = Tracker(config.tracking.uri, "none", patience_s=0)
-        return PreparedRun(Job(config, DATASET, storage, tracker, {}), resumes_at, 1000)
+        return PreparedRun(Job(config, DATASET, tracker, {}), resumes_at, 1000)
 
     def train(run, report, notice):
         trained.append(run.job.config)
@@ -155,9 +155,9 @@ def test_a_run_of_other_settings_or_data_is_an_error_and_not_a_reason_to_train(c
 
 
 def test_changed_data_have_a_run_of_their_own_and_the_same_data_the_same(config, tmp_path):
-    assert for_data(config, STORAGE) == config
+    assert for_data(config) == config
     store(config, 500)
-    assert for_data(config, STORAGE) == config
+    assert for_data(config) == config
     other = make_dataset(
         DATASET.uri,
         splits={**DATASET.splits, "test": (replace(DATASET.splits["test"][0], name="u.tar"),)},
@@ -168,12 +168,12 @@ def test_changed_data_have_a_run_of_their_own_and_the_same_data_the_same(config,
         std=(1.0,),
     )
     (tmp_path / "ds" / "dataset.json").write_text(other.to_json())
-    renewed = for_data(config, STORAGE)
+    renewed = for_data(config)
     assert renewed.name == f"{config.name}-{other.digest[:8]}"
     assert renewed.registry == config.registry
-    assert for_data(config, STORAGE) == renewed
+    assert for_data(config) == renewed
     allowed = config.model_copy(update={"data": config.data.model_copy(update={"allow_changed": True})})
-    assert for_data(allowed, STORAGE) == allowed
+    assert for_data(allowed) == allowed
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def test_a_champion_of_other_data_is_scored_anew_and_promoted_before_the_version
     model = SimpleNamespace(spec=SimpleNamespace(sampling=sampling))
     scored: list[tuple[str, object, str | None]] = []
 
-    def register_scored(resolved, settings, config, storage, display, connect, *, dataset_uri):
+    def register_scored(resolved, settings, config, display, connect, *, dataset_uri):
         if failing:
             raise PipelineError("other classes")
         scored.append((resolved.reference, settings, dataset_uri))

@@ -79,7 +79,7 @@ def test_nothing_is_known_to_be_garbage_without_mlflow(config, records, monkeypa
     store_run(config)
     age(config)
     records[:] = [RunRecord("id", "first", "ddpm", "FINISHED", deleted=True)]
-    (verdict,) = find_garbage(config, Storage())
+    (verdict,) = find_garbage(config)
     assert verdict.folder.address.endswith("/published/000000000002")
 
     def away(uri: str, name: str | None = None) -> list[RunRecord]:
@@ -87,7 +87,7 @@ def test_nothing_is_known_to_be_garbage_without_mlflow(config, records, monkeypa
 
     monkeypatch.setattr(tracking, "list_runs", away)
     with pytest.raises(TrackingError):
-        find_garbage(config, Storage())
+        find_garbage(config)
 
 
 def test_a_published_checkpoint_whose_record_waits_for_mlflow_is_not_garbage(config, records, monkeypatch):
@@ -95,11 +95,11 @@ def test_a_published_checkpoint_whose_record_waits_for_mlflow_is_not_garbage(con
     age(config)
     monkeypatch.setattr(garbage, "list_published", lambda tracker: [])
     records[:] = [RunRecord("id", "first", "ddpm", "FINISHED")]
-    assert len(find_garbage(config, Storage())) == 1
+    assert len(find_garbage(config)) == 1
     Storage().write(join(run_folder(config), "unsent.zip"), b"")
-    assert find_garbage(config, Storage()) == []
+    assert find_garbage(config) == []
     records[:] = [RunRecord("id", "first", "ddpm", "FINISHED", deleted=True)]
-    assert len(find_garbage(config, Storage())) == 1
+    assert len(find_garbage(config)) == 1
 
 
 def test_records_that_cannot_be_read_end_the_search(config, records, monkeypatch):
@@ -114,7 +114,7 @@ def test_records_that_cannot_be_read_end_the_search(config, records, monkeypatch
 
     monkeypatch.setattr(garbage, "list_published", away)
     with pytest.raises(TrackingError):
-        find_garbage(config, Storage())
+        find_garbage(config)
 
 
 def test_collecting_begins_with_what_makes_a_checkpoint_complete_and_ends_with_its_origin(config):
@@ -229,7 +229,7 @@ def test_of_a_root_with_everything_exactly_what_nothing_names_is_deleted(config,
     monkeypatch.setattr(garbage, "list_published", lambda tracker: recorded.get(tracker.run_id, []))
     plant(tmp_path)
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
-    found = find_garbage(config, Storage())
+    found = find_garbage(config)
     expected = {place for place, unnamed in PLANTED.items() if unnamed}
     assert {verdict.folder.address.removeprefix(f"{config.storage.root}/") for verdict in found} == expected
     for verdict in found:

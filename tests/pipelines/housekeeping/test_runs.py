@@ -150,15 +150,20 @@ def test_what_makes_checkpoints_complete_goes_first_and_the_newest_last():
     assert sorted([*first, *rest]) == sorted(entry.uri for entry in stored.entries)
 
 
-def test_a_removal_that_is_interrupted_anywhere_leaves_the_run_as_it_was_or_none_and_a_repeat_ends_it(config, records):
+def test_a_removal_that_is_interrupted_anywhere_leaves_the_run_as_it_was_or_none_and_a_repeat_ends_it(
+    config, records, monkeypatch
+):
     objects = store_run(config)
     for after in range(1, objects):
         store_run(config)
         records[:] = [RunRecord("id", "first", "ddpm", "KILLED")]
         LEFT[0] = after
-        with pytest.raises(StorageError, match="interrupted"):
-            remove(find_removal(config, Storage(), force=False), config, Stubborn())
-        newest = newest_checkpoint(config, Storage())
+        removal = find_removal(config, force=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(Storage, "of", lambda config: Stubborn())
+            with pytest.raises(StorageError, match="interrupted"):
+                remove(removal, config)
+        newest = newest_checkpoint(config)
         assert newest is None or newest.images_seen == 2, after  # never an older one
         if not records:
             assert newest is None
@@ -166,13 +171,13 @@ def test_a_removal_that_is_interrupted_anywhere_leaves_the_run_as_it_was_or_none
         records[:] = records or [RunRecord("id", "first", "ddpm", "KILLED", deleted=True)]
         if records[0].deleted:
             age(config)  # without a word of MLflow's, what was written a moment ago is not touched
-        remove(find_removal(config, Storage(), force=False), config, Storage())
+        remove(find_removal(config, force=False), config)
         assert Storage().list(run_folder(config)) == []
 
 
 def test_a_removed_run_leaves_no_folder_and_is_no_longer_known(config, records, tmp_path):
     store_run(config)
-    remove(find_removal(config, Storage(), force=False), config, Storage())
+    remove(find_removal(config, force=False), config)
     assert not (tmp_path / "runs" / "first").exists()
     with pytest.raises(RemovalError, match="no run 'first'"):
-        find_removal(config, Storage(), force=False)
+        find_removal(config, force=False)

@@ -65,7 +65,7 @@ def server():
     """The model behind HTTP and behind the page, in this process; each belongs to an event loop of its own."""
     drawing = ThreadPoolExecutor(1, "draw", torch.set_num_threads, (1,))
     with drawing:
-        served, shown = (load(str(EARLIER / "version" / "model"), compose([]), Storage(), drawing) for _ in range(2))
+        served, shown = (load(str(EARLIER / "version" / "model"), compose([]), drawing) for _ in range(2))
         app = make_app(Alone(served), served.limits, None, Metrics(dict))
         with TestClient(app) as client, closing(Page(shown)) as page:
             yield SimpleNamespace(client=client, page=page)

@@ -28,7 +28,6 @@ from pipelines.serving.forms import ELSEWHERE
 from pipelines.serving.http import make_app
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.served import load
-from pipelines.storage import Storage
 from tests.pipelines.drawing import model_folder, save_picture
 from tests.pipelines.serving.alone import Alone, Page
 from tests.pipelines.serving.bad_requests import png
@@ -173,7 +172,7 @@ def ways(tmp_path_factory):
     save_picture(folder / "image.png")
     (folder / "empty.png").write_text("")
     with ThreadPoolExecutor(1) as executor:
-        served, shown = (load(str(model), config, Storage(), executor) for _ in range(2))  # one of each event loop
+        served, shown = (load(str(model), config, executor) for _ in range(2))  # one of each event loop
         front = make_app(Alone(served), served.limits, None, Metrics(dict))
         with TestClient(front, raise_server_exceptions=False) as client, closing(Page(shown)) as page:
             yield SimpleNamespace(folder=folder, client=client, page=page, pyfunc=pyfunc)

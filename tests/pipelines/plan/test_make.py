@@ -60,7 +60,7 @@ def test_a_plan_is_ingested_and_trained_by_and_the_same_command_has_it_again(com
     config = from_dict(made.config)
     assert (config.name, config.registry.model) == ("pets-30m", "pets")
     assert config.data.uri.startswith(f"file://{tmp_path}/root/datasets/pets-8px-")
-    write_dataset(config, STORAGE, Silent())  # the stage itself would start Ray
+    write_dataset(config, Silent())  # the stage itself would start Ray
     dataset = read_dataset(config.data.uri, STORAGE)
     assert dataset.classes == ("cat", "dog", "owl")
     _, tracker = train_here(tmp_path / "run", dataset, config.model_copy(update={"storage": config.storage}))

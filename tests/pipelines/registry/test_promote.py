@@ -52,7 +52,7 @@ def world(home, tmp_path, monkeypatch):
     monkeypatch.setattr(Gate, "_wrong", lambda self, version: found.wrong)
     monkeypatch.setattr(Gate, "_record", lambda self, verdict, opened: None)
     found.config = compose(["+experiment=digits", f"storage.root=file://{tmp_path}", "tracking.uri=http://mlflow"])
-    found.gate = Gate(found.config, STORAGE, Silent(), lambda: None, "m", "champion")
+    found.gate = Gate(found.config, Silent(), lambda: None, "m", "champion")
     return found
 
 

@@ -42,7 +42,7 @@ def world(monkeypatch):
     """A registry that keeps what is registered."""
     found = SimpleNamespace(versions=[], scored=[], aliases={}, notes=[], on_register=lambda resolved: None)
 
-    def score(resolved, settings, config, storage, display, connect, dataset_uri):
+    def score(resolved, settings, config, display, connect, dataset_uri):
         found.scored.append((settings, dataset_uri))
         return replace(SCORES, sampling=settings.to_json()), True
 
@@ -85,7 +85,7 @@ def model(tracker=TRACKER):
 
 
 def ask(settings=SETTINGS, config=CONFIG, resolved=None, **options):
-    return register_scored(resolved or model(), settings, config, None, Silent(), lambda: None, **options)
+    return register_scored(resolved or model(), settings, config, Silent(), lambda: None, **options)
 
 
 def test_the_same_model_with_the_same_scores_is_registered_once_a_name(world):

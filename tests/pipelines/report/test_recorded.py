@@ -90,7 +90,7 @@ def read(config, tracker, monkeypatch):
     monkeypatch.setattr(tracking, "version", lambda *_, **__: champion)
     gate = {"gate.champion.table": json.dumps(VERDICT.to_plain())}
     version = ModelVersion("digits", "2", RUN, {"images_seen": "1000", **gate}, ())
-    return lambda: gather(ReportSubject("first", tracker, version), config, storage)
+    return lambda: gather(ReportSubject("first", tracker, version), config)
 
 
 def test_the_samples_shown_are_those_of_the_evaluation_whose_scores_are_shown(read, tracker):

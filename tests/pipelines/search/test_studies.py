@@ -52,7 +52,7 @@ class Bench:
         monkeypatch.setattr(guidance_search, "processors", lambda use_gpu: 1)
         monkeypatch.setattr(EvaluationData, "evaluator", SimpleNamespace(encoder=None))
         monkeypatch.setattr(EvaluationData, "real", None)
-        monkeypatch.setattr(studies, "connect_ray", lambda config, storage: None)
+        monkeypatch.setattr(studies, "connect_ray", lambda config: None)
         monkeypatch.setattr(TrialSubject, "of", lambda *given: None)
         monkeypatch.setattr(guidance_search, "asked_for", lambda *given: None)
 

@@ -16,23 +16,22 @@ from pipelines.config import compose
 from pipelines.serving.limits import Limits
 from pipelines.serving.page import make_page
 from pipelines.serving.served import Served, load
-from pipelines.storage import Storage
 
 
 @contextmanager
 def page_of(folder: Path, token_digest: str | None = None) -> Iterator[str]:
     """Serve the page of a model, and give its address."""
     config = compose([])
-    limits, storage = Limits.of(config.serving), Storage.of(config)
+    limits = Limits.of(config.serving)
     drawing = ThreadPoolExecutor(1, "draw", torch.set_num_threads, (1,))
     loaded: list[Served] = []
 
     async def ask(body: dict[str, Any]) -> Mapping[str, Any]:
         if not loaded:  # belongs to the loop that asks it
-            loaded.append(load(str(folder), config, storage, drawing))
+            loaded.append(load(str(folder), config, drawing))
         return await loaded[0].ask(body)
 
-    told = {**load(str(folder), config, storage, drawing).describe(), "id": "digits@champion", "card": "# What it is"}
+    told = {**load(str(folder), config, drawing).describe(), "id": "digits@champion", "card": "# What it is"}
     server = uvicorn.Server(
         uvicorn.Config(
             make_page([told], ask, limits, token_digest),

@@ -12,7 +12,6 @@ from pipelines.config import ConfigError, compose
 from pipelines.serving.application import Front, build, scale
 from pipelines.serving.bodies import known_names
 from pipelines.serving.limits import Limits, RefusedRequest
-from pipelines.storage import Storage
 
 CHAMPION, OTHER = "models:/digits@champion", "models:/shapes/3"
 
@@ -138,7 +137,7 @@ def test_more_requests_than_the_queue_holds_are_told_to_come_again():
 def test_replicas_are_a_number_or_a_range(replicas, expected):
     config = compose([f"serving.replicas={replicas}", "serving.gpus_per_replica=0.5"])
     assert scale(config.serving) == expected
-    build([CHAMPION, OTHER], config, Storage(), None)  # Ray Serve accepts it
+    build([CHAMPION, OTHER], config, None)  # Ray Serve accepts it
 
 
 def test_a_range_that_begins_after_its_end_is_refused():

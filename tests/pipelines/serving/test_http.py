@@ -30,7 +30,6 @@ from pipelines.serving.limits import Limits, RefusedRequest
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.served import Served, load
 from pipelines.serving.token import Token
-from pipelines.storage import Storage
 from tests.pipelines.drawing import model_folder, save_picture
 from tests.pipelines.serving.alone import Alone
 from tests.pipelines.serving.bad_requests import BAD, JSON, LIMITS, Bad, inpaint, png
@@ -44,7 +43,7 @@ def backend(tmp_path_factory):
     folder = model_folder(tmp_path_factory.mktemp("models") / "ten", classes=NAMES)
     config = compose([f"serving.{name}={value}" for name, value in LIMITS.items()])
     with ThreadPoolExecutor(1) as executor:
-        yield Alone(load(str(folder), config, Storage(), executor))
+        yield Alone(load(str(folder), config, executor))
 
 
 @pytest.fixture(scope="module")

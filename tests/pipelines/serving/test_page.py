@@ -21,7 +21,6 @@ from pipelines.serving.bodies import encode_png
 from pipelines.serving.forms import OWN
 from pipelines.serving.served import load
 from pipelines.serving.token import digest_of
-from pipelines.storage import Storage
 from tests.pipelines.drawing import model_folder, save_picture
 from tests.pipelines.serving.alone import Page
 from tests.pipelines.serving.bad_requests import bomb
@@ -103,7 +102,7 @@ def test_a_film_ends_with_the_sample(page, model):
 
 def test_a_form_that_nobody_touched_asks_for_no_more_steps_than_are_allowed(model):
     config = compose(["serving.max_steps=3"])  # of which the model has four by itself
-    with ThreadPoolExecutor(1) as executor, closing(Page(load(str(model), config, Storage(), executor))) as here:
+    with ThreadPoolExecutor(1) as executor, closing(Page(load(str(model), config, executor))) as here:
         html, _ = here.send("sample", {"labels": ["7"]})
     assert shown(html) == encoded(picture(SampleRequest.of(labels=["7"], sampling={"steps": 3}), load_model(model)))
 

@@ -18,7 +18,6 @@ from pipelines.inference.request import SampleRequest
 from pipelines.serving.bodies import read_answer
 from pipelines.serving.limits import RefusedRequest
 from pipelines.serving.served import Served, load
-from pipelines.storage import Storage
 from tests.pipelines.drawing import WORDS, encode, model_folder
 from tests.pipelines.serving.bad_requests import table
 
@@ -36,7 +35,7 @@ def near(one, other):
 
 
 def test_texts_of_different_lengths_are_drawn_together(tmp_path, drawing):
-    served = load(str(model_folder(tmp_path, classes=(), text_dim=WORDS)), compose(WAIT), Storage(), drawing)
+    served = load(str(model_folder(tmp_path, classes=(), text_dim=WORDS)), compose(WAIT), drawing)
     served = replace(served, encode=encode)
     asked = [
         {"prompts": ["a red heart", "one"], "seed": 1},
@@ -57,7 +56,7 @@ def test_texts_of_different_lengths_are_drawn_together(tmp_path, drawing):
 
 
 def test_tables_and_images_are_drawn_together(tmp_path, drawing):
-    served = load(str(model_folder(tmp_path, classes=("a", "b"))), compose(WAIT), Storage(), drawing)
+    served = load(str(model_folder(tmp_path, classes=("a", "b"))), compose(WAIT), drawing)
 
     async def scenario(served: Served):
         with ThreadPoolExecutor(2) as callers:
@@ -77,7 +76,7 @@ def test_a_model_that_draws_no_numbers_is_not_served(tmp_path, drawing):
     weights = {name: torch.full_like(tensor, 3e38) for name, tensor in model.network.state_dict().items()}
     save_model(tmp_path, model.spec, weights)
     with pytest.raises(ModelError, match="draws something that is not a number: it is not served"):
-        load(str(tmp_path), compose([]), Storage(), drawing)
+        load(str(tmp_path), compose([]), drawing)
 
 
 def test_a_request_names_no_network_but_those_of_the_model(tmp_path, drawing):
@@ -85,7 +84,7 @@ def test_a_request_names_no_network_but_those_of_the_model(tmp_path, drawing):
     model = load_model(model_folder(tmp_path / "model"))
     own = model.spec.sampling.with_fields(guidance="auto", weak=str(weak), scale=2.0)
     save_model(tmp_path / "model", replace(model.spec, sampling=own), model.network.state_dict())
-    served = load(str(tmp_path / "model"), compose([]), Storage(), drawing)
+    served = load(str(tmp_path / "model"), compose([]), drawing)
 
     async def ask(**sampling):
         return await served.ask({"labels": [0], "sampling": sampling})
@@ -98,7 +97,7 @@ def test_a_request_names_no_network_but_those_of_the_model(tmp_path, drawing):
 
 
 def test_nobody_waits_for_the_compiling_of_a_request(tmp_path, drawing):
-    served = load(str(model_folder(tmp_path)), compose([]), Storage(), drawing)
+    served = load(str(model_folder(tmp_path)), compose([]), drawing)
     with pytest.raises(RefusedRequest, match="compile: others would wait for it"):
         asyncio.run(served.ask({"labels": [0], "sampling": {"compile": True}}))
 
@@ -111,7 +110,7 @@ def test_a_model_that_is_registered_compiled_is_compiled_before_it_is_served(tmp
         replace(model.spec, sampling=model.spec.sampling.with_fields(compile=True)),
         model.network.state_dict(),
     )
-    served = load(str(tmp_path), compose([]), Storage(), drawing)
+    served = load(str(tmp_path), compose([]), drawing)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     sizes = (1, 2, 5, 8)
 

@@ -12,7 +12,7 @@ from ray.train import ControllerError
 
 from pipelines import tracking
 from pipelines.config import compose
-from pipelines.storage import FencedError, Storage
+from pipelines.storage import FencedError
 from pipelines.tracking import Tracker
 from pipelines.training import driver
 from pipelines.training.driver import train
@@ -43,7 +43,7 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "answer", lambda reply, *arguments: reply)
     places = ["storage=file", f"storage.root=file://{tmp_path}", f"data.cache_dir={tmp_path}/cache"]
     config = compose(["+experiment=digits", "images=100", *places])
-    return Job(config, None, Storage(), Tracker(NOBODY, "r", patience_s=0), {})
+    return Job(config, None, Tracker(NOBODY, "r", patience_s=0), {})
 
 
 class Handle:

@@ -89,7 +89,7 @@ class Run:
             ["+experiment=digits", "images=1000", "evaluation.every=100", "storage=file", root, *self.overrides]
         )
         fence = Fence.take(Storage(), f"{run_folder(config)}/driver")
-        job = Job(config, None, Storage(), self.tracker, {}, fence=fence)
+        job = Job(config, None, self.tracker, {}, fence=fence)
         return Evaluations(job, config.images, self.evaluate, lambda: self.room, self.notices.append)
 
     def evaluate(self, published: Published, cancelled: threading.Event) -> Scored:

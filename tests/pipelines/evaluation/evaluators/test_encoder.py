@@ -8,7 +8,6 @@ from pipelines.evaluation.evaluators import check_evaluator, open_evaluator
 from pipelines.evaluation.evaluators.encoder import features_of
 from pipelines.evaluation.evaluators.pixels import Preparation
 from pipelines.presentation.errors import ConfigError
-from pipelines.storage import Storage
 
 SMALL = ["evaluation.encoder_size=12", "evaluation.encoder_mean=[0.5,0.4,0.3]", "evaluation.encoder_std=[0.2,0.3,0.4]"]
 
@@ -37,7 +36,7 @@ def scripted(path, network):
 
 def opened(config, dataset, path, *overrides):
     made = config("evaluation.evaluator=encoder", f"evaluation.weights={path}", *SMALL, *overrides)
-    return open_evaluator(made, dataset, Storage())
+    return open_evaluator(made, dataset)
 
 
 IMAGES = torch.randint(0, 256, (40, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -87,7 +86,7 @@ def test_a_folder_of_transformers_is_opened_with_what_it_says_of_preparation(lab
     said = '{"crop_size": {"height": 28, "width": 28}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}'
     (tmp_path / "dino" / "preprocessor_config.json").write_text(said)
     made = config("evaluation.evaluator=encoder", f"evaluation.weights={tmp_path}/dino")
-    found = open_evaluator(made, labelled, Storage())
+    found = open_evaluator(made, labelled)
     with torch.no_grad():
         wanted = network(Preparation(28, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))(IMAGES)).pooler_output
     torch.testing.assert_close(found.encoder(IMAGES).features, wanted, rtol=1e-4, atol=1e-5)

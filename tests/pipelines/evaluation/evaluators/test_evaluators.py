@@ -9,7 +9,6 @@ import torch
 from pipelines.evaluation.evaluators import check_evaluator, evaluator_kind, open_evaluator
 from pipelines.evaluation.evaluators.train import Training
 from pipelines.presentation.errors import ConfigError
-from pipelines.storage import Storage
 from tests.pipelines.evaluation.evaluators.test_stored import trained
 
 
@@ -71,8 +70,7 @@ def test_it_is_trained_once_and_then_found(labelled, unlabelled, config, classes
     monkeypatch.setattr(Training, "__call__", train)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     first, second = (
-        open_evaluator(config(), dataset, Storage(), notices.append, connect=lambda: connected.append(1))
-        for _ in range(2)
+        open_evaluator(config(), dataset, notices.append, connect=lambda: connected.append(1)) for _ in range(2)
     )
     assert trainings == ["classifier" if classes else "contrastive"]
     assert first.digest == second.digest

@@ -9,7 +9,6 @@ from ddpm.quality import FeatureMoments, frechet_distance
 from pipelines.evaluation.evaluators import check_evaluator, open_evaluator
 from pipelines.evaluation.evaluators.inception import Inception
 from pipelines.presentation.errors import ConfigError
-from pipelines.storage import Storage
 
 pytest.importorskip("torch_fidelity")
 
@@ -37,7 +36,7 @@ def weights(tmp_path_factory):
 
 
 def opened(config, dataset, path):
-    return open_evaluator(config("evaluation.evaluator=inception", f"evaluation.weights={path}"), dataset, Storage())
+    return open_evaluator(config("evaluation.evaluator=inception", f"evaluation.weights={path}"), dataset)
 
 
 def pictures(seed, channels=3):

@@ -66,13 +66,13 @@ def test_it_is_trained_once_for_a_dataset_and_stored_beside_the_other_evaluators
     uri, options = f"file://{tmp_path}/captioned", {"shard_samples": 64, "test_fraction": 0.25}
     dataset = ingest(str(source), uri, Storage(), image_size=8, channels=3, text_encoder=embed, **options).dataset
     said = []
-    found = open_matcher(config(), dataset, Storage(), said.append)
+    found = open_matcher(config(), dataset, said.append)
     assert said == ["training the evaluator (captions) on real images, once for this dataset"]
     assert found.kind == "captions"
     assert isinstance(found.encoder, Matcher)
     assert found.accuracy > 0.8  # of six captions
     assert not found.labels
-    again = open_matcher(config(), dataset, Storage(), said.append)
+    again = open_matcher(config(), dataset, said.append)
     assert (again.digest, again.accuracy, len(said)) == (found.digest, found.accuracy, 1)
     pixels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(again.encoder(pixels).features, found.encoder(pixels).features)

@@ -240,7 +240,7 @@ def trained(config, images=10):
     """Store a checkpoint of the run that is of the data that are there now."""
     from pipelines.shards.index import read_dataset
 
-    config = for_data(config, STORAGE)
+    config = for_data(config)
     dataset = read_dataset(config.data.uri, STORAGE)
     checkpoint = a_checkpoint(images)
     lineage = {**checkpoint.spec.lineage, "stream_digest": stream_digest(dataset, None)}
@@ -249,7 +249,7 @@ def trained(config, images=10):
     path.mkdir(parents=True)
     save_checkpoint(path, replace(checkpoint, spec=replace(checkpoint.spec, lineage=lineage)))
     enter_checkpoint(STORAGE, run_folder(config), Listed(1, images, name), 5)
-    assert newest_checkpoint(config, STORAGE) is not None
+    assert newest_checkpoint(config) is not None
 
 
 def test_the_sensor_fires_once_for_new_data_and_never_for_old(experiment, tmp_path):
@@ -257,7 +257,7 @@ def test_the_sensor_fires_once_for_new_data_and_never_for_old(experiment, tmp_pa
     (request,) = sensor.requests()
     assert (request.partition_key, len(request.run_key)) == ("pets", len("pets-") + 64)
     assert sensor.requests() == []  # asked for already
-    write_dataset(config, STORAGE, Silent())
+    write_dataset(config, Silent())
     assert sensor.requests() == []  # the run has begun: the same data as shards
     trained(config)
     assert sensor.requests() == []
@@ -269,7 +269,7 @@ def test_the_sensor_fires_once_for_new_data_and_never_for_old(experiment, tmp_pa
     (second,) = sensor.requests()
     assert second.run_key != request.run_key
     assert sensor.requests() == []
-    write_dataset(config, STORAGE, Silent())
+    write_dataset(config, Silent())
     trained(config)
     sensor.cursor = None
     assert sensor.requests() == []

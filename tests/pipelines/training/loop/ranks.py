@@ -136,7 +136,7 @@ def train_here(
     folder.mkdir(parents=True, exist_ok=True)
     config = config.model_copy(update={"storage": config.storage.model_copy(update={"root": f"file://{folder}"})})
     shell, tracker = shell or FolderShell(folder, rank, **requests), MemoryTracker()
-    job = Job(config, dataset, Storage(), tracker, lineage or {})
+    job = Job(config, dataset, tracker, lineage or {})
     context = RunContext.of(job, rank=rank, world_size=world, device=torch.device("cpu"))
     train_rank(context, shell)
     return shell, tracker

@@ -37,7 +37,7 @@ def _impatient(monkeypatch):
 
 def job_of(folder, config, tracker) -> Job:
     storage = config.storage.model_copy(update={"root": f"file://{folder}"})
-    return Job(config.model_copy(update={"storage": storage}), None, Storage(), tracker, {})
+    return Job(config.model_copy(update={"storage": storage}), None, tracker, {})
 
 
 def test_a_finished_run_ends_well_and_another_node_sends_what_mlflow_had_not_taken(

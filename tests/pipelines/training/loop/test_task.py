@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from pipelines.shards.read import Batch
-from pipelines.storage import Storage
 from pipelines.training.loop.context import Job, RunContext
 from pipelines.training.loop.task import conditions, losses
 from tests.pipelines.training.loop.ranks import SMALL, MemoryTracker, tiny_config
@@ -24,7 +23,7 @@ class Recorder(torch.nn.Module):
 
 def context_of(tmp_path, digits, *overrides) -> RunContext:
     config = tiny_config(tmp_path, 1_000, N, *SMALL, *overrides)
-    job = Job(config, digits, Storage(), MemoryTracker(), {})
+    job = Job(config, digits, MemoryTracker(), {})
     return RunContext.of(job, rank=0, world_size=1, device=torch.device("cpu"))
 
 

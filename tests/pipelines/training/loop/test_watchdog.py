@@ -17,7 +17,7 @@ from torch._C import _distributed_c10d
 
 from pipelines import checkpoints
 from pipelines.shards.stream import TrainingStream
-from pipelines.storage import Storage, StorageError
+from pipelines.storage import StorageError
 from pipelines.training.loop import checkpoint, watchdog
 from pipelines.training.loop.context import Job, RunContext
 from pipelines.training.loop.preview import Preview
@@ -97,7 +97,7 @@ def rank_main(
         often = ["tracking.grid_every=50", "checkpoint.every=50", "tracking.log_every=50"]
         config = tiny_config(folder, 6 * BATCH, BATCH, *often, f"cluster.step_timeout_s={timeout_s}")
         hook = Hook(broken) if fault == "evaluation" else None
-        job = Job(config, dataset, Storage(), MemoryTracker(), {}, evaluation_hook=hook)
+        job = Job(config, dataset, MemoryTracker(), {}, evaluation_hook=hook)
         context = RunContext.of(job, rank=rank, world_size=2, device=torch.device("cpu"))
         try:
             train_rank(context, FolderShell(folder, rank))

@@ -6,7 +6,6 @@ import pytest
 import ray
 
 from pipelines.config import ClusterConfig, compose
-from pipelines.storage import Storage
 from pipelines.training.ray_train import resources
 from pipelines.training.ray_train.resources import has_room_beside, per_worker, possible_workers, shortage
 
@@ -61,5 +60,5 @@ def test_processes_of_a_training_know_which_cluster_is_theirs(monkeypatch, addre
     settings = {}
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **given: settings.update(given))
-    resources.connect_ray(compose([f"cluster.address={address}"]), Storage())
+    resources.connect_ray(compose([f"cluster.address={address}"]))
     assert settings["runtime_env"]["env_vars"].get("RAY_ADDRESS") == told
