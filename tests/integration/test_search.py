@@ -270,3 +270,15 @@ def test_a_training_study_with_trials_that_fail_ends_with_the_right_best(shell, 
     s3.download(done.answer["config"], taken)
     here = ["storage.local_stack=true"]  # whose addresses are found anew
     assert shell.ok("train", "--config", str(taken), "images=256", *here, "--json").answer["images_seen"] == 256
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_training_trial_whose_process_stands_still_begins_again_where_its_run_was(shell, local_stack, model):
+    study = ["search.trials=2", "search.samples=32", "search.rungs=1", "search.confirm=1", "search.confirm_samples=64"]
+    study += ["search.concurrent=1", "search.space.optim.lr.log=[0.0001,0.01]", "images=2560", "cluster.patience_s=5"]
+    with one_stopped("ray::ResourceTrainable.train", local_stack.home):
+        done = shell.ok("search", "training", "--study", "stopped", *TINY, *study, "--json")
+    assert re.search(r"trial \w+ begins again: its process has not answered for \d+ s and stands still", done.err)
+    assert (done.answer["trials"]["failed"], sum(done.answer["trials"].values())) == (0, 2)
+    assert {c["trial"] for c in done.answer["confirmed"]} >= {"default"}
