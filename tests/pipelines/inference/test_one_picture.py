@@ -3,6 +3,7 @@
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,20 +11,26 @@ import pandas
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from safetensors.torch import load_file
 
 from ddpm.conditioning import Conditioning
+from ddpm.ema import EMA
 from ddpm.generate import Sampling, generate, to_uint8
 from ddpm.inference import Noise, draw, draw_table
 from ddpm.model import load_model
+from ddpm.quality import FeatureMoments
 from pipelines.config import compose
 from pipelines.evaluation.actors import Drawer
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
+from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.evaluation.images import unpack_samples
 from pipelines.evaluation.samples import Plan
 from pipelines.inference.pictures import picture
 from pipelines.inference.request import SampleRequest
+from pipelines.registry.probe import draw_probe
 from pipelines.search.judge import SampleScorer, TrialSubject
+from pipelines.search.rung_judge import RungJudge
 from pipelines.served_model import DiffusionModel
 from pipelines.serving.bodies import decode_png
 from pipelines.serving.http import make_app
@@ -58,6 +65,25 @@ def of_a_trial(model, settings, labels):
     evaluator = Evaluator(judge, "classifier", "d", "here", "none", labels=True, accuracy=None)
     scorer = SampleScorer(TrialSubject(model, evaluator, None, Conditioning(label=labels)))
     return scorer.draw(settings, torch.arange(COUNT), seed=SEED, keep=COUNT).pixels
+
+
+def of_a_training_trial(model, settings, labels, tmp_path):
+    """By the judge of a study of trainings, from the averaged weights of a training."""
+    seen = []
+
+    class Kept(Contrastive):
+        def __call__(self, images):
+            seen.append(images.permute(0, 2, 3, 1).numpy())
+            return super().__call__(images)
+
+    reference = FeatureMoments.of(torch.randn(200, Contrastive(1, 8).width))
+    cond, uri = Conditioning(label=labels), f"file://{tmp_path}/scores"
+    judge = RungJudge(
+        (1,), COUNT, cond, Kept(1, 8).eval(), reference, (torch.zeros(0, 1, 8, 8), None), SEED, Storage(), uri
+    )
+    state = SimpleNamespace(network=model.network, ema=EMA(model.network, 100.0), images_seen=1)
+    judge(state, replace(model.spec, sampling=settings), torch.device("cpu"))
+    return np.concatenate(seen)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +132,7 @@ def test_who_judges_shows_and_serves_a_model_draws_the_same_to_the_bit(settings,
     rows = {"dataframe_split": {"columns": ["label"], "data": [[name] for name in names]}, "params": params}
     found = {
         "study": of_a_trial(model, settings, labels),
+        "study of trainings": of_a_training_trial(model, settings, labels, tmp_path),
         "library": to_uint8(asked_here).numpy(),
         "preview": to_uint8(preview).numpy(),
         "command": picture(request, model).pixels,
@@ -117,6 +144,17 @@ def test_who_judges_shows_and_serves_a_model_draws_the_same_to_the_bit(settings,
     }
     for who, pictures in found.items():
         np.testing.assert_array_equal(pictures, expected, err_msg=who)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["ddim", "ancestral", "dpm_solver"])
+def test_a_version_is_verified_by_the_pictures_that_it_serves(settings, tmp_path):
+    torch.set_num_threads(1)
+    model = load_model(EARLIER / "version" / "model")
+    model = replace(model, spec=replace(model.spec, sampling=settings))
+    made = draw_probe(model, tmp_path)
+    verified = load_file(tmp_path / "probe.safetensors")
+    served = draw(model, Noise.numbered(made["seed"], made["count"]), Conditioning(label=verified["labels"])).images
+    assert torch.equal(verified["images"], to_uint8(served))
 
 
 def changed(settings):
