@@ -17,6 +17,7 @@ from torch import Tensor
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, to_uint8
 from ddpm.model import Model
+from ddpm.quality import Measured
 from pipelines.evaluation.cost import Meter
 from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.devices import task_device
@@ -44,6 +45,18 @@ class Sampled:
     plan: Plan
     rows: Drawn
     files: SampleFiles
+
+    def prompt_accuracies(self, prompts: Prompts | None) -> list[Measured]:
+        """Return the share of samples whose caption matches best, of each noise seed; none where nobody can tell."""
+        plan, vectors = self.plan, self.rows.vectors
+        if prompts is None or vectors is None:
+            return []
+        drawn = [
+            (place * plan.n, rows, seed)
+            for place, seed in enumerate(plan.seeds)
+            if (rows := plan.rows(seed)) is not None
+        ]
+        return [found for each in drawn if (found := prompts.accuracy(vectors, *each)) is not None]
 
 
 class SamplingActors:

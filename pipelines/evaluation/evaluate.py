@@ -10,16 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm.quality import Measured
 from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.actors import SamplingActors
 from pipelines.evaluation.compare import Comparison
 from pipelines.evaluation.copies import Copies, look_for_copies
 from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.likelihoods import Likelihood
-from pipelines.evaluation.prompts import Prompts
-from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.samples import Plan, Request, SampleFiles, Subject
+from pipelines.evaluation.samples import Request, SampleFiles, Subject
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
 from pipelines.signing import Authority
@@ -81,8 +78,8 @@ def evaluate(
             estimates["bits_per_dim_ode"] = _mean(likelihoods.ode)
         if copies is not None:
             estimates |= copies.estimates()
-        if prompts is not None and drawn.vectors is not None:
-            estimates["prompt_accuracy"] = prompts.estimate(_prompt_accuracies(prompts, plan, drawn.vectors))
+        if prompts is not None and (found := sampled.prompt_accuracies(prompts)):
+            estimates["prompt_accuracy"] = prompts.estimate(found)
     scores = Scores(
         estimates=estimates,
         n=plan.n,
@@ -101,18 +98,6 @@ def evaluate(
         bound_variance=None if likelihoods is None else likelihoods.bounds.tighter,
     )
     return Evaluation(scores, sampled.files, likelihoods, copies)
-
-
-def _prompt_accuracies(prompts: Prompts, plan: Plan, vectors: Rows) -> list[Measured]:
-    """Return the share of samples whose caption matches best, of each noise seed."""
-    found = []
-    for place, seed in enumerate(plan.seeds):
-        rows = plan.rows(seed)
-        assert rows is not None
-        share = prompts.accuracy(vectors, place * plan.n, rows, seed)
-        assert share is not None
-        found.append(share)
-    return found
 
 
 def _mean(values: NDArray[np.float64]) -> Estimate:

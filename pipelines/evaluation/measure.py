@@ -15,7 +15,7 @@ from torch import Tensor
 from ddpm.conditioning import Conditioning
 from ddpm.quality import Measured
 from pipelines.environment.scratch import scratch_folder
-from pipelines.evaluation.actors import Sampled, SamplingActors
+from pipelines.evaluation.actors import SamplingActors
 from pipelines.evaluation.compare import Distance, measured_accuracy
 from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.samples import Request, SampleFiles, Subject
@@ -89,26 +89,18 @@ def measure(
         for number, (name, subject) in enumerate(subjects.items()):
             (folder := Path(scratch) / str(number)).mkdir()
             sampled = actors.draw(subject, folder, display.counter(stage, f"{name} images"))
-            features = torch.from_numpy(sampled.rows.features.read(0, sampled.plan.n))
+            plan, drawn, by_class = sampled.plan, sampled.rows, None
+            features, labels = torch.from_numpy(drawn.features.read(0, plan.n)), plan.labels(plan.seeds[0])
+            if labels is not None and data.evaluator.labels and drawn.probabilities is not None:
+                by_class = measured_accuracy(drawn.probabilities, labels, 0)
             found[name] = MeasuredSamples(
                 distance.measure,
                 distance(features),
-                *_accuracies(sampled, subject, data),
+                by_class,
+                next(iter(sampled.prompt_accuracies(subject.prompts)), None),
                 features=features,
-                evaluations=actors.evaluations(subject, sampled.plan),
+                evaluations=actors.evaluations(subject, plan),
                 files=sampled.files,
                 bound=held_out and Measured.mean(actors.bound(subject, *held_out, request.seeds[0])),
             )
     return found
-
-
-def _accuracies(sampled: Sampled, subject: Subject, data: EvaluationData) -> tuple[Measured | None, Measured | None]:
-    """Return the share of samples of their class, and of those that match their prompt best."""
-    plan, drawn, prompts = sampled.plan, sampled.rows, subject.prompts
-    seed, by_class, by_prompt = plan.seeds[0], None, None
-    labels, rows = plan.labels(seed), plan.rows(seed)
-    if labels is not None and data.evaluator.labels and drawn.probabilities is not None:
-        by_class = measured_accuracy(drawn.probabilities, labels, 0)
-    if prompts is not None and rows is not None and drawn.vectors is not None:
-        by_prompt = prompts.accuracy(drawn.vectors, 0, rows, seed)
-    return by_class, by_prompt

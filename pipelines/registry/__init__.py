@@ -11,9 +11,17 @@ from pipelines.registry.card import describe
 from pipelines.registry.contents import check_version
 from pipelines.registry.evidence import Evidence, EvidenceError
 from pipelines.registry.guard import Guard, Logs, watch
-from pipelines.registry.package import RegistryError, bundled_encoder, register, write_version
+from pipelines.registry.package import (
+    RegistryError,
+    bundled_encoder,
+    find_version,
+    is_candidate,
+    register,
+    register_once,
+    register_scored,
+    write_version,
+)
 from pipelines.registry.promote import Gate
-from pipelines.registry.scored import find_version, is_candidate, register_once, register_scored
 from pipelines.registry.verdict import Verdict, VerdictLog, VerdictRow
 from pipelines.registry.verify import Verification, verify
 from pipelines.signing import SignatureError, Signer, Trust, check_signing

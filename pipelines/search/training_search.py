@@ -27,9 +27,8 @@ from pipelines.evaluation.real import HELD_OUT
 from pipelines.evaluation.samples import Subject
 from pipelines.evaluation.scoring import digest_of, subject_of
 from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
-from pipelines.search.judge import asked_for
+from pipelines.search.judge import RungJudge, asked_for, held_out_images
 from pipelines.search.observer import identify
-from pipelines.search.rung_judge import RungJudge, held_out_images
 from pipelines.search.space import apply
 from pipelines.search.studies import Search
 from pipelines.search.study import StudyError, TrialRecord, best, loss, trial_name

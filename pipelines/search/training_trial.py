@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines.config import Config, ConfigError
-from pipelines.search.rung_judge import RungJudge
+from pipelines.search.judge import RungJudge
 from pipelines.search.space import Params, Value, apply
 from pipelines.search.study import TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig

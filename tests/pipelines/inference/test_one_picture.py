@@ -29,8 +29,7 @@ from pipelines.evaluation.samples import Plan
 from pipelines.inference.pictures import picture
 from pipelines.inference.request import SampleRequest
 from pipelines.registry.probe import draw_probe
-from pipelines.search.judge import SampleScorer, TrialSubject
-from pipelines.search.rung_judge import RungJudge
+from pipelines.search.judge import RungJudge, SampleScorer, TrialSubject
 from pipelines.served_model import DiffusionModel
 from pipelines.serving.bodies import decode_png
 from pipelines.serving.http import make_app

@@ -15,7 +15,7 @@ from pipelines.checkpoints.references import Resolved
 from pipelines.config import compose
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.presentation.progress import Silent
-from pipelines.registry import RegistryError, register_scored, scored
+from pipelines.registry import RegistryError, package, register_scored
 from pipelines.signing import Signer
 from pipelines.tracking import ModelVersion
 from tests.pipelines.checkpoints.tiny import SMALL
@@ -56,9 +56,9 @@ def world(monkeypatch):
         return replace(model, weak=f"the network of {getattr(settings.guidance, 'weak', None)}")
 
     monkeypatch.setattr(references, "guided", guided)
-    monkeypatch.setattr(scored, "check_signing", lambda config: None)
-    monkeypatch.setattr(scored, "score_and_record", score)
-    monkeypatch.setattr(scored, "register", register)
+    monkeypatch.setattr(package, "check_signing", lambda config: None)
+    monkeypatch.setattr(package, "score_and_record", score)
+    monkeypatch.setattr(package, "register", register)
 
     def version(uri, name, *, alias):
         return next(
@@ -68,7 +68,7 @@ def world(monkeypatch):
     monkeypatch.setattr(tracking, "set_alias", lambda uri, name, alias, v: found.aliases.update({(name, alias): v}))
     monkeypatch.setattr(tracking, "version", version)
     monkeypatch.setattr(tracking, "describe", lambda tracker, parts: found.notes.append(parts["Registered"]))
-    monkeypatch.setattr(scored, "digest_of", lambda resolved: "m")
+    monkeypatch.setattr(package, "digest_of", lambda resolved: "m")
     monkeypatch.setattr(Signer, "of", lambda config: None)
     monkeypatch.setattr(tracking, "versions", lambda uri, name: [v for v in found.versions if v.name == name])
     return found
@@ -121,7 +121,7 @@ def test_the_networks_that_guide_are_loaded_so_that_the_version_can_carry_them(w
 def test_a_model_with_other_scores_is_another_version(world, monkeypatch):
     first = ask()
     changed = replace(SCORES, samples="elsewhere")
-    monkeypatch.setattr(scored, "score_and_record", lambda *_: (changed, True))
+    monkeypatch.setattr(package, "score_and_record", lambda *_: (changed, True))
     assert ask().version != first.version
 
 

@@ -14,7 +14,7 @@ from ddpm.quality import FeatureMoments, frechet_distance
 from ddpm.schedule import make_schedule
 from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.evaluation.images import to_levels
-from pipelines.search.rung_judge import RungJudge
+from pipelines.search.judge import RungJudge
 from pipelines.storage import Storage
 from tests.pipelines.captioned import WIDTH
 from tests.pipelines.checkpoints.tiny import SMALL

@@ -21,7 +21,7 @@ from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.real import Real, RealSplit
 from pipelines.search.confirmation import DEFAULT
-from pipelines.search.rung_judge import held_out_images
+from pipelines.search.judge import held_out_images
 from pipelines.search.study import TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
 from pipelines.search.training_search import TrainingSearch, chosen, fresh_images
