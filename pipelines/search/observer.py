@@ -19,7 +19,7 @@ from pipelines.config import Config
 from pipelines.search.space import Value
 from pipelines.search.study import StudyStore, TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
-from pipelines.search.watch import Watch
+from pipelines.search.watch import TrialWatch
 from pipelines.tracking import Tracker, TrackingError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Observer(Callback):
         tracker: Tracker,
         config: Config,
         on_change: OnChange = lambda observer: None,
-        watch: Watch | None = None,
+        watch: TrialWatch | None = None,
     ) -> None:
         self.store, self.study, self.tracker, self.experiment = store, study, tracker, config.tracking.experiment
         # Of the axis, see `AXIS`: a trial that ends before was stopped.

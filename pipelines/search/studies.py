@@ -34,7 +34,7 @@ from pipelines.search.study import (
 )
 from pipelines.search.study_config import StudyConfig, check_space
 from pipelines.search.tune_trials import Trials, run_trials
-from pipelines.search.watch import Watch
+from pipelines.search.watch import TrialWatch
 from pipelines.shards.index import Dataset
 from pipelines.storage import join, layout
 from pipelines.tracking import Tracker
@@ -171,7 +171,7 @@ class Search(ABC):
         self.open()
         records = self.store.open(self.study, self.base, self.identity, resume=resume)
         with self._opened_run() as tracker:
-            watch = Watch(config.cluster.patience_s, self.say)
+            watch = TrialWatch(config.cluster.patience_s, self.say)
             observer = Observer(self.store, self.study, tracker, config, on_change, watch)
             observer.begin(records)
             run_trials(self.trials(records, tracker.run_id), self.study, self.base, records, observer, first)

@@ -41,7 +41,7 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 class Trial(tune.Trainable):
     """A trial that Ray Tune keeps no checkpoints of: what it has found is recorded, and a training run has its own.
 
-    While its process runs it says so, see `Watch`.
+    While its process runs it says so, see `TrialWatch`.
     """
 
     beats: Beats | None = None

@@ -55,7 +55,7 @@ class Beats:
             _internal_kv_del(self.key, namespace=self.place)
 
 
-class Watch:
+class TrialWatch:
     """Ends trials whose process stands still: the first time a trial begins again, the second time it has failed.
 
     Args:

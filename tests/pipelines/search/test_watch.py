@@ -8,7 +8,7 @@ import ray
 from ray import cloudpickle
 
 from pipelines.search import watch
-from pipelines.search.watch import Watch
+from pipelines.search.watch import TrialWatch
 
 
 class Trial:
@@ -35,7 +35,7 @@ class Cluster:
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
         monkeypatch.setattr(ray, "kill", self.killed.append)
         self.trials = [Trial("one", "a"), Trial("two", None)]  # the second one is starting
-        self.watch = Watch(5.0, self.said.append)
+        self.watch = TrialWatch(5.0, self.said.append)
 
     def beat(self, count, first="of a trial before", actor="a"):
         self.store[actor.encode()] = count.to_bytes(8, "big") + cloudpickle.dumps((first, actor))
