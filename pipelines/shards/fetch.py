@@ -33,7 +33,7 @@ Span = tuple[int, int]
 """Positions [start, stop) of bytes of a shard."""
 FILL_BYTES = 8 << 20
 """Bytes of one background request that completes a shard in the cache."""
-PATIENCE_S = 0.5
+YIELD_S = 0.5
 """Seconds that a background request waits for readers' requests to finish first."""
 FULL_S = 1.0
 """Seconds for which a cache that had no room for a shard, or failed, is not asked for room again."""
@@ -256,9 +256,9 @@ class ShardFetcher:
             self._idle.notify_all()
 
     def _let_readers_pass(self) -> None:
-        """Wait up to `PATIENCE_S` while readers wait for requests, because theirs are more urgent."""
+        """Wait up to `YIELD_S` while readers wait for requests, because theirs are more urgent."""
         with self._idle:
-            self._idle.wait_for(lambda: self._wanted == 0, timeout=PATIENCE_S)
+            self._idle.wait_for(lambda: self._wanted == 0, timeout=YIELD_S)
 
     # --- ranges ----------------------------------------------------------------------------------------------
 

@@ -338,27 +338,29 @@ NEWLY_TESTED = (
         "network(x_t, (t - 1).float(), cond)",
         "network(x_t, t.float(), cond)",
         (
-            "tests/pipelines/training/loop/test_task.py::test_the_network_is_told_the_index_of_the_table_one_below_the_timestep",
+            "tests/pipelines/training/loop/test_losses.py::test_the_network_is_told_the_index_of_the_table_one_below_the_timestep",
         ),
     ),
     Fault(
         "upside_down",
         "Images are mirrored left to right.",
-        "pipelines/training/loop/task.py",
+        "pipelines/training/loop/losses.py",
         "x_0.flip(-1), x_0)",
         "x_0.flip(-2), x_0)",
         (
-            "tests/pipelines/training/loop/test_task.py"
+            "tests/pipelines/training/loop/test_losses.py"
             "::test_half_of_the_images_are_mirrored_left_to_right_and_the_others_are_as_they_were",
         ),
     ),
     Fault(
         "label_drop",
         "Labels are dropped sample by sample, as often as asked.",
-        "pipelines/training/loop/task.py",
+        "pipelines/training/loop/losses.py",
         "Purpose.LABEL_DROP)[:, 0] < config.objective.label_drop",
         "Purpose.LABEL_DROP)[:, 0] > config.objective.label_drop",
-        ("tests/pipelines/training/loop/test_task.py::test_labels_are_dropped_sample_by_sample_and_as_often_as_asked",),
+        (
+            "tests/pipelines/training/loop/test_losses.py::test_labels_are_dropped_sample_by_sample_and_as_often_as_asked",
+        ),
     ),
     Fault(
         "weights_after_a_grid",

@@ -105,8 +105,11 @@ def open_evaluator(
     found = find_evaluator(config, dataset)
     if found is not None:
         return found
-    kind: Trainable = "classifier" if evaluator_kind(config, dataset) == "classifier" else "contrastive"
-    return _train(kind, config, dataset, notice, connect)
+    match evaluator_kind(config, dataset):
+        case "classifier" | "contrastive" as kind:
+            return _train(kind, config, dataset, notice, connect)
+        case kind:
+            raise AssertionError(f"an evaluator '{kind}' is opened from files and not trained")
 
 
 def find_evaluator(config: Config, dataset: Dataset) -> Evaluator | None:

@@ -26,8 +26,8 @@ from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.data import open_test_split, read_samples
 from pipelines.training.loop.hardware import to_device
 from pipelines.training.loop.health import LOW_SNR, Health, blank, say
+from pipelines.training.loop.losses import label_and_text
 from pipelines.training.loop.state import TrainingState, ema_weights
-from pipelines.training.loop.task import label_and_text
 
 SEED = 0
 NOISE_LEVELS = (0.05, 0.25, 0.5, 0.75)  # timesteps, as fractions of T

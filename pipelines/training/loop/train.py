@@ -28,12 +28,12 @@ from pipelines.training.loop.data import training_stream
 from pipelines.training.loop.health import Health, SkipGuard, say
 from pipelines.training.loop.initial import load_initial_model, with_teacher
 from pipelines.training.loop.log import finish_log, open_log
+from pipelines.training.loop.losses import batch_texts, losses
 from pipelines.training.loop.optimizer import learning_rate
 from pipelines.training.loop.parallel import gradient_sync, micro_batches
 from pipelines.training.loop.preview import Preview
 from pipelines.training.loop.progress import Clock, Length, Progress, StepResult, passes
 from pipelines.training.loop.state import TrainingState, make_state
-from pipelines.training.loop.task import batch_texts, losses
 from pipelines.training.loop.telemetry import Profiler, StepStatistics
 from pipelines.training.loop.watchdog import Watchdog
 from pipelines.training.startup import end_startup

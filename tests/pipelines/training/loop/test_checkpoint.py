@@ -15,7 +15,7 @@ from pipelines.checkpoints import load_checkpoint, save_checkpoint
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage, StorageError
 from pipelines.training.loop import train as train_module
-from pipelines.training.loop.task import losses
+from pipelines.training.loop.losses import losses
 from tests.pipelines.training.loop.ranks import NO_GRIDS, SMALL, FolderShell, last_checkpoint, tiny_config, train_here
 
 STEPS, BATCH = 6, 25

@@ -61,7 +61,7 @@ def test_from_the_loop_of_a_rank_to_its_loss_there_are_three_functions(digits, t
 
     monkeypatch.setattr(Objective, "losses", noted)
     run(tmp_path, digits, NO_GRIDS)
-    assert ways == {("train.train_rank", "train.step", "task.losses")}
+    assert ways == {("train.train_rank", "train.step", "losses.losses")}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 
 from pipelines.shards.read import Batch
 from pipelines.training.loop.context import Job, RunContext
-from pipelines.training.loop.task import conditions, losses
+from pipelines.training.loop.losses import conditions, losses
 from tests.pipelines.training.loop.ranks import SMALL, MemoryTracker, tiny_config
 
 N = 400
