@@ -202,6 +202,17 @@ TRAINING = (
         ("tests/pipelines/checkpoints/test_catalog.py::test_a_sweep_deletes_only_remains_that_nobody_writes_any_more",),
     ),
     Fault(
+        "restart_in_vain",
+        "After a failure the workers start again only where the run has got further than before.",
+        "pipelines/training/states.py",
+        "(state.images_seen is None or seen > state.images_seen)",
+        "(state.images_seen is None or seen >= state.images_seen)",
+        (
+            "tests/pipelines/training/test_states.py"
+            "::test_after_a_failure_the_workers_start_again_only_from_a_newer_checkpoint",
+        ),
+    ),
+    Fault(
         "resumed_stream",
         "A resumed run goes on with the sample after the last one of its checkpoint.",
         "pipelines/training/loop/train.py",
