@@ -10,14 +10,14 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def whole_cores() -> int:
-    """Return how many cores can compute for this process at a time, at least 1: no more than a container's share."""
+    """Return the number of cores that this process may use, at least 1, limited by the container."""
     allowed = len(os.sched_getaffinity(0))
     share = limit("cpu")
     return allowed if share is None else max(1, min(allowed, int(share)))
 
 
 def limit(kind: str, root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
-    """Return the tightest limit that a control group sets on this process, None where none does.
+    """Return the tightest limit of the control groups of this process; None if there is none.
 
     Args:
         kind: "cpu" (in cores) or "memory" (in bytes, of what its processes use together).
@@ -30,7 +30,7 @@ def limit(kind: str, root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | N
 
 
 def free_memory(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> float | None:
-    """Return how many bytes of memory the control groups of this process leave it, None where they set no limit."""
+    """Return the free memory in bytes within the limits of the control groups; None without a limit."""
     free = []
     for v1, group in _groups("memory", root, own):
         names = ("memory.max", "memory.limit_in_bytes"), ("memory.current", "memory.usage_in_bytes")

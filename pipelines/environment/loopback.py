@@ -1,4 +1,4 @@
-"""Addresses of this very machine are reached directly, whatever proxy the environment names for the rest."""
+"""Direct access to addresses of this machine, bypassing the proxy of the environment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 def is_loopback(url: str) -> bool:
-    """Return whether an address is that of a service on this machine."""
+    """Return whether an address is on this machine."""
     host = urlsplit(url if "://" in url else f"//{url}").hostname or ""
     try:
         return ip_address(host).is_loopback
@@ -19,14 +19,14 @@ def is_loopback(url: str) -> bool:
 
 
 def bypass_proxies(url: str) -> None:
-    """Have this process and those it starts reach a service of this machine directly; does nothing for other hosts.
+    """Let this process and its children reach a service of this machine directly; do nothing for other hosts.
 
     It adds to `NO_PROXY`, the only setting that requests (and so MLflow), urllib, Ray and their child processes share.
     """
     if not is_loopback(url):
         return
     hosts = dict.fromkeys([*HOSTS, urlsplit(url if "://" in url else f"//{url}").hostname or "localhost"])
-    # The lower-case name counts where both are set.
+    # The lower-case name takes precedence.
     before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     known = [host.strip() for host in before.split(",") if host.strip()]
     if "*" not in known:

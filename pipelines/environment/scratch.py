@@ -1,4 +1,4 @@
-"""Temporary files of a process, which the next process removes where this one is killed before it can."""
+"""Temporary files of a process, which the next process removes if this one is killed."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class ScratchError(PipelineError):
 
 
 def closed_folder(base: Path | None = None) -> Path:
-    """Return the folder of this user's temporary files that stay, which nobody else may look into.
+    """Return the folder of this user's persistent temporary files, which nobody else can read.
 
     Args:
-        base: where it lies; TMPDIR by default.
+        base: parent folder; default: TMPDIR.
 
     Raises:
-        ScratchError: it is another user's, or a link.
+        ScratchError: it belongs to another user, or is a link.
     """
     closed = (base or Path(tempfile.gettempdir())) / f"ddpm-{os.getuid()}"
     closed.mkdir(mode=0o700, exist_ok=True)
@@ -68,8 +68,8 @@ def closed_folder(base: Path | None = None) -> Path:
 def scratch_folder() -> Path:
     """Return this process's folder for temporary files, in TMPDIR; it is deleted when the process ends.
 
-    Pass it as `dir` to `tempfile`. A process holds its folder by a `flock`, which ends with it however it ends. Folders
-    of TMPDIR that nobody holds were left by killed processes, and are deleted when a process first needs its own.
+    Pass it as `dir` to `tempfile`. A process locks its folder with a `flock`, which is released when it ends in any
+    way. Unlocked folders in TMPDIR were left by killed processes, and are deleted when a process first needs its own.
     """
     parent = Path(tempfile.gettempdir())
     with _scratch.lock:
@@ -84,7 +84,7 @@ def scratch_folder() -> Path:
 
 
 def warn_if_short(needed: int, purpose: str) -> None:
-    """Warn where the disk of `scratch_folder` has fewer bytes left than needed."""
+    """Warn if the disk of `scratch_folder` has fewer bytes left than needed."""
     folder = scratch_folder()
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -1,1 +1,1 @@
-"""Blocks that a page is made of, and their one form as HTML (`html`) and as Markdown (`markdown`)."""
+"""The blocks of a page, rendered as HTML (`html`) and Markdown (`markdown`); progress and errors for users."""

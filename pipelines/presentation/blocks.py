@@ -1,4 +1,4 @@
-"""The blocks of a page: what is shown, without a word on how. `html` and `markdown` render them."""
+"""The blocks of a page, independent of their form. `html` and `markdown` render them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Code:
-    """A piece of text that is typed as it stands: a command, an address, a digest."""
+    """Literal text: a command, an address, a digest."""
 
     text: str
     kind: Literal["code"] = "code"
@@ -77,9 +77,9 @@ class Table:
     Attributes:
         head: names of the columns.
         rows: cells, as many as there are columns.
-        numbers: columns that hold numbers.
-        headed: whether the first cell of a row names it.
-        marked: rows that stand out.
+        numbers: indices of the columns that contain numbers.
+        headed: whether the first cell of a row is its header.
+        marked: indices of highlighted rows.
     """
 
     head: Sequence[str]
@@ -95,10 +95,10 @@ class Image:
     """An image.
 
     Attributes:
-        url: its address, or the image itself as a data URL.
-        alt: what it shows, for readers who do not see it.
-        caption: shown with it.
-        size: (width, height) in pixels, where known.
+        url: address of the image, or the image itself as a data URL.
+        alt: description for readers who do not see it.
+        caption: text below the image.
+        size: (width, height) in pixels; None if unknown.
     """
 
     url: str
@@ -110,7 +110,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images side by side where there is room."""
+    """Images side by side if there is room."""
 
     images: Sequence[Image]
     kind: Literal["gallery"] = "gallery"
@@ -126,7 +126,7 @@ class Slides:
 
 @dataclass(frozen=True)
 class Charts:
-    """Charts side by side where there is room."""
+    """Charts side by side if there is room."""
 
     charts: Sequence[Chart]
     kind: Literal["charts"] = "charts"
@@ -157,10 +157,10 @@ class Section:
     """A section of a page.
 
     Attributes:
-        name: in addresses.
-        title: above it.
-        blocks: what it shows, in order.
-        how: how to read it, in a sentence.
+        name: anchor in addresses.
+        title: heading.
+        blocks: contents, in order.
+        how: a sentence on how to read it.
     """
 
     name: str
@@ -179,5 +179,5 @@ def number(value: float | None) -> str:
 
 
 def with_interval(value: float, low: float | None, high: float | None) -> str:
-    """Return a number with its interval, where it has one."""
+    """Return a number with its interval, if it has one."""
     return number(value) if low is None or high is None else f"{number(value)} ({number(low)} to {number(high)})"

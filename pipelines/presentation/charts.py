@@ -1,4 +1,4 @@
-"""Curves as SVG that takes its colours and letters from the page around it, so that it suits light and dark alike."""
+"""Charts as SVG that inherits colours and fonts from the page, so that it suits light and dark themes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-# Colours that stand for the page's, which are put in their place: a renderer of curves knows no variables of CSS.
+# Placeholders that are replaced by the page's colours, because matplotlib has no CSS variables.
 _INK, _RULE = "#010203", "#010204"
 _SERIES = ("#010205", "#010206", "#010207", "#010208")
 _VARIABLES = {_INK: "var(--faint)", _RULE: "var(--line)"} | {
@@ -23,12 +23,12 @@ _VARIABLES = {_INK: "var(--faint)", _RULE: "var(--line)"} | {
 }
 _SIZE = (5.2, 3.0)  # inches: letters of 10 points are as large as small text on a phone
 MOST_POINTS = 400
-"""Of a curve that are drawn; of longer ones, every so many are joined to their mean."""
+"""Largest number of points drawn of a curve; in longer curves, neighbours are averaged."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A point of a curve, with its 95 % interval where one is known."""
+    """A point of a curve, with its 95 % interval if known."""
 
     x: float
     y: float
@@ -41,8 +41,8 @@ class Series:
     """Points that belong together.
 
     Attributes:
-        name: in the legend; "" for a single one.
-        style: joined by a line, with or without marks, or marks alone.
+        name: name in the legend; "" for a single series.
+        style: a line with or without markers, or only markers.
     """
 
     name: str
@@ -52,13 +52,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with one axis each way.
+    """A chart with two axes.
 
     Attributes:
-        title: what it shows, in words; said to who does not see it too.
-        x, y: names of the axes.
-        series: at most `len(_SERIES)`, with at least one finite point in all.
-        log_y: whether y is on a logarithmic scale; points that are not positive are left out then.
+        title: title, also used in the description for readers who do not see it.
+        x, y: labels of the axes.
+        series: at most `len(_SERIES)` series with at least one finite point in total.
+        log_y: whether y is logarithmic; then points that are not positive are left out.
     """
 
     title: str
@@ -69,7 +69,7 @@ class Chart:
 
     @property
     def summary(self) -> str:
-        """The chart in a sentence, for who does not see it."""
+        """Description of the chart in a sentence, for readers who do not see it."""
         parts = []
         for series in self.series:
             shown = self._shown(series.points)
@@ -138,7 +138,7 @@ class Chart:
 
 
 def thinned(points: Sequence[Point], most: int) -> list[Point]:
-    """Return at most so many points: the means of neighbours, without intervals, where there are more."""
+    """Return at most `most` points; if there are more, means of neighbours without intervals."""
     if len(points) <= most:
         return list(points)
     each = -(-len(points) // most)
@@ -147,7 +147,7 @@ def thinned(points: Sequence[Point], most: int) -> list[Point]:
 
 
 def number(value: float) -> str:
-    """Return a number as short as it can be said: 12 k, 1.5 M, 0.02."""
+    """Return a number in short form: 12 k, 1.5 M, 0.02."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size * (10 if unit == "k" else 1):
             return f"{value / size:.3g} {unit}"
@@ -155,15 +155,15 @@ def number(value: float) -> str:
 
 
 def _for_page(document: str, summary: str) -> str:
-    """Return an SVG document as an element of a page: without what is for files alone, in the page's colours."""
+    """Convert an SVG document into an element of a page, in the page's colours."""
     start = document.index("<svg")
     element = re.sub(r"<metadata>.*?</metadata>", "", document[start:], flags=re.DOTALL)
     for color, variable in _VARIABLES.items():
         element = element.replace(color, variable)
-    # An ID may be there once in a page: those of groups, which nothing refers to, are the same in every chart.
+    # IDs must be unique in a page; those of groups, which nothing refers to, are the same in every chart.
     used = set(re.findall(r"#([\w.-]+)[\")]", element))
     element = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", element)
-    # Its size is the page's to choose; the view box keeps its shape. The namespaces mean nothing inside HTML.
+    # The page chooses the size; the view box keeps the aspect ratio. Namespaces have no meaning inside HTML.
     head, rest = element.split(">", 1)
     head = re.sub(r' (?:width|height|xmlns|xmlns:xlink|version)="[^"]*"', "", head)
     rest = rest.replace("xlink:href=", "href=")

@@ -1,4 +1,4 @@
-"""Images that a page holds itself."""
+"""Images embedded in a page."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from pipelines.presentation.blocks import Image, Words
 
 LARGE_BYTES = 64_000
-"""Of a PNG, above which a picture is kept as WebP, so that a page with many of them can be sent by mail."""
+"""Size of a PNG in bytes above which a picture is stored as WebP, so that a page with many can be sent by mail."""
 QUALITY = 85
-"""Of such a WebP, 0 to 100."""
+"""Quality of such a WebP, 0 to 100."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that the page holds.
+    """A picture embedded in a page.
 
     Attributes:
         data: the file, PNG or WebP.
@@ -33,7 +33,7 @@ class Picture:
 
     @classmethod
     def of_file(cls, data: bytes) -> Picture:
-        """Return the picture in a file, which is encoded anew where it is large."""
+        """Return the picture in a file, re-encoded if it is large."""
         with PIL.Image.open(io.BytesIO(data)) as image:
             if len(data) > LARGE_BYTES:
                 smaller = io.BytesIO()

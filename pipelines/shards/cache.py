@@ -1,4 +1,4 @@
-"""A node's shard cache: complete, verified shards on local disk, and partial ones that are still being fetched."""
+"""The shard cache of a node: complete, verified shards on local disk, and partial ones that are being fetched."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipelines.storage import StorageError, join
 
 logger = logging.getLogger(__name__)
 STALLED_S = 60.0
-"""Seconds without a sign of another process, after which it is no longer waited for: it may be stopped."""
+"""Seconds without progress of another process after which it is no longer waited for: it may be stopped."""
 
 
 class ShardCorruptError(PipelineError):
@@ -37,7 +37,7 @@ class ShardShortError(ShardCorruptError):
 
 @dataclass
 class FetchStats:
-    """Counts of a process's reads from the object store and from the node's cache.
+    """Counts of a process's reads from the store and from the node's cache.
 
     Attributes:
         requests: GETs of shards, including those that resumed after a broken connection.
@@ -55,7 +55,7 @@ class FetchStats:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def metrics(self) -> dict[str, float]:
-        """Return the counts as metrics of a run, since the process began."""
+        """Return the counts since the start of the process as metrics of a run."""
         reads = self.cached_reads + self.block_reads
         return {
             "worker/fetched_mib": self.bytes / 2**20,
@@ -74,10 +74,10 @@ class FetchStats:
 class ShardCache:
     """Complete shards on local disk, named by their SHA-256 and shared by the processes of a node.
 
-    What is in the folder never takes more than `limit_bytes`: room is made before a shard is fetched, by deleting the
-    least recently used ones. A process has a shard open only while it reads from it, and a shard that is being read is
-    not deleted, so that no deleted file goes on taking space. Locks are `flock`s of the shards' own files, which end
-    with their process: a partial file that nobody holds was left by a killed process, and is deleted.
+    The folder never takes more than `limit_bytes`: before a shard is fetched, the least recently used ones are deleted
+    to make room. A process has a shard open only while it reads from it, and a shard that is being read is not deleted,
+    so no deleted file keeps taking space. Locks are `flock`s of the shards' own files, which end with their process: a
+    partial file that nobody holds was left by a killed process and is deleted.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -91,10 +91,10 @@ class ShardCache:
                 self._remove_leftovers()
                 self._make_room(0)
         except StorageError as error:
-            logger.warning("%s", error)  # whoever claims a shard tries again, and does without the cache
+            logger.warning("%s", error)  # the next claim of a shard tries again, and works without the cache
 
     def find(self, shard: ShardInfo) -> Path | None:
-        """Return the path of a verified copy, and mark it as used; None where there is none, or the disk fails."""
+        """Return the path of a verified copy and mark it as used; None if there is none or the disk fails."""
         path = self.path(shard)
         try:
             os.utime(path)
@@ -103,9 +103,9 @@ class ShardCache:
         return path
 
     def read(self, shard: ShardInfo, members: Sequence[Member]) -> list[memoryview] | None:
-        """Return the bytes of members from a verified copy, and mark it as used; None where there is none to be read.
+        """Return the bytes of members from a verified copy and mark it as used; None if there is no readable copy.
 
-        A copy whose bytes are not those of the index any more, after a fault of the disk, is deleted.
+        A copy whose bytes no longer match the index, after a fault of the disk, is deleted.
         """
         try:
             with self.path(shard).open("rb", buffering=0) as file:
@@ -125,7 +125,7 @@ class ShardCache:
         return found
 
     def claim(self, shard: ShardInfo, block_bytes: int) -> PartialShard | None:
-        """Begin to fetch a shard; None where another process fetches it, or it is complete.
+        """Start fetching a shard; return None if another process fetches it or it is complete.
 
         Raises:
             StorageError: there is no room for it, within the limit or on the disk.
@@ -167,7 +167,7 @@ class ShardCache:
         return self.partial_path(shard).exists()
 
     def last_write(self, shard: ShardInfo) -> int | None:
-        """Return when the process that fetches a shard last wrote to it, in nanoseconds; None where none does."""
+        """Return the time of the last write of the process that fetches a shard, in nanoseconds; None if none does."""
         try:
             return self.partial_path(shard).stat().st_mtime_ns
         except FileNotFoundError:
@@ -183,10 +183,10 @@ class ShardCache:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other threads and processes from making room or beginning to fetch, which takes them a moment.
+        """Hold the lock for making room and for starting to fetch, which takes a moment.
 
         Raises:
-            StorageError: one of them has kept this one from it for `STALLED_S` seconds.
+            StorageError: another process has held the lock for `STALLED_S` seconds.
         """
         with (self.folder / "room").open("a") as file:
             began = time.monotonic()
@@ -201,7 +201,7 @@ class ShardCache:
 
     @contextmanager
     def _no_space(self, shard: ShardInfo) -> Iterator[None]:
-        """Say what to do where the disk is full."""
+        """Turn the error of a full disk into one that says what to do."""
         try:
             yield
         except OSError as error:
@@ -253,7 +253,7 @@ def _sizes(folder: Path, pattern: str) -> dict[tuple[int, Path], int]:
 
 
 def _try_lock(file: IO[Any]) -> bool:
-    """Return whether this process has got the lock of an open file."""
+    """Try to lock an open file; return whether this process has the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -262,7 +262,7 @@ def _try_lock(file: IO[Any]) -> bool:
 
 
 def _held(path: Path) -> FileIO | None:
-    """Return a file, created if need be, which this process alone uses until it closes it; None where another does."""
+    """Open or create a file and lock it until it is closed; return None if another process has locked it."""
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
     try:
         if _try_lock(file) and os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -299,16 +299,16 @@ class PartialShard:
         self._guard, self._writing = threading.Lock(), threading.Lock()
 
     def allocate(self) -> None:
-        """Take the whole space on the disk.
+        """Allocate the whole file on the disk.
 
         Raises:
-            OSError: it is not there.
+            OSError: there is not enough space.
         """
         if self.shard.bytes:
             os.posix_fallocate(self._file.fileno(), 0, self.shard.bytes)
 
     def promise(self, numbers: Sequence[int]) -> tuple[list[Future[None]], list[int]]:
-        """Return a future for each block, and the numbers of those that the caller has to fetch."""
+        """Return a future for each block, and the numbers of the blocks that the caller has to fetch."""
         with self._guard:
             missing = [n for n in numbers if n not in self.blocks]
             self.blocks |= {n: Future() for n in missing}
@@ -339,7 +339,7 @@ class PartialShard:
             self.blocks[n].set_result(None)
 
     def lost(self, run: Sequence[int], error: Exception) -> None:
-        """Raise an error in the readers that wait for these blocks, and let the next reader fetch them again."""
+        """Pass an error to the readers that wait for these blocks, and let the next reader fetch them again."""
         with self._guard:
             futures = [self.blocks.pop(n) for n in run]
         for future in futures:
@@ -400,7 +400,7 @@ class PartialShard:
         with self._writing:
             if self._file.closed:
                 return
-            # Who waits for the shard has to be told, also where the disk fails.
+            # Readers that wait for the shard must get the error, even if the disk fails.
             with contextlib.suppress(OSError), self._file:
                 if not self._admitted:
                     self.cache.partial_path(self.shard).unlink()

@@ -1,4 +1,4 @@
-"""Captions of a dataset: how wide their embeddings are, and captions of some images with their embeddings."""
+"""Captions of a dataset: the width of their embeddings, and captions of some images with their embeddings."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from pipelines.shards.read import ShardReader
 from pipelines.storage import Storage, join, layout
 
 LOOKED_AT = 10
-"""Samples that are looked at for the width of a dataset's embeddings: the first ones may be damaged."""
+"""Number of samples examined for the width of a dataset's embeddings, because the first ones may be damaged."""
 PART = 256
-"""Samples that are read at a time."""
+"""Samples per read."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Captions:
     """Captions of images, with the embeddings that an ingest has computed.
 
     Attributes:
-        positions: of the images, in the shard order of their split, int64 [N].
-        texts: the captions; of samples that have embeddings alone, a text that tells them apart.
+        positions: positions of the images in the shard order of their split, int64 [N].
+        texts: captions; for samples that have only embeddings, a text that distinguishes them.
         tokens: embeddings of the tokens of each caption, float32 [L, D].
         pooled: embeddings of the whole captions, float32 [N, D].
         labels: classes of the images, int64 [N]; None for data without labels.
@@ -50,7 +50,8 @@ class Captions:
 
     @cached_property
     def different(self) -> tuple[Tensor, Tensor]:
-        """Places of the first caption of each text, int64 [U], and which of these texts every caption has [N]."""
+        """Indices of the first caption of each distinct text, int64 [U], and the distinct text of every caption,
+        [N]."""
         order = {text: number for number, text in enumerate(dict.fromkeys(self.texts))}
         first = [self.texts.index(text) for text in order]
         return torch.tensor(first), torch.tensor([order[text] for text in self.texts])
@@ -64,7 +65,7 @@ class Captions:
         return found.hexdigest()
 
     def shuffled(self, seed: int) -> Captions:
-        """Return them in a seeded order: in that of a split, the first few may all be of one class."""
+        """Return the captions in a seeded random order: the first few of a split may all be of one class."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return Captions(
             self.positions[order.numpy()],
@@ -120,7 +121,7 @@ def read_captions(reader: ShardReader, positions: NDArray[np.int64], *, empty: b
 
 
 def caption_width(dataset: Dataset, split: str, storage: Storage) -> int | None:
-    """Return the width of the embeddings of a split's captions; None where its samples have none.
+    """Return the width of the caption embeddings of a split; None if its samples have none.
 
     Raises:
         DatasetError: they cannot be read, or a network cannot be conditioned on them.

@@ -1,4 +1,4 @@
-"""Fetch the bytes of members: from the node's cache where the shard is complete, else by ranged requests."""
+"""Fetching of members' bytes: from the node's cache if the shard is complete, else by ranged requests."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ FILL_BYTES = 8 << 20
 YIELD_S = 0.5
 """Seconds that a background request waits for readers' requests to finish first."""
 FULL_S = 1.0
-"""Seconds for which a cache that had no room for a shard, or failed, is not asked for room again."""
+"""Seconds for which the cache is not used again after it had no room for a shard, or failed."""
 POLL_S = 0.02
-"""Seconds between two looks at what another process fetches."""
+"""Seconds between checks of what another process fetches."""
 GAP_BYTES = 64 << 10
 """Unneeded bytes between two members that cost less to fetch than a second request."""
 
@@ -46,7 +46,7 @@ GAP_BYTES = 64 << 10
 class ShardFetcher:
     """Reads members of shards, from any thread.
 
-    A shard that is in the node's cache is read from there. From any other shard the needed bytes are fetched by ranged
+    Shards in the node's cache are read from there. From other shards the needed bytes are fetched by ranged
     GETs, with neighbouring members in one request, so that a stream starts and resumes anywhere without waiting for
     whole shards. The fetched blocks are kept in a partial file, which background requests complete; no byte is fetched
     twice. Bytes of a shard that is not verified yet are checked against the CRC of their member.
@@ -87,11 +87,11 @@ class ShardFetcher:
     def opened(
         cls, dataset: Dataset, split: str, storage: Storage, cache_dir: Path, cache_bytes: int, lanes: int, window: int
     ) -> ShardFetcher:
-        """Return a fetcher for a split; without the cache where the shards in use at a time would not fit into it."""
+        """Return a fetcher for a split; without the cache if the shards in use at a time would not fit into it."""
         used = fits(dataset.shards(split), lanes, window, cache_bytes)
         cache: ShardCache | None = None
         try:
-            if used or cache_dir.is_dir():  # what earlier runs have cached keeps to the limit in any case
+            if used or cache_dir.is_dir():  # shards cached by earlier runs keep to the limit in any case
                 cache = ShardCache(cache_dir, cache_bytes)
         except OSError as error:  # ranged requests need no disk
             if used:
@@ -180,9 +180,9 @@ class ShardFetcher:
     # --- whole shards ----------------------------------------------------------------------------------------
 
     def _put_together(self, shard: ShardInfo) -> PartialShard | None:
-        """Return the partial shard of this process; None where another process fetches it, or the cache cannot take it.
+        """Return the partial shard of this process; None if another process fetches it or the cache cannot take it.
 
-        It is created, and completed in the background, where there is none.
+        If there is none, it is created, and completed in the background.
         """
         assert self.cache is not None
         with self._lock:
@@ -205,14 +205,14 @@ class ShardFetcher:
             return partial
 
     def _do_without(self, error: Exception) -> None:
-        """Ask for no room for a while: reading works without the cache, only slower."""
+        """Do not use the cache for a while: reading works without it, only slower."""
         self._full_until = time.monotonic() + FULL_S
         if not self._warned:
             logger.warning("shards are read by ranges: %s", error)
         self._warned = True
 
     def _is_full(self) -> bool:
-        """Return whether the cache is not asked for room at present."""
+        """Return whether the cache is not used at present."""
         return time.monotonic() <= self._full_until
 
     def _fill(self, partial: PartialShard) -> None:
@@ -370,7 +370,7 @@ class ShardFetcher:
         return memoryview(data)
 
     def _fetch(self, shard: ShardInfo, start: int, stop: int, sink: Callable[[bytes], object]) -> None:
-        """Hand bytes [start, stop) of a shard to `sink`, and count them.
+        """Pass bytes [start, stop) of a shard to `sink`, and count them.
 
         Raises:
             ShardShortError: the shard has fewer bytes.
@@ -412,18 +412,18 @@ def coalesce(members: Sequence[Member], gap: int = GAP_BYTES) -> list[Span]:
 
 
 def fits(shards: Sequence[ShardInfo], lanes: int, window: int, limit_bytes: int) -> bool:
-    """Return whether the shards that are in use at a time fit into a node's cache.
+    """Return whether the shards in use at a time fit into a node's cache.
 
     These are twice lanes x window shards of mean size, because the next windows are fetched while the last ones are
-    read. If they did not fit, every shard would be evicted before all of it is read, and fetched again; ranged requests
-    cost less then.
+    read. If they did not fit, every shard would be evicted before it is read completely, and fetched again; then ranged
+    requests are cheaper.
     """
     mean = sum(s.bytes for s in shards) / max(len(shards), 1)
     return min(2 * lanes * window, len(shards)) * mean <= limit_bytes
 
 
 def _await(partial: PartialShard) -> None:
-    """Wait until a shard is complete, or the cache has failed, which no reader needs to know.
+    """Wait until a shard is complete, or the cache has failed, which does not concern readers.
 
     Raises:
         ShardCorruptError, StorageError: it could not be fetched.

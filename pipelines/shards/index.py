@@ -1,4 +1,4 @@
-"""`dataset.json` and the sidecar of each shard, which describe a dataset so that no reader has to scan a tar."""
+"""`dataset.json` and the index of each shard, which describe a dataset so that no reader has to scan a tar."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def index_tar(path: Path) -> ShardIndex:
-    """Scan a tar that an ingest has just written; `scan.scan_shard` is for tars that may be damaged."""
+    """Scan a tar just written by an ingest; `scan.scan_shard` is for tars that may be damaged."""
     keys: list[str] = []
     members: list[dict[str, Member]] = []
     with tarfile.open(path) as tar, path.open("rb") as file:

@@ -1,8 +1,8 @@
 """The process of one stage: `python -m pipelines.flow.orchestrate.child --stage train +experiment=digits …`.
 
-Dagster starts it and is told by dagster-pipes what came of it; started by hand it does the same and tells nobody. An
-error that it can explain is a message, and the exit status is 0 then: what Dagster reads of a process that fails is its
-status alone. Where a Dagster run is cancelled, its child stops as after Ctrl-C, a training with a checkpoint.
+Dagster starts it and gets its result through dagster-pipes; started by hand it does the same without a report. An
+expected error is reported as a message with exit status 0, because of a failed process Dagster reads only the status.
+If a Dagster run is cancelled, its child stops as after Ctrl-C; a training writes a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from pipelines.flow.walk import FlowResult
 
 CHECK = "gate"
-"""Name of the asset check that says what the gate decided."""
+"""Name of the asset check with the gate's decision."""
 SERVICES = ("s3", "mlflow", "ray")
 SAID_EVERY_S = 30.0
-"""Seconds between two lines about the progress of one thing."""
+"""Seconds between progress lines."""
 
 
 class PipesDisplay(Silent):
@@ -80,18 +80,18 @@ class PipesDisplay(Silent):
 def run_stage(
     stage: str, overrides: Sequence[str], display: PipesDisplay, launch: Sequence[str] = ()
 ) -> tuple[FlowResult, Config]:
-    """Run one stage, unless its result is there; the results of those before it have to be.
+    """Run one stage unless its result exists; the results of earlier stages must exist.
 
     Args:
         stage: its name.
         overrides: of the configuration, as on the command line.
-        launch: overrides of the launch of a RayJob in which the stage runs; none to run it here.
+        launch: overrides of the launch of a RayJob for the stage; none to run it here.
 
     Returns:
-        What came of it, and the configuration with every address filled in.
+        The result, and the configuration with every address filled in.
 
     Raises:
-        PipelineError: a result that it needs is not there, or it cannot make its own.
+        PipelineError: a required result is missing, or the stage fails.
     """
     select(GRAPH, stage, stage)  # before anything starts
     from pipelines.config import compose
@@ -117,7 +117,7 @@ def run_stage(
 
 
 def report(stage: str, result: FlowResult, config: Config, context: PipesContext) -> None:
-    """Tell Dagster what came of a stage: a materialisation, or of a version that the gate refuses, only that."""
+    """Report the result of a stage to Dagster: a materialisation, or only a message if the gate refuses the version."""
     from pipelines.flow.orchestrate.facts import facts, gate_table, plain_json, text_table
 
     (spec,) = [spec for spec in GRAPH if spec.name == stage]

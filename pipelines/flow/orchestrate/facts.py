@@ -1,4 +1,4 @@
-"""What Dagster is told: of a stage's result its addresses, digests and scores, and whether there are new data."""
+"""Metadata for Dagster: addresses, digests and scores of a stage's result, and whether there are new data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipelines.tracking import ModelVersion, links
 from pipelines.training.driver import TrainingResult
 
 Metadata = dict[str, Any]
-"""As `dagster_pipes` takes it: plain values, or {"type": …, "raw_value": …}."""
+"""Metadata in the form of `dagster_pipes`: plain values, or {"type": …, "raw_value": …}."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DataChange:
 
 
 def data_change(config: Config) -> DataChange:
-    """Look whether there are data that no run of an experiment has seen; nothing is started or written.
+    """Check whether there are data that no run of an experiment has seen; nothing is started or written.
 
     Raises:
         PipelineError: there are no data, or they cannot be reached.
@@ -55,7 +55,7 @@ def data_change(config: Config) -> DataChange:
         return DataChange(found.inputs["source"], True, found.reason)
     quarantine = read_quarantine(config.data.uri, storage)
     stream = stream_digest(found.result, quarantine)
-    # An ingest turns a source into a dataset, and that is no news.
+    # An ingest turns a source into a dataset, which is not a change of the data.
     digest = found.inputs.get("source", found.result.digest) + (quarantine.digest if quarantine else "")
     current = for_data(config)
     if newest_checkpoint(current) is None:
@@ -83,17 +83,17 @@ def gate_table(verdict: Verdict) -> str:
 
 
 def url(address: str) -> Metadata:
-    """Return an address that the page shows as a link."""
+    """Return an address as metadata that the page shows as a link."""
     return {"type": "url", "raw_value": address}
 
 
 def text_table(markdown: str) -> Metadata:
-    """Return Markdown that the page shows as such."""
+    """Return Markdown as metadata that the page renders."""
     return {"type": "md", "raw_value": markdown}
 
 
 def plain_json(value: Mapping[str, Any]) -> Metadata:
-    """Return a mapping that the page shows as JSON."""
+    """Return a mapping as metadata that the page shows as JSON."""
     return {"type": "json", "raw_value": dict(value)}
 
 

@@ -1,7 +1,7 @@
-"""Dagster's launcher of runs as processes of this machine, which also says whether the process of a run still lives.
+"""A launcher of Dagster runs as local processes that also checks whether the process of a run is alive.
 
-Dagster's own does not say it. The run of a daemon that was killed would then count as started for ever, and hold the
-one place for a training that the instance has. With this one, run monitoring finds it, and the run is tried again.
+Dagster's own launcher does not. The run of a killed daemon would then count as started for ever, and hold the only
+slot for trainings of the instance. With this one, run monitoring detects it, and the run is retried.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from dagster._grpc.types import CanCancelExecutionRequest, CanCancelExecutionRes
 from dagster._serdes import ConfigurableClass, deserialize_value
 
 ANSWER_S = 30
-"""Seconds that the server which has started a run may take to say whether its process lives."""
+"""Seconds that the server of a run may take to say whether its process is alive."""
 
 
 class ProcessRunLauncher(DefaultRunLauncher, ConfigurableClass):
-    """Starts runs as Dagster's default launcher does, and looks whether their processes live."""
+    """Starts runs like Dagster's default launcher, and checks whether their processes are alive."""
 
     @property
     def supports_check_run_worker_health(self) -> bool:
-        """Whether `check_run_worker_health` says something."""
+        """Whether `check_run_worker_health` is implemented."""
         return True
 
     def check_run_worker_health(self, run: DagsterRun) -> CheckRunHealthResult:
-        """Return whether the server that has started a run still has its process; a run without one fails.
+        """Return whether the server of a run still has its process; a run without a process fails.
 
-        A server that is only too busy to answer counts as having it.
+        A server that is too busy to answer counts as having it.
         """
         client = self._get_grpc_client_for_termination(run.run_id)
         if client is None:
@@ -44,13 +44,13 @@ class ProcessRunLauncher(DefaultRunLauncher, ConfigurableClass):
         return self._failed(run, "its process is gone")
 
     def _failed(self, run: DagsterRun, why: str) -> CheckRunHealthResult:
-        """Give a run without a process the status of a failed one, then store the event that says so.
+        """Set the status of a run without a process to failed, then store the event.
 
-        Run monitoring would store the event first. The part of the daemon that tries runs again may look in between: it
-        takes a run whose status is not that of a failed one for none of its own, and does not look at that event again.
+        Run monitoring would store the event first. The part of the daemon that retries runs may read it in between: it
+        ignores a run whose status is not failed, and does not read that event again.
         """
         now = self._instance.get_run_by_id(run.run_id)
-        if now is not None and now.status == run.status:  # else it has ended by itself in the meantime
+        if now is not None and now.status == run.status:  # otherwise it has ended by itself in the meantime
             event = DagsterEvent(DagsterEventType.PIPELINE_FAILURE.value, run.job_name, message=why)
             self._instance.run_storage.handle_run_event(run.run_id, event)
             self._instance.report_run_failed(run, why)

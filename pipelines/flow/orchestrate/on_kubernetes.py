@@ -1,4 +1,4 @@
-"""A stage as a RayJob on Kubernetes, for a Dagster that runs there itself and has no Ray cluster of its own."""
+"""A stage as a RayJob on Kubernetes, for a Dagster that runs there without its own Ray cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def command_of(stage: str, overrides: Sequence[str], launch: Sequence[str], config: Config) -> ClusterCommand:
-    """Return the command by which a cluster makes the result of one stage.
+    """Return the command with which a cluster makes the result of one stage.
 
     Args:
         stage: its name.
@@ -38,9 +38,9 @@ def command_of(stage: str, overrides: Sequence[str], launch: Sequence[str], conf
 
 
 def launch_stage(command: ClusterCommand, notice: StageNotice) -> None:
-    """Start a command as a RayJob, or find the one of its name that runs already, and follow it to its end.
+    """Start a command as a RayJob, or find the running one of its name, and follow it to its end.
 
-    Where this process is told to end, the job is stopped, a training with a checkpoint.
+    If this process is terminated, the job is stopped; a training writes a checkpoint.
 
     Raises:
         ConfigError, LaunchError: it cannot be started, has failed, or was stopped.
@@ -57,7 +57,7 @@ def launch_stage(command: ClusterCommand, notice: StageNotice) -> None:
 def walk_on_kubernetes(
     stages: Sequence[Stage[Any]], site: Site, stage: str, overrides: Sequence[str], launch: Sequence[str]
 ) -> FlowResult:
-    """Do what `walk` does with one stage, with a RayJob where its result is not there.
+    """Run one stage like `walk`, as a RayJob unless its result exists.
 
     Raises:
         PipelineError: as `walk`; or the job has failed.

@@ -1,4 +1,4 @@
-"""For which experiments there are assets, and when they run by themselves: a YAML file, or the defaults here."""
+"""Settings of the assets: experiments, schedule and retries, from a YAML file or the defaults here."""
 
 from __future__ import annotations
 
@@ -29,15 +29,21 @@ class OrchestrateSettings(BaseModel):
     launch: tuple[str, ...] = Field(
         (), description="overrides launch.FIELD=VALUE of the RayJobs in which stages run; none to run them here"
     )
-    cron: str = Field("0 3 * * 1", description="when the schedule `retrain` looks at every partition")
-    timezone: str = Field("UTC", description="of the schedule")
-    look_every_s: PositiveInt = Field(60, description="seconds between two looks of the sensor `new_data`")
-    retries: NonNegativeInt = Field(2, description="of a stage that failed for no fault of its configuration")
-    retry_delay_s: NonNegativeFloat = Field(30, description="before the first one; each waits twice as long")
+    cron: str = Field(
+        "0 3 * * 1", description="times at which the schedule `retrain` checks every partition, as a cron expression"
+    )
+    timezone: str = Field("UTC", description="time zone of the schedule")
+    look_every_s: PositiveInt = Field(60, description="seconds between checks of the sensor `new_data`")
+    retries: NonNegativeInt = Field(
+        2, description="retries of a stage that failed for reasons other than its configuration"
+    )
+    retry_delay_s: NonNegativeFloat = Field(
+        30, description="seconds before the first retry; doubled for each further one"
+    )
 
     @classmethod
     def of(cls, environ: Mapping[str, str] = os.environ) -> OrchestrateSettings:
-        """Return the settings in the file that the environment names; the defaults where it names none.
+        """Return the settings from the file named by the environment, or the defaults.
 
         Raises:
             ConfigError: the file cannot be read, or is wrong; names the field.

@@ -1,1 +1,1 @@
-"""Scan tars: index those that other tools wrote, and check every byte of a dataset against its index."""
+"""Scanning of tars: index those written by other tools, and check every byte of a dataset against its index."""

@@ -1,4 +1,5 @@
-"""Check every byte of a dataset against its index, and every sample against the dataset's form; for `ddpm check`."""
+"""Check of every byte of a dataset against its index, and of every sample against the dataset's format (`ddpm
+check`)."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine, re
 from pipelines.storage import Entry, NotFoundError, Storage, join, layout
 
 SHOWN = 100
-"""Problems that are shown; `--json` has all of them."""
+"""Largest number of problems that are shown; `--json` has all."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class CheckReport:
 
     Attributes:
         dataset: the dataset that was checked.
-        bytes: number of bytes that were read.
+        bytes: number of bytes read.
         problems: problems in order of shard, then sample.
-        quarantine: the quarantine beside the dataset after the check; None where there is none.
+        quarantine: quarantine of the dataset after the check; None if there is none.
     """
 
     dataset: Dataset
@@ -55,7 +56,7 @@ class CheckReport:
         }
 
     def summary(self) -> list[str]:
-        """Return in words what was read, the number of problems by kind, and whether quarantine.json covers them."""
+        """Return lines on what was read, the number of problems by kind, and whether quarantine.json covers them."""
         shards = sum(len(shards) for shards in self.dataset.splits.values())
         samples = sum(self.dataset.samples(split) for split in self.dataset.splits)
         read = f"{shards:,} shards, {samples:,} samples, {self.bytes / 2**20:,.1f} MiB read"
@@ -83,12 +84,12 @@ def check(
 
     Args:
         uri: folder of the dataset.
-        threads: number of shards that are read at a time.
+        threads: number of shards read in parallel.
         progress: called with (done, total) MiB.
 
     Raises:
         DatasetError: there is no dataset, or dataset.json is damaged.
-        StorageError: the store does not answer, so that the check is not complete.
+        StorageError: the store does not answer, so the check is incomplete.
     """
     dataset = read_dataset(uri, storage)
     quarantine, found = _read_quarantine(dataset, storage)
@@ -230,7 +231,7 @@ def _difference(index: ShardIndex, scan: ShardScan) -> str:
 
 
 def _read_quarantine(dataset: Dataset, storage: Storage) -> tuple[Quarantine | None, list[Problem]]:
-    """Return the quarantine of a dataset, and its problems, for which readers would refuse it."""
+    """Return the quarantine of a dataset, and problems of the quarantine for which readers would refuse it."""
     problem = partial(Problem, layout.QUARANTINE, None, None, "quarantine")
     try:
         quarantine = read_quarantine(dataset.uri, storage)

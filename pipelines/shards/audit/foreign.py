@@ -1,4 +1,4 @@
-"""Index WebDataset tars that other tools wrote, so that training can read them; for `ddpm index`."""
+"""Indexing of WebDataset tars written by other tools, so that training can read them (`ddpm index`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.shards.quarantine import Problem, Quarantine, kept_shards, make_q
 from pipelines.storage import Entry, Storage, join, layout
 
 SHOWN = 20
-"""Problems that an error message lists."""
+"""Largest number of problems in an error message."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SplitRule:
         """
         split, _, pattern = text.partition("=")
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", split):
-            raise ValueError(f"{text!r} is no split: write NAME=PATTERN, such as 'train=part-00[0-8]*.tar', or NAME")
+            raise ValueError(f"{text!r} is not a split: write NAME=PATTERN, such as 'train=part-00[0-8]*.tar', or NAME")
         return cls(split, pattern or "*")
 
 
@@ -48,7 +48,7 @@ _BY_NAME = re.compile(r"^(train|test)(?:/|[^a-z/][^/]*\.tar$|\.tar$)")
 
 
 class IndexRefusedError(DatasetError):
-    """Tars or samples have problems, so that no dataset was written; `problems` has all of them."""
+    """Tars or samples have problems, so no dataset was written; `problems` has all of them."""
 
     def __init__(self, uri: str, problems: Sequence[Problem]) -> None:
         lines = [f"\n  {p.shard}: {p.sample + ': ' if p.sample else ''}{p.reason}" for p in problems[:SHOWN]]
@@ -68,7 +68,7 @@ class Indexed:
     quarantine: Quarantine | None
 
     def lines(self) -> list[str]:
-        """Return the result in words: counts, the configuration to train with, and what is missing."""
+        """Return lines with counts, the configuration to train with, and what is missing."""
         data = self.dataset
         counts = ", ".join(f"{data.samples(split):,} {split}" for split in data.splits)
         lines = [
@@ -103,7 +103,7 @@ def tars(uri: str, storage: Storage) -> dict[str, Entry]:
 
 
 def assign_splits(names: Sequence[str], rules: Sequence[SplitRule] = ()) -> dict[str, list[str]]:
-    """Return split -> tars in order of name; the first rule that matches a tar decides.
+    """Return split -> tars sorted by name; the first matching rule decides.
 
     Raises:
         DatasetError: a tar belongs to no split, or there is no split train.
@@ -132,9 +132,9 @@ def assign_splits(names: Sequence[str], rules: Sequence[SplitRule] = ()) -> dict
 
 
 class Tally:
-    """Counts over the samples of a shard that have no flaw: pixels by value, and labels.
+    """Counts over the flawless samples of a shard: pixels by value, and labels.
 
-    All counts are integers, so that sums do not depend on the order of shards.
+    All counts are integers, so sums do not depend on the order of shards.
     """
 
     def __init__(self) -> None:
@@ -206,12 +206,12 @@ def index_tars(
 
     Args:
         uri: the folder; tars in folders below it are included.
-        rules: assign tars to splits; by default folders and starts of names `train` and `test` do.
-        classes: class names; by default those of the dataset.json that is replaced, else "0", "1", ….
+        rules: rules that assign tars to splits; default: folders or name prefixes `train` and `test`.
+        classes: class names; default: those of the replaced dataset.json, else "0", "1", ….
         image_size: height and width in pixels; by default those of the first image.
         replace: replace an existing dataset.json.
         quarantine: write problems to `quarantine.json` instead of raising an error.
-        threads: number of shards that are read at a time.
+        threads: number of shards read in parallel.
         progress: called with (done, total) MiB.
 
     Raises:
@@ -250,12 +250,12 @@ def index_tars(
 
 
 def default_threads() -> int:
-    """Return how many shards are read at a time: two per core, because half of the time is spent waiting."""
+    """Return the number of shards read in parallel: two per core, because half of the time is spent waiting."""
     return min(32, 2 * (os.cpu_count() or 1))
 
 
 def _described(uri: str, storage: Storage, replace: bool) -> Dataset | None:
-    """Return the existing dataset, or None where there is none that can be read.
+    """Return the existing dataset, or None if there is none that can be read.
 
     Raises:
         DatasetError: there is one, and `replace` is false.
@@ -308,7 +308,7 @@ def find_form(
 def _scan(
     named: tuple[str, Entry], *, uri: str, storage: Storage, form: SampleFormat, counter: ByteCounter
 ) -> _Scanned:
-    """Scan one shard and write its sidecar, so that only the shards that are being scanned are in memory."""
+    """Scan one shard and write its index, so that only the shards being scanned are in memory."""
     name, entry = named
     tally = Tally()
     found = scan_shard(name, ObjectStream(entry.uri, entry.size, storage, counter.add), form, tally.add)

@@ -1,4 +1,4 @@
-"""Read a tar that may be damaged in one pass: every sample in order, its flaws, and the SHA-256 of all bytes.
+"""Reading of possibly damaged tars in one pass: every sample in order, its flaws, and the SHA-256 of all bytes.
 
 Python's tarfile, and so WebDataset, takes a damaged header or a missing end for the end of the tar, and yields fewer
 samples without an error. Here a tar ends only at its end-of-archive marker.
@@ -33,10 +33,10 @@ class TarFaultError(PipelineError):
     """The structure of a tar is damaged, or its members cannot be read in place.
 
     Attributes:
-        kind: identifier for programs.
-        reason: what is wrong.
+        kind: machine-readable kind of the fault.
+        reason: description of the fault.
         fix: what to do about it.
-        pending: the sample that was being read, which may be incomplete; None before the first one.
+        pending: sample that was being read, possibly incomplete; None before the first one.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TarFaultError(PipelineError):
 
 
 class ObjectStream:
-    """A stored object as the file of a `TarFile`: read forward once, by ranged reads of a few MiB, and hashed.
+    """A stored object as a file for `TarFile`: read forward once, in ranges of a few MiB, and hashed.
 
     Args:
         uri: address of the object.
@@ -121,7 +121,7 @@ class ObjectStream:
 
 
 class _StrictInfo(tarfile.TarInfo):
-    """A tar header that raises `TarFaultError` where tarfile takes a damaged header for the end."""
+    """A tar header that raises `TarFaultError` where tarfile treats a damaged header as the end."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _StrictInfo:
@@ -158,7 +158,7 @@ class RawSample:
 
 
 def read_samples(stream: ObjectStream) -> Iterator[RawSample]:
-    """Yield the samples of a tar as WebDataset groups them; one is in memory at a time.
+    """Yield the samples of a tar, grouped like WebDataset; only one is in memory at a time.
 
     Raises:
         TarFaultError: the tar is damaged; the samples before the damage have been yielded.
@@ -239,7 +239,7 @@ class ShardScan:
     """The result of one pass over a shard.
 
     Attributes:
-        index: the samples up to the first fault of the tar; the last one may then be incomplete, and is not checked.
+        index: samples up to the first fault of the tar; the last one may then be incomplete and is not checked.
         bytes: size of the whole object.
         sha256: SHA-256 of the whole object.
         problems: problems in order of sample, those of the shard itself last.
@@ -287,7 +287,7 @@ def scan_shard(
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:
-    """Return work(item) of each item, in order; after an error no further item is started."""
+    """Return work(item) for each item, in order; after an error no further item is started."""
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
         try:
             return list(pool.map(work, items))

@@ -1,10 +1,10 @@
-"""Near-duplicates of a source, which are kept in one split: a model must not be tested on what it was trained on.
+"""Near-duplicates of a source, which are kept in one split: a model must not be tested on images it was trained on.
 
 Two images are alike where their perceptual hashes differ in at most 6 of 63 bits and their small grey copies correlate
 by more than `ALIKE`: resized, recompressed and slightly brighter copies are, different photographs are not. The hash
 (pHash: the signs of the lowest frequencies of the DCT about their median) finds the pairs without comparing all with
-all: one of four parts of it has to be equal. An image joins the first one that it is like, in the order of the
-source, and nothing that only the joined one is like: so groups do not grow into each other.
+all: one of its four parts has to be equal. An image joins the first similar one in the order of the source, and none
+that is similar only to the joined one: so groups do not grow together.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ ALIKE = 0.99
 BITS = 6
 PARTS = 4
 MOST_IN_A_PART = 64
-"""Images with an equal part of the hash that one is compared with: more than that are of a kind that the hash does not
-tell apart, such as drawings on white."""
+"""Largest number of images with an equal part of the hash that one is compared with: more are of a kind that the hash
+does not distinguish, such as drawings on white."""
 FLAT = 2.0
-"""Deviation of grey levels, of 0..255, below which an image has nothing to be compared by."""
+"""Standard deviation of grey levels, of 0..255, below which an image is too uniform to be compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Fingerprint:
 
 
 def fingerprint(image: Image.Image) -> Fingerprint | None:
-    """Return the fingerprint of an upright image; None where it is all of one grey."""
+    """Return the fingerprint of an upright image; None if it is uniform."""
     grey = image.convert("L")
     pixels = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC), dtype=np.float64)
     small = np.asarray(grey.resize((SMALL, SMALL), Image.Resampling.BICUBIC), dtype=np.float32).ravel()
@@ -60,7 +60,7 @@ def fingerprint(image: Image.Image) -> Fingerprint | None:
 
 
 def fingerprints(images: Sequence[SourceImage], storage: Storage) -> list[Fingerprint | None]:
-    """Return the fingerprint of each image; None where it cannot be read or has nothing to be compared by."""
+    """Return the fingerprint of each image; None if it cannot be read or is uniform."""
     found: list[Fingerprint | None] = []
     for image in images:
         try:
@@ -71,11 +71,11 @@ def fingerprints(images: Sequence[SourceImage], storage: Storage) -> list[Finger
 
 
 def keep_together(source: Source, prints: Sequence[Fingerprint | None]) -> tuple[Source, tuple[str, ...]]:
-    """Return a source with near-duplicates in the split of the first one, and which they are.
+    """Move near-duplicates into the split of the first one; return the source and descriptions of the pairs.
 
     Args:
-        source: whose splits are drawn.
-        prints: of its images.
+        source: source with random splits.
+        prints: fingerprints of its images.
 
     Returns:
         The source, and a line for each image that is nearly the same as an earlier one.
@@ -89,7 +89,7 @@ def keep_together(source: Source, prints: Sequence[Fingerprint | None]) -> tuple
 
 
 def leaders(found: Sequence[Fingerprint | None]) -> list[int]:
-    """Return for each image the number of the first one that it is like; its own where there is none."""
+    """Return for each image the index of the first similar one, or its own."""
     parts: dict[tuple[int, int], list[int]] = defaultdict(list)
     leader = []
     for number, own in enumerate(found):

@@ -1,4 +1,4 @@
-"""Encode images and caption embeddings as members of a sample; the same input gives the same bytes."""
+"""Encoding of images and caption embeddings as members of a sample; equal input gives equal bytes."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ _DAMAGED = (
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """The format into which every image of a dataset is brought.
+    """The format to which every image of a dataset is converted.
 
     Attributes:
         size: height and width in pixels.
         channels: 1 (grey) or 3 (RGB).
-        geometry: "crop" resizes the central square, "resize" resizes the whole image whatever its shape, "keep" accepts
-            only images of this size and changes no pixel.
+        geometry: "crop" resizes the central square, "resize" resizes the whole image regardless of shape, "keep"
+            accepts only images of this size and changes no pixel.
         encoding: "png" and "webp" are lossless, "jpg" has quality 95 without chroma subsampling, "npy" is the uint8
             array [size, size, channels].
     """
@@ -145,12 +145,11 @@ class EncodedImage:
 def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
     """Decode an image file, give it the format's shape and channels, and encode it.
 
-    An EXIF orientation is applied, what is transparent becomes white, and of several pictures in a file the first is
-    taken. Pixels are those of the file, whatever colour profile is beside them. With `keep`, a file that already has
-    the encoding is stored unchanged.
+    The EXIF orientation is applied, transparent pixels become white, and of several pictures in a file the first is
+    used. Colour profiles are ignored. With `keep`, a file that already has the encoding is stored unchanged.
 
     Raises:
-        UnreadableError: it is damaged, is no image, or cannot be brought into the format.
+        UnreadableError: it is damaged, not an image, or cannot be converted to the format.
     """
     opened, kind, _ = _decode(data)
     image, changes = _turn(opened)
@@ -181,7 +180,7 @@ def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
 
 
 def decode_grey(data: bytes) -> NDArray[np.uint8]:
-    """Decode an image file into grey values, uint8 [H, W], upright: those that it has where it is transparent, too.
+    """Decode an image file into grey values, uint8 [H, W], upright, ignoring transparency.
 
     Raises:
         UnreadableError: it is damaged, is no image, or has pixels of an open range.
@@ -191,7 +190,7 @@ def decode_grey(data: bytes) -> NDArray[np.uint8]:
 
 
 def as_png(data: bytes) -> bytes:
-    """Return an image file as a PNG file, upright and with its transparency; a PNG file stays as it is.
+    """Return an image file as PNG, upright and with its transparency; PNG files are returned unchanged.
 
     Raises:
         UnreadableError: it is damaged, is no image, or has pixels of an open range.
@@ -209,10 +208,10 @@ def as_png(data: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """An image as a person sees it.
+    """A decoded image as it appears on screen.
 
     Attributes:
-        image: upright, on white where it is transparent; smaller than the file says where that was asked for.
+        image: upright image, on white where transparent; reduced in size if requested.
         size: width and height in pixels of the upright image in the file.
     """
 
@@ -224,8 +223,8 @@ def open_image(data: bytes, *, reduced_to: int | None = None) -> OpenedImage:
     """Decode an image file, upright.
 
     Args:
-        reduced_to: least width and height that are needed: large JPEGs are decoded at a fraction of their size, which
-            is many times faster.
+        reduced_to: smallest sufficient width and height: large JPEGs are decoded at a fraction of their size, which is
+        many times faster.
 
     Raises:
         UnreadableError: it is damaged, or is no image.
@@ -245,7 +244,7 @@ def npy(array: NDArray[np.generic]) -> bytes:
 
 
 def pack_embeddings(cond: Conditioning) -> list[bytes]:
-    """Return the `emb.npy` of each sample of a condition: one record with the fields that the encoder gives.
+    """Return the `emb.npy` of each sample of a condition: one record with the fields of the encoder.
 
     `pooled` is float16 [D], `text` is float16 [L, D'] without padding. `numpy.load` without pickle and WebDataset's
     `decode()` both read it.
@@ -274,7 +273,7 @@ def pack_embeddings(cond: Conditioning) -> list[bytes]:
 
 
 def _decode(data: bytes, reduced_to: int | None = None) -> tuple[Image.Image, str | None, tuple[int, int]]:
-    """Decode an image file, and return Pillow's name of its format and the size that the file says as well."""
+    """Decode an image file; return the image, Pillow's name of its format, and the size in the file."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.format == "PNG":

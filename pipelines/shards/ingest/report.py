@@ -1,4 +1,4 @@
-"""The records of finished shards, and the report of an ingest: what was left out, changed or not used."""
+"""The records of finished shards, and the report of an ingest: images that were left out, changed or not used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.storage import NotFoundError, Storage, join, layout
 
 REPORT_VERSION = 1
 EXAMPLES = 100
-"""Names that the report lists of each kind."""
+"""Largest number of names per kind in the report."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BadImage:
 
 @dataclass(frozen=True)
 class PixelSums:
-    """Exact sums over uint8 pixels per channel, which do not depend on order and grouping of the images."""
+    """Exact sums over uint8 pixels per channel, independent of order and grouping of the images."""
 
     count: int
     sums: tuple[int, ...]
@@ -99,7 +99,7 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, text: bytes | str) -> ShardRecord | None:
-        """Read a record; None where it is damaged or of another version, so that its shard is written again."""
+        """Read a record; None if it is damaged or of another version, so that its shard is written again."""
         try:
             plain = json.loads(text)
             if plain.pop("schema_version") != REPORT_VERSION:
@@ -117,7 +117,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """The content of `ingest-report.json`: what the shards themselves do not show about an ingest.
+    """The content of `ingest-report.json`: facts about an ingest that the shards do not show.
 
     Attributes:
         source: the source as the user gave it.
@@ -175,7 +175,7 @@ def _images(count: int) -> str:
 
 @dataclass(frozen=True)
 class RecordedEncoder:
-    """The text encoder that embedded the captions of a dataset; None for what no ingest says.
+    """The text encoder that embedded the captions of a dataset; fields are None if unknown.
 
     Attributes:
         name: hub name or folder.
@@ -187,7 +187,7 @@ class RecordedEncoder:
 
 
 def recorded_encoder(uri: str, storage: Storage) -> RecordedEncoder:
-    """Return which text encoder embedded the captions of a dataset, as the report of its ingest says."""
+    """Return the text encoder that embedded the captions of a dataset, from the report of its ingest."""
     try:
         settings = json.loads(storage.read(join(uri, layout.INGEST_REPORT)))["settings"]
         return RecordedEncoder(settings["text_encoder"] or None, settings.get("text_encoder_digest"))

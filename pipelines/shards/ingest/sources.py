@@ -1,7 +1,7 @@
-"""List the images of a source: class folders, a folder with metadata, a zip, a table of paths, or the digits.
+"""Listing of the images of a source: class folders, a folder with metadata, a zip, a table of paths, or the digits.
 
-The result is a list of images in a fixed order, each with split, label and caption, and the names of what is left out.
-The order depends on the paths only, so that the same images give the same dataset from a folder, a zip and S3.
+The result is a list of images in a fixed order, each with split, label and caption, and the names of unused files. The
+order depends only on the paths, so the same images give the same dataset from a folder, a zip and S3.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pipelines.storage import Storage, is_local, local_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 NO_FILE = "a link that leads nowhere, a pipe, a socket or a device"
-"""Why a name in a folder is not used that has no bytes to read."""
+"""Reason for skipping a name in a folder that has no bytes to read."""
 TEST_FOLDERS = ("test", "validation", "val", "valid")
 
 
@@ -69,8 +69,8 @@ class Source:
         images: images of all splits, in order.
         bad: rows and files that were left out before any image was opened.
         unused: reason -> names of files and columns that are not used.
-        drawn: whether the splits are drawn here, and not the source's own.
-        deeper: paths of images that are in a folder inside their class folder, which is no class.
+        drawn: whether the splits were drawn at random, because the source has none.
+        deeper: paths of images in a folder inside their class folder, which does not count as a class.
     """
 
     classes: tuple[str, ...]
@@ -118,10 +118,10 @@ def open_source(source: str, storage: Storage, test_fraction: float = 0.1) -> So
 
 
 def absolute(source: str) -> str:
-    """Return a source as it is named in every folder: a local one by its absolute path.
+    """Return the absolute address of a source, independent of the working directory.
 
     Raises:
-        DatasetError: that path is not UTF-8, as the configurations and runs that name it are.
+        DatasetError: the path is not UTF-8, which configurations and runs need.
     """
     found = source if source == "digits" else shown(address(source))
     if text(found) != found:

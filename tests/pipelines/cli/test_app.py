@@ -46,7 +46,7 @@ def test_every_verb_explains_itself_with_an_example(verb):
         (["check", "file:///nowhere", "--threads", "0"], 2, "--threads"),
         (["check", "file:///nowhere"], 1, "dataset.json is missing"),
         (["index", "birds"], 2, "birds is not an address"),
-        (["index", "file:///nowhere", "--split", "=x"], 2, "'=x' is no split: write NAME=PATTERN"),
+        (["index", "file:///nowhere", "--split", "=x"], 2, "'=x' is not a split: write NAME=PATTERN"),
         (["index", "file:///nowhere"], 1, "no *.tar at file:///nowhere"),
         (["search", "training", "--study", "a/b"], 2, "no study can be called 'a/b': use letters, digits"),
         (["search", "guidance", "--model", "/m", "--study", "-x"], 2, "no study can be called '-x': use letters"),

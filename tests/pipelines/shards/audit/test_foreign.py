@@ -249,7 +249,7 @@ def test_splits_are_found_by_folder_or_name_and_else_named():
         assign_splits(["training.tar", "x-train.tar", "train-0.tar"])
     with pytest.raises(DatasetError, match=r"no tar is in the split train, only in test: name it with --split train="):
         assign_splits(["test-0.tar"])
-    with pytest.raises(ValueError, match=r"'=x' is no split: write NAME=PATTERN"):
+    with pytest.raises(ValueError, match=r"'=x' is not a split: write NAME=PATTERN"):
         SplitRule.parse("=x")
 
 
