@@ -40,7 +40,7 @@ def test_it_is_the_encoder_half_of_the_unet():
 
 
 @pytest.mark.parametrize("kind", ["class", "text"])
-def test_it_learns_to_classify_noisy_images_and_guides_samples_to_what_is_asked(kind):
+def test_a_classifier_of_noisy_images_learns_and_guides_samples_to_the_requested_class(kind):
     classifier = make(2) if kind == "class" else make(6, text=True)
     optimizer = torch.optim.Adam(classifier.parameters(), 2e-3)
     for i in range(40):
@@ -79,7 +79,7 @@ def test_equal_texts_share_the_contrastive_probability():
     torch.testing.assert_close(loss, torch.zeros(8), rtol=0, atol=1e-5)
 
 
-def test_texts_are_told_apart_in_mixed_precision_as_in_float32():
+def test_mixed_precision_distinguishes_texts_as_float32_does():
     """Cosines of texts that are alike differ by less than bfloat16 can say."""
     generator = torch.Generator().manual_seed(3)
     texts = F.normalize(

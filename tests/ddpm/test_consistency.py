@@ -38,7 +38,7 @@ def drawn(ordinals, seed=0):
 # --- levels --------------------------------------------------------------------------------------------------
 
 
-def test_stages_are_equal_parts_of_the_run_by_ordinal_and_the_last_one_goes_on():
+def test_stages_are_equal_parts_of_the_run_by_ordinal_and_the_last_one_continues():
     seen = torch.tensor([0, PER_STAGE - 1, PER_STAGE, IMAGES - 1, IMAGES, 10 * IMAGES])
     assert ConsistencyTuning().stage(seen, IMAGES).tolist() == [0, 0, 1, 7, 7, 7]
 

@@ -124,7 +124,7 @@ def test_samples_agree(kind):
     torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=5e-3)
 
 
-def test_a_state_of_muon_that_was_read_on_the_cpu_goes_on_with_the_same_updates():
+def test_a_state_of_muon_read_on_the_cpu_continues_with_the_same_updates():
     def steps(optimizer, parameters, first):
         for step in range(first, first + 3):
             for parameter in parameters:

@@ -433,7 +433,7 @@ def test_networks_that_ours_cannot_express_are_refused(written, changes, message
         import_diffusers(written)
 
 
-def test_all_that_stands_in_the_way_is_named_at_once(written):
+def test_all_obstacles_are_named_at_once(written):
     edit(written / "unet/config.json", act_fn="gelu", upsample_type="resnet", center_input_sample=True)
     with pytest.raises(ValueError, match=r"unet/config\.json: center_input_sample") as error:
         import_diffusers(written)

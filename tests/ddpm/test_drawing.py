@@ -69,7 +69,7 @@ def test_texts_of_different_lengths_are_joined():
         assert (to_uint8(drawn.images).int() - to_uint8(part.draw(model).images).int()).abs().max() <= 1
 
 
-def test_what_cannot_be_drawn_together_is_not_alike():
+def test_drawings_that_cannot_be_joined_differ_in_what_they_share():
     noise, cond = Noise.numbered(0, 2), labels(2)
     alike = [
         Drawing(noise, SETTINGS, cond),

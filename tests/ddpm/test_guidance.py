@@ -258,7 +258,7 @@ def test_algorithm_1_draws_the_class_by_the_markov_chain_and_is_refused_elsewher
 
 
 @pytest.mark.parametrize("kind", ["classifier_free", "auto"])
-def test_clipping_before_guidance_clips_what_is_combined_and_after_it_what_comes_out(kind):
+def test_clipping_before_guidance_clips_its_inputs_and_after_it_the_result(kind):
     weak = GaussianDenoiser(SCHEDULE, std=0.9)
     scale = Sampling.of(guidance=kind, scale=3.0, clip=0.1, **({"weak": "M"} if kind == "auto" else {}))
     guides = Guides(weak=weak)

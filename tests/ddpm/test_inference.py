@@ -224,6 +224,6 @@ def test_classes_go_by_name_before_index():
         (Noise.numbered(0, 5), {"sampling": Sampling.of(guidance="auto", steps=6)}, "needs a weaker model"),
     ],
 )
-def test_what_a_model_cannot_do_is_refused_before_it_starts(noise, options, message):
+def test_requests_that_a_model_cannot_serve_are_refused_before_it_starts(noise, options, message):
     with pytest.raises(ValueError, match=message):
         draw(MODEL, noise, **options)

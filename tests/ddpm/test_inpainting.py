@@ -260,7 +260,7 @@ def test_repaint_approaches_the_conditional_that_replacement_misses():
 
 
 @pytest.mark.heavy
-def test_more_resamplings_and_finer_steps_mend_and_more_steps_alone_do_not():
+def test_more_resamplings_and_finer_steps_improve_the_fill_and_more_steps_alone_do_not():
     by_resamplings = [mean_error(50, 1, u) for u in (1, 2, 5, 20)]
     assert all(more < 0.6 * fewer for fewer, more in itertools.pairwise(by_resamplings))
     assert mean_error(100, 2, 20) < 0.6 * by_resamplings[-1]

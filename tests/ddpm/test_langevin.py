@@ -133,7 +133,7 @@ def test_a_predictor_without_corrector_is_ancestral_sampling():
 
 
 @pytest.mark.parametrize("denoiser", [GaussianDenoiser(COSINE), MixtureDenoiser(COSINE)], ids=["gaussian", "mixture"])
-def test_correcting_mends_what_few_steps_get_wrong(denoiser):
+def test_corrections_reduce_the_error_of_few_steps(denoiser):
     """The spread of the (lower) mode at the last level above 0, relative to that of q(x_t), of 12 steps."""
     x_T, noise = noises(torch.arange(100), (1, 16, 16))
 

@@ -50,7 +50,7 @@ def test_its_step_is_adams_on_the_papers_loss():
     torch.testing.assert_close(learned.weight, parameter.detach(), rtol=1e-9, atol=1e-12)
 
 
-def test_it_goes_on_from_tensors_that_are_overwritten_in_place():
+def test_a_learned_weight_continues_from_tensors_overwritten_in_place():
     one, other = (LearnedWeighting().make(SCHEDULE, seed=1) for _ in range(2))
     weights = torch.ones(BATCH)
     for t, losses in batches(3):

@@ -590,7 +590,7 @@ class BlackDenoiser:
 @pytest.mark.parametrize(
     ("kind", "t_min", "cost"), [("linear", 1.0, 1.748), ("linear", None, 0.1757), ("cosine", None, 0.1757)]
 )
-def test_what_stopping_short_of_zero_costs_a_constant_pixel_is_said(kind, t_min, cost):
+def test_the_cost_of_stopping_short_of_zero_is_reported_for_a_constant_pixel(kind, t_min, cost):
     schedule = make_schedule(kind)
     black = -torch.ones(64, 1, 8, 8, dtype=torch.float64)
     found = ode_bits_per_dim(BlackDenoiser(schedule), schedule, black, seed=0, image_ids=torch.arange(64), t_min=t_min)

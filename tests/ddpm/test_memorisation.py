@@ -81,7 +81,7 @@ def test_distances_are_the_least_over_mirroring_and_moves_of_the_overlap(shape):
     channels=st.sampled_from([1, 3]),
     size=st.sampled_from([(8, 8), (6, 9), (9, 5)]),
 )
-def test_a_copy_is_found_with_what_was_done_to_it_at_distance_zero(mirrored, down, right, channels, size):
+def test_a_copy_is_found_with_its_transformation_at_distance_zero(mirrored, down, right, channels, size):
     training = noise(30, channels, *size)
     copies = moved(training[[7, 21]], down, right)
     copies = copies.flip(3) if mirrored else copies

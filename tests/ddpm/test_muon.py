@@ -79,7 +79,7 @@ def test_parameters_that_are_no_hidden_matrices_are_those_of_adamw_bit_for_bit()
     assert mixed.state[bias].keys() == adamw.state[same].keys()
 
 
-def test_a_stored_state_goes_on_with_the_same_updates_of_both_parts():
+def test_a_stored_state_continues_with_the_same_updates_of_both_parts():
     def steps(optimizer: Muon, parameters: list[nn.Parameter], first: int) -> None:
         for step in range(first, first + 3):
             for parameter in parameters:

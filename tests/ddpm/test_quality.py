@@ -167,7 +167,7 @@ def test_neighbours_that_are_not_there_are_refused():
 @pytest.mark.parametrize(
     "bad", [torch.ones(1, 1), torch.ones(4), torch.randn(5, 3), torch.ones(5, 3), torch.full((5, 2), float("nan"))]
 )
-def test_what_is_not_a_table_of_probabilities_is_refused(bad):
+def test_inputs_that_are_not_a_table_of_probabilities_are_refused(bad):
     with pytest.raises(ValueError, match="probabilities"):
         inception_score(bad)
 

@@ -13,7 +13,7 @@ def chain(num_steps, kind="cosine", **settings):
 
 
 @pytest.mark.parametrize("batch_size", [5, 8, 100])
-def test_a_batch_is_evenly_spaced_round_the_circle_whoever_draws_which_part_of_it(batch_size):
+def test_a_batch_is_evenly_spaced_round_the_circle_on_any_number_of_ranks(batch_size):
     sampler = LowDiscrepancyTimesteps().make(chain(1000), batch_size, seed=3)
     ordinals = torch.arange(20 * batch_size)
     t, weight = sampler.sample(ordinals)
@@ -57,7 +57,7 @@ def test_a_timestep_has_the_probability_of_the_levels_that_are_nearest_to_it_and
 
 
 @pytest.mark.parametrize("batch_size", [7, 64])
-def test_every_stratum_of_a_batch_has_one_level_whoever_draws_which_part_of_it(batch_size):
+def test_every_stratum_of_a_batch_has_one_level_on_any_number_of_ranks(batch_size):
     schedule, timesteps = chain(1000), LogNormalTimesteps(uniform_fraction=0.1)
     sampler, ordinals = timesteps.make(schedule, batch_size, seed=3), torch.arange(10 * batch_size)
     t, _ = sampler.sample(ordinals)

@@ -206,7 +206,9 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_cannot_be_done_is_refused_in_a_line_before_a_service_is_asked(kind, monkeypatch, capsys, tmp_path: Path):
+def test_impossible_requests_are_refused_in_a_line_before_a_service_is_contacted(
+    kind, monkeypatch, capsys, tmp_path: Path
+):
     arguments, message = BAD[kind]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDPM_HOME", str(tmp_path / "home"))

@@ -29,7 +29,7 @@ def test_a_command_without_ray_leaves_stdout_alone(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == ["{}", "more"]
 
 
-def test_a_file_that_may_not_be_written_is_told_before_any_work(tmp_path, monkeypatch):
+def test_an_unwritable_file_is_reported_before_any_work(tmp_path, monkeypatch):
     check_file("--out", tmp_path / "report.html", "report.html")
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     with pytest.raises(typer.BadParameter, match=r"--out .*new\.html cannot be written by this user"):

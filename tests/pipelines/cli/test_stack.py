@@ -16,7 +16,7 @@ def test_json_is_the_last_line_of_stdout(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("verb, line", [("status", "mlflow  not running"), ("doctor", "python: 3.")])
-def test_what_a_verb_is_asked_for_goes_to_stdout(monkeypatch, capsys, tmp_path, verb, line):
+def test_the_result_of_a_verb_goes_to_stdout(monkeypatch, capsys, tmp_path, verb, line):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DDPM_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("sys.argv", ["ddpm", verb])

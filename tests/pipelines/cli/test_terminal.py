@@ -15,7 +15,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
     return [line.split() for line in capsys.readouterr().err.splitlines()]
 
 
-def test_what_a_name_would_make_a_terminal_do_is_written_out(capsys):
+def test_control_characters_in_names_are_escaped(capsys):
     name = "cat/\x1b[31m\x07\x9b2J.png"
     Terminal().stage("left out", f"{name}: is damaged")
     Terminal().error("error", ValueError(f"{name} cannot be read\nwrite it again"))

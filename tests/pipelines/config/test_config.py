@@ -236,7 +236,7 @@ def test_overrides_change_a_models_own_sampling_settings_and_leave_the_others(ov
         ["guidance=none", "tracking.sinks=[mlflow,jsonl]", "++optim.grad_clip=null", "name='run-${seed}'"],
     ],
 )
-def test_what_is_composed_is_what_hydra_itself_composes(overrides):
+def test_compositions_equal_those_of_hydra_itself(overrides):
     lines = [
         f"++{line}" if line.split("=")[0] not in (*groups(), "+experiment") and line[0] != "+" else line
         for line in overrides

@@ -37,7 +37,7 @@ def test_every_value_of_a_configuration_is_explained_once_and_none_besides(overr
 @pytest.mark.parametrize(
     "overrides", [[], ["+experiment=cifar10"], ["sampler=langevin", "schedule=edm", "data=folder"]]
 )
-def test_what_nothing_sets_has_its_default_and_what_is_required_is_set(overrides):
+def test_unset_fields_have_their_defaults_and_required_ones_are_set(overrides):
     for each in explain([*overrides, "data.num_classes=10", "data.image_size=32"]):
         if each.origin == "default":
             assert not each.field.required or each.field.key.endswith(".kind"), each.field.key

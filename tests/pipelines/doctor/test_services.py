@@ -46,7 +46,7 @@ def test_a_stack_that_does_not_run_is_no_failure_and_one_that_hangs_is():
         (500, "HTTP 500", "log of the MLflow server"),
     ],
 )
-def test_what_mlflow_refuses_is_said_in_words(status, says, fix):
+def test_refusals_of_mlflow_are_explained(status, says, fix):
     with servers.serving(servers.fixed(status)) as url:
         found, clock = check_mlflow(url)
     assert (found.status, clock.status) == ("failed", "ok")
@@ -54,7 +54,7 @@ def test_what_mlflow_refuses_is_said_in_words(status, says, fix):
     assert fix in found.fix
 
 
-def test_an_mlflow_that_may_be_read_and_not_written_is_told():
+def test_an_mlflow_that_can_be_read_but_not_written_is_reported():
     class ReadOnly(servers.Quiet):
         def do_GET(self):
             self.answer(200 if self.path == "/version" else 404, b"3.17.2")
@@ -147,7 +147,7 @@ def hanging():
         ]
 
 
-def test_every_server_that_hangs_is_told(hanging, tmp_path, monkeypatch):
+def test_every_server_that_hangs_is_reported(hanging, tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_HOME", str(tmp_path))
     monkeypatch.setattr(doctor, "WHOLE_S", 1.0)
     monkeypatch.setattr(doctor, "LEAST_S", 1.0)

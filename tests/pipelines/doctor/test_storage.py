@@ -45,7 +45,7 @@ def test_a_store_that_ignores_a_condition_is_found_by_a_race(condition):
     assert "SeaweedFS from 4.08 on" in found.fix
 
 
-def test_a_store_that_does_not_list_is_told_from_one_that_does_not_read():
+def test_a_store_that_does_not_list_is_distinguished_from_one_that_does_not_read():
     with servers.serving(servers.s3(lists=False)) as url:
         found = check_storage(compose([*S3, f"storage.endpoint_url={url}"]))
     assert [check.name for check in found if check.status == "failed"] == ["storage list"]
@@ -61,7 +61,7 @@ def test_a_store_that_does_not_list_is_told_from_one_that_does_not_read():
         ("NoSuchBucket", "the bucket does not exist", "storage.root"),
     ],
 )
-def test_what_s3_refuses_is_said_in_words_with_the_setting(code, says, fix):
+def test_refusals_of_s3_are_explained_with_the_setting(code, says, fix):
     with servers.serving(servers.s3_error(code)) as url:
         found = failure(*S3, f"storage.endpoint_url={url}")
     assert found.name == "storage write"

@@ -33,7 +33,7 @@ def test_the_tightest_limit_of_the_control_groups_counts(tmp_path, lines, files,
     assert cgroups.limit("cpu", tmp_path / "cgroup", own) == expected
 
 
-def test_what_a_container_leaves_free_is_its_limit_without_what_is_used(tmp_path):
+def test_free_memory_in_a_container_is_its_limit_minus_its_use(tmp_path):
     (tmp_path / "own").write_text("0::/pod/box\n")
     for name, text in {"pod/memory.max": "4000", "pod/memory.current": "3500", "pod/box/memory.max": "max"}.items():
         file = tmp_path / "cgroup" / name

@@ -51,7 +51,7 @@ def test_user_info_becomes_variables(address, service, bare, variables):
 
 
 @pytest.mark.parametrize("address", ["http://me:hush@[::1:5000", "https://ml:99999", "hush@head:port"])
-def test_what_is_no_address_is_refused_without_its_user_info(address):
+def test_malformed_addresses_are_refused_without_their_user_info(address):
     with pytest.raises(ConfigError, match=r"is not an address of MLflow: .*Write HOST:PORT") as refused:
         split_address(address, "mlflow")
     assert "hush" not in str(refused.value)

@@ -49,7 +49,7 @@ def start(temporary: Path, seconds: float, then: str = "") -> tuple[subprocess.P
     return process, Path(process.stdout.readline().strip())
 
 
-def test_what_a_killed_process_left_is_removed_and_what_a_living_one_uses_is_not(temporary):
+def test_leftovers_of_killed_processes_are_removed_and_files_of_living_ones_are_kept(temporary):
     killed, left = start(temporary, 60)
     living, used = start(temporary, 60)
     try:
@@ -114,7 +114,7 @@ def test_a_folder_that_another_process_took_for_a_leftover_is_made_again(tempora
     assert (len(made), str(folder)) == (2, made[1])
 
 
-def test_a_disk_with_too_little_room_for_what_is_to_come_is_warned_of(temporary, monkeypatch, caplog):
+def test_a_disk_with_too_little_room_causes_a_warning(temporary, monkeypatch, caplog):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 8, 2 << 30))
     warn_if_short(2 << 30, "checkpoints")
@@ -125,7 +125,7 @@ def test_a_disk_with_too_little_room_for_what_is_to_come_is_warned_of(temporary,
     ]
 
 
-def test_what_stays_lies_in_a_folder_that_is_closed_to_others_and_never_in_somebody_elses(tmp_path, monkeypatch):
+def test_persistent_files_are_in_a_private_folder_and_never_in_that_of_another_user(tmp_path, monkeypatch):
     folder = closed_folder(tmp_path)
     assert (folder.name, stat.S_IMODE(folder.stat().st_mode)) == (f"ddpm-{os.getuid()}", 0o700)
     folder.chmod(0o755)

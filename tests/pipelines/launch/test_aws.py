@@ -179,7 +179,7 @@ def test_s3_takes_the_rules():
     validate_parameters({"Bucket": "bucket", "LifecycleConfiguration": rules}, shape.input_shape)
 
 
-def test_what_has_no_place_on_ec2_is_refused():
+def test_settings_that_cannot_work_on_ec2_are_refused():
     with pytest.raises(ConfigError, match="storage=local is the S3 of this machine's stack"):
         files("storage=local", "storage.root=s3://ddpm")
     with pytest.raises(ConfigError, match="a cluster on EC2 has a role for S3"):

@@ -47,7 +47,7 @@ def test_what_the_cluster_runs_composes_to_the_configuration_of_the_launch():
         (["train"], "digits"),
     ],
 )
-def test_a_job_is_called_by_its_run_and_by_what_is_done_to_it(words, name):
+def test_a_job_is_named_after_its_run_and_verb(words, name):
     assert command("ray", *words).name == name == command("ray", *words).object_name
 
 
@@ -82,7 +82,7 @@ def test_a_launched_study_is_resumed_because_a_launch_is_repeated(kind):
 
 
 @pytest.mark.parametrize("words", [["name=first"], ["--resume", "name=first"], ["name=first", "--resume"]])
-def test_a_study_is_the_same_command_wherever_it_is_told_to_resume(words):
+def test_a_study_is_the_same_command_wherever_resume_is_written(words):
     assert command("ray", "search", "training", *words).arguments == ("--resume", "name=first")
 
 
@@ -122,7 +122,7 @@ def test_the_options_without_a_value_are_those_of_the_verbs():
         (["train", "storage.credentials_file=/x"], "a cluster has a role, or keys in a Secret"),
     ],
 )
-def test_what_a_cluster_cannot_run_is_refused_with_the_reason(words, message):
+def test_commands_that_a_cluster_cannot_run_are_refused_with_the_reason(words, message):
     with pytest.raises(ConfigError, match=message):
         parse_command(words, compose(overrides_of(words)))
 

@@ -191,7 +191,7 @@ def test_a_head_that_is_lost_is_taken_away_all_the_same(cluster, notice, said):
     assert any("will resume from its newest checkpoint" in text and "the pod is gone" in text for text in said)
 
 
-def test_stopping_what_is_not_there_says_so(cluster, notice):
+def test_stopping_a_missing_job_says_so(cluster, notice):
     cluster.answers(None)
     with pytest.raises(LaunchError, match="there is no RayJob first in this namespace"):
         stop(Kubectl("team"), "first", notice)

@@ -126,7 +126,7 @@ def test_one_that_runs_already_is_not_submitted_again_and_one_that_has_ended_is(
     assert (job.id, is_new) == ("first@3", True)
 
 
-def test_what_a_job_prints_is_written_once_although_the_connection_breaks():
+def test_the_output_of_a_job_is_written_once_although_the_connection_breaks():
     """A new connection begins with the first line again."""
     logs = [["one ", "two "], ["one two three ", RuntimeError("broken")], ["one ", "two three four"]]
     state, written, _ = follow(Server(logs=logs, statuses=["RUNNING", "SUCCEEDED"]))

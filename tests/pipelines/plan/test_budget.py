@@ -14,7 +14,7 @@ def test_budgets_are_times(text, seconds):
 
 
 @pytest.mark.parametrize("text", ["", "10", "ten minutes", "10x", "-5m", "0m", "m10", "1h-3m"])
-def test_what_is_no_time_is_refused_with_examples(text):
+def test_malformed_budgets_are_refused_with_examples(text):
     with pytest.raises(ConfigError, match="write a time such as budget=90s"):
         parse_budget(text)
 

@@ -99,7 +99,7 @@ def test_captions_beside_class_folders_give_both(tmp_path):
         look(str(source), STORAGE, encoder=str(tmp_path / "none"))
 
 
-def test_what_is_no_source_is_refused(tmp_path):
+def test_missing_or_empty_sources_are_refused(tmp_path):
     with pytest.raises(DatasetError, match="is not a folder"):
         look(str(tmp_path / "missing"), STORAGE)
     (tmp_path / "empty").mkdir()
@@ -107,18 +107,18 @@ def test_what_is_no_source_is_refused(tmp_path):
         look(str(tmp_path / "empty"), STORAGE)
 
 
-def test_shapes_that_are_their_own_mirror_images_cannot_be_told_from_them(tmp_path):
+def test_symmetric_shapes_cannot_be_distinguished_from_their_mirror_images(tmp_path):
     facts = look(str(folder(tmp_path / "shapes", ("circle", "square"), 400)), STORAGE)
     assert facts.mirror.pairs == 400
     assert facts.mirror.highest < 0.62  # 0.55 on average, and 0.025 is the standard deviation
 
 
-def test_arrows_are_told_from_mirrored_ones_by_their_class_alone(tmp_path):
+def test_arrows_are_distinguished_from_mirrored_ones_by_their_class_alone(tmp_path):
     facts = look(str(folder(tmp_path / "arrows", ("arrow-left", "arrow-right"), 150)), STORAGE)
     assert facts.mirror.accuracy > 0.7
 
 
-def test_real_digits_are_told_from_mirrored_ones():
+def test_real_digits_are_distinguished_from_mirrored_ones():
     datasets = pytest.importorskip("sklearn.datasets", reason="comes with the extra local")
     digits = datasets.load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8).repeat(2, 1).repeat(2, 2)

@@ -114,7 +114,7 @@ def test_a_measurement_says_that_it_waits_for_a_busy_cluster_before_it_does(monk
     ("step_s", "image_s"), [(0.02, 1e-4), (0.0, 1e-3), (0.01, 0.0)], ids=["both", "images only", "steps only"]
 )
 @pytest.mark.parametrize(("gpu", "piece"), [(True, 128), (False, 32)], ids=["gpu", "cpu"])
-def test_the_time_of_a_step_is_told_from_that_of_its_images(monkeypatch, gpu, piece, step_s, image_s):
+def test_the_time_of_a_step_is_separated_from_that_of_its_images(monkeypatch, gpu, piece, step_s, image_s):
     def measured(config, device, seconds):
         rate = config.batch_size / (step_s + config.batch_size * image_s)
         return MeasuredSpeed(rate, 1e5, 1e5, 1_000_000, "bf16")
@@ -150,7 +150,7 @@ def test_a_network_that_could_not_see_enough_images_if_it_were_as_fast_as_the_sm
 
 
 @pytest.mark.parametrize(("drawing", "judging"), [(1.0, 1.3), (0.8, 1.0), (1.1, 0.7)])
-def test_what_comes_after_a_training_is_planned_by_a_longer_measurement_of_it(drawing, judging):
+def test_stages_after_the_training_are_planned_by_longer_measurements(drawing, judging):
     asked = []
 
     def run(measurement: LongerMeasurement, gpus: int) -> MeasuredLonger:

@@ -196,7 +196,7 @@ def test_many_gpus_that_share_a_batch_are_not_planned_as_fast_as_each_was_with_a
     assert trained(1, 127.0) < trained(8, 64.0) < 2.1 * trained(1, 64.0)
 
 
-def test_a_batch_that_a_gpu_was_not_tried_with_says_in_what_parts_it_is_computed():
+def test_a_batch_larger_than_measured_on_a_gpu_is_processed_in_parts():
     plan = propose(DIGITS, machine(cores=16, gpus=1, factor=3_000.0), 12 * 3600.0)
     line = next(line for line in plan.lines if line.title == "batch")
     assert line.settings == {"batch_size": 512, "micro_batch_size": 128}
@@ -230,7 +230,7 @@ def test_more_time_never_gives_a_smaller_network_at_the_same_size():
         ("name=mine", lambda config: config.name == "mine"),
     ],
 )
-def test_what_is_set_by_hand_stays_and_the_plan_says_so(override, field):
+def test_settings_of_the_user_are_kept_and_the_plan_says_so(override, field):
     hand = [override] + (["model.attention=[false,true]"] if "channels" in override else [])
     plan = propose(
         replace(DIGITS, shorter_sides=(32, 32, 32), one_size=(32, 32)), LAPTOP, HALF_HOUR, override_settings(hand)
@@ -254,7 +254,7 @@ def test_what_is_set_by_hand_stays_and_the_plan_says_so(override, field):
         (["objective.weight=min_snr"], "muon", True),
     ],
 )
-def test_the_methods_that_compare_best_are_planned_where_they_go_with_what_is_set(hand, kind, learned):
+def test_the_best_methods_are_planned_where_the_users_settings_allow_them(hand, kind, learned):
     settings = override_settings(hand)
     config = composed(propose(DIGITS, LAPTOP, HALF_HOUR, settings), *hand)
     assert (config.optim.kind, config.objective.learned_weight) == (kind, learned)
@@ -265,7 +265,7 @@ def test_the_methods_that_compare_best_are_planned_where_they_go_with_what_is_se
 
 
 @pytest.mark.parametrize("name", ["methods", "methods_mnist", "methods_cifar10"])
-def test_the_planned_methods_win_the_comparison_on_each_data_set_or_cannot_be_told_from_the_winner(name):
+def test_the_planned_methods_win_the_comparison_on_each_data_set_or_do_not_differ_from_the_winner(name):
     table = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["methods"]
     planned = {
         key: value
@@ -382,7 +382,7 @@ def test_mirroring_needs_evidence_that_mirrored_images_look_alike(mirror, flips)
     assert composed(propose(replace(PHOTOS, mirror=mirror), LAPTOP, HALF_HOUR)).data.flip is flips
 
 
-def test_what_cannot_be_trained_or_scored_is_refused():
+def test_sources_that_cannot_be_trained_or_scored_are_refused():
     with pytest.raises(ConfigError, match="each split needs at least two"):
         propose(replace(UNLABELLED, images=5, test_images=1), LAPTOP, HALF_HOUR)
     with pytest.raises(ConfigError, match="none of the 900 images that were opened can be read"):
@@ -428,7 +428,7 @@ def test_a_folder_with_a_name_that_any_has_is_called_as_the_one_that_it_is_in(so
     assert plan.settings["data.uri"].startswith(f"${{storage.root}}/datasets/{name}-")
 
 
-def test_more_time_is_told_by_what_it_would_train():
+def test_advice_on_more_time_says_what_it_would_train():
     plan = propose(PHOTOS, LAPTOP, HALF_HOUR)
     told = more_time(plan, PHOTOS, LAPTOP)
     assert told.startswith(f"this training saw {plan.images:,} images; budget=1h trains on ")

@@ -42,7 +42,7 @@ def test_the_same_chart_is_the_same_text_and_two_charts_share_no_id():
     assert not ids(one.svg()) & ids(other.svg())
 
 
-def test_what_a_logarithm_or_nobody_can_show_is_left_out():
+def test_points_that_cannot_be_shown_are_left_out():
     chart = Chart("t", "x", "y", [Series("", points(math.nan, 2.0, 0.0, -1.0, math.inf, 4.0))], log_y=True)
     assert chart.summary == "Chart. t: y by x. 2 at 1, 4 at 5, lowest 2 at 1."
 

@@ -93,7 +93,7 @@ class Silent(Actors):
         return ref[1]
 
 
-def test_an_actor_that_stands_still_is_named_and_ended_and_its_work_done_by_another(monkeypatch):
+def test_an_actor_that_hangs_is_named_and_ended_and_its_work_done_by_another(monkeypatch):
     actors, said = Silent(monkeypatch), []
     assert answers(2, "abcde", said) == list(enumerate("ABCDE"))
     number, at = actors.ended[0]  # before all of them are, at the end of the work

@@ -94,7 +94,7 @@ def test_so_many_are_taken_at_once_and_another_one_as_each_finishes(monkeypatch)
     assert (cluster.most, cluster.cancelled) == (2, [])
 
 
-def test_what_nobody_waits_for_any_more_is_cancelled(monkeypatch):
+def test_tasks_that_nobody_waits_for_are_cancelled(monkeypatch):
     cluster = Cluster(monkeypatch, [("a", [CPU_NODE])])
     results = finished(["a", "b", "c"], {"CPU": 1}, "draw")
     next(results)

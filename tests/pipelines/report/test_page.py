@@ -70,7 +70,7 @@ def names(facts: Facts) -> list[str]:
     return [section.name for section in sections(facts)]
 
 
-def test_what_is_known_has_its_section_and_a_sentence_that_says_how_to_read_it(full):
+def test_known_facts_have_a_section_and_a_sentence_on_how_to_read_it(full):
     found = sections(FULL)
     assert [section.name for section in found] == EVERY
     assert [attributes["id"] for attributes in full.of("section")] == EVERY
@@ -79,7 +79,7 @@ def test_what_is_known_has_its_section_and_a_sentence_that_says_how_to_read_it(f
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_what_is_not_known_has_no_section(name):
+def test_unknown_facts_have_no_section(name):
     without = replace(FULL, **PARTS[name])
     assert names(without) == [other for other in EVERY if other != name]
 
@@ -157,7 +157,7 @@ def test_names_captions_and_reasons_are_escaped_wherever_they_stand(full):
     assert text.count("&lt;script&gt;alert") > 15
 
 
-def test_the_champion_stands_beside_the_scores_and_only_where_there_is_one(full):
+def test_the_champion_is_shown_with_the_scores_only_if_there_is_one(full):
     text = full.text
     assert re.search(r"<th scope=\"col\" class=\"n\">models:/digits/1</th>", text)
     assert '3.2 (3 to 3.4)</td><td class="n">2.9 (2.8 to 3)</td>' in text

@@ -226,7 +226,7 @@ STORED_DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", STORED_DAMAGE)
-def test_damage_to_what_is_stored_is_named(folder, kind):
+def test_damage_to_stored_files_is_named(folder, kind):
     damage, expected, message = STORED_DAMAGE[kind]
     damage(folder)
     report = check(address(folder), STORAGE)
@@ -386,7 +386,7 @@ def test_any_cut_is_found(folder):
         assert (SHARD, None, "truncated") in found(folder), size
 
 
-def test_threads_do_not_change_what_is_found(folder):
+def test_threads_do_not_change_the_findings(folder):
     cut(folder, 5000)
     (folder / "train-0.tar").unlink()
     assert found(folder, threads=1) == found(folder, threads=8)
@@ -419,7 +419,7 @@ def test_a_quarantine_that_readers_would_refuse_is_named_and_written_again(folde
         assert check(address(folder), STORAGE).problems == ()
 
 
-def test_nothing_changes_without_being_told_to(folder):
+def test_nothing_is_changed_without_the_option(folder):
     cut(folder, 5000)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     printed(check(address(folder), STORAGE), r"leave them out of training with `ddpm check file:///.*/ds --quarantine`")

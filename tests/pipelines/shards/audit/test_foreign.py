@@ -315,7 +315,7 @@ GOOD = tar_bytes([*sample("a"), *sample("b", 5, 1), *sample("c", 9, 2)])
         ([("a.png", png(1))], r"a: has no cls member, other samples of the dataset do"),
     ],
 )
-def test_what_training_could_not_use_is_refused_by_name(tmp_path, content, message):
+def test_shards_that_training_could_not_use_are_refused_by_name(tmp_path, content, message):
     uri = write(tmp_path / "s", **{"train-0": sample("first"), "train-1": content})
     with pytest.raises(IndexRefusedError, match=message) as refused:
         index_tars(uri, STORAGE)
@@ -408,7 +408,7 @@ def test_a_description_that_is_written_again_keeps_class_names_and_drops_an_old_
     assert index_tars(uri, STORAGE, replace=True).dataset.classes == ("0", "1")
 
 
-def test_what_is_written_follows_the_documented_schemas(tmp_path):
+def test_written_files_follow_the_documented_schemas(tmp_path):
     import jsonschema
 
     uri = write(tmp_path / "s", **{"train-0": sample("a"), "train-1": [*sample("b"), ("c.cls", b"x")], "test-0": b""})

@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", SEEN)
-def test_an_odd_image_is_taken_as_it_is_seen_and_what_was_done_to_it_is_said(kind):
+def test_an_odd_image_is_taken_as_it_appears_and_its_changes_are_reported(kind):
     data, pixels, changes = SEEN[kind]
     encoded = encode_image(data, ImageFormat(8, 3))
     assert encoded.changes == changes
@@ -220,7 +220,7 @@ def test_of_an_animation_that_has_the_encoding_one_picture_is_kept(encoding):
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_image_is_refused_with_its_reason(kind):
+def test_files_that_are_not_images_are_refused_with_the_reason(kind):
     data, reason = REFUSED[kind]
     for read in (lambda: encode_image(data, ImageFormat(8, 3)), lambda: decode_grey(data)):
         with pytest.raises(UnreadableError) as raised:
