@@ -1,1 +1,1 @@
-"""Ray actors and tasks that are given a time to answer in, and ended where they do not."""
+"""Ray actors and tasks with a deadline for their answers, after which they are ended."""

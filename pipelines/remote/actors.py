@@ -15,7 +15,7 @@ from pipelines.remote.tasks import TaskError, fits, named
 
 LOOK_EVERY_S = 5.0
 RETRIES = 3
-"""How often all actors may be lost, with their nodes, before the work is given up."""
+"""Number of times that all actors may be lost with their nodes before the work is given up."""
 
 
 class PooledActor:
@@ -81,7 +81,7 @@ class ActorPool:
         self.starting[actor.ready.remote()] = actor
 
     def _replace(self, error: RayActorError) -> None:
-        """Start an actor in the place of one whose node or process is lost.
+        """Start an actor that replaces one whose node or process is lost.
 
         Raises:
             RayActorError: too many were lost.

@@ -1,4 +1,4 @@
-"""Waiting for Ray tasks: as long as they take, but not where no node can hold them, nor where they stand still."""
+"""Waiting for Ray tasks for as long as they take, unless no node can run them or they hang."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.storage.retry import PATIENCE_S
 
 LOOK_EVERY_S = 10.0
 SAY_AFTER_S = 60.0
-"""Seconds without a finished task after which it is said once what is waited for."""
+"""Seconds without a finished task after which a notice says what is waited for."""
 
 
 class TaskError(PipelineError):
@@ -91,11 +91,11 @@ def finished(
 
 
 def fits(needs: Mapping[str, float]) -> bool:
-    """Return whether a node that is alive has what a task needs, free or in use."""
+    """Return whether a live node has the resources of a task, free or in use."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return any(all(node.get(name, 0.0) >= need for name, need in needs.items()) for node in nodes)
 
 
 def named(needs: Mapping[str, float]) -> str:
-    """Return in words what a task or actor asks for, by Ray's names."""
+    """Return a description of the resources of a task or actor, by Ray's names."""
     return " and ".join(f"{need:g} {name}" for name, need in needs.items() if need)

@@ -47,7 +47,7 @@ class Quarantine:
 
     @cached_property
     def digest(self) -> str:
-        """Return the SHA-256 over the dataset digest and what is left out; the reasons are not part of it."""
+        """Return the SHA-256 over the dataset digest and the excluded samples; the reasons are not part of it."""
         content = [self.dataset_digest, [[p.shard, p.index, p.sample] for p in self.excluded]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -116,7 +116,7 @@ def read_quarantine(uri: str, storage: Storage) -> Quarantine | None:
 
 
 def drop_stale_quarantine(dataset: Dataset, storage: Storage) -> None:
-    """Delete the quarantine beside a dataset that was written again, if it is of an earlier dataset or damaged."""
+    """Delete the quarantine of a rewritten dataset, if it is of an earlier dataset or damaged."""
     try:
         quarantine = read_quarantine(dataset.uri, storage)
     except DatasetError:

@@ -1,6 +1,6 @@
-"""Private keys, public keys and certificates: the own key of this user, and files that are checked before they count.
+"""Private keys, public keys and certificates: the key of this user, and checks of files before they are used.
 
-Everything that `model-signing` would say hours later, in the middle of a registration, is said here in the words of the
+Errors that `model-signing` would raise hours later, in the middle of a registration, are raised here in terms of the
 configuration.
 """
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 OWN_KEY = "signing.pem"
 """Name of the key that is made on first use, in the folder of the local stack."""
 CURVES = {"secp256r1": "P-256", "secp384r1": "P-384", "secp521r1": "P-521"}
-"""Curves that `model-signing` takes, by their names in files and in words."""
+"""Curves that `model-signing` accepts: name in files -> common name."""
 _MAKE_KEY = "make one with `openssl ecparam -name prime256v1 -genkey -noout -out FILE`"
 
 
 def own_key_path() -> Path:
-    """Return where this user's own key is, or will be."""
+    """Return the path of this user's own key, which may not exist yet."""
     return Path(os.environ.get("DDPM_HOME") or ".ddpm").resolve() / OWN_KEY
 
 
 def own_key() -> Path:
-    """Return the private key of this user, which is made where there is none; only its owner reads it.
+    """Return the private key of this user, which is created if it does not exist; only its owner can read it.
 
-    Of several processes that make it at the same time one succeeds, and all get its key.
+    If several processes create it at the same time, one succeeds, and all get its key.
 
     Raises:
         ConfigError: it can neither be read nor made there.
@@ -63,10 +63,10 @@ def own_key() -> Path:
 
 
 def public_key(private: Path, field: str = "registry.signing_key") -> Path:
-    """Return the path of the public half of a key: beside it, or in a temporary folder where that cannot be written.
+    """Return the path of the public half of a key: beside it, or in a temporary folder if that is not writable.
 
     Args:
-        field: of the configuration that names the key.
+        field: field of the configuration that names the key.
 
     Raises:
         ConfigError: the key cannot be used.
@@ -93,10 +93,10 @@ def load_private_key(field: str, path: Path) -> ec.EllipticCurvePrivateKey:
     """Return a private key that can sign.
 
     Args:
-        field: of the configuration that names it.
+        field: field of the configuration that names the key.
 
     Raises:
-        ConfigError: it is not there, protected by a password, no private key, or of another kind.
+        ConfigError: it is missing, protected by a password, not a private key, or of another kind.
     """
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -117,7 +117,7 @@ def load_private_key(field: str, path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def check_public_key(field: str, path: Path) -> None:
-    """Check that a file holds a public key of which signatures can be checked.
+    """Check that a file has a public key that can verify signatures.
 
     Raises:
         ConfigError: it does not.
@@ -150,7 +150,7 @@ def load_certificates(field: str, path: Path) -> list[Certificate]:
 
 
 def check_signing_certificate(field: str, path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    """Check that a certificate is that of a key, valid today, and may be used for signatures.
+    """Check that a certificate belongs to a key, is valid today, and may be used for signatures.
 
     Raises:
         ConfigError: it is not.
@@ -171,7 +171,7 @@ def check_signing_certificate(field: str, path: Path, key: ec.EllipticCurvePriva
 
 
 def may_sign(certificate: Certificate) -> bool:
-    """Return whether a certificate has a key usage that `model-signing` asks for."""
+    """Return whether a certificate has a key usage that `model-signing` requires."""
     from cryptography import x509
 
     extensions = certificate.extensions
@@ -203,7 +203,7 @@ def _check_curve(field: str, path: Path, key: object) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write a file in one step: others may be reading it."""
+    """Write a file in one step, because others may be reading it."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
     temporary.write_bytes(content)
     temporary.replace(path)

@@ -1,4 +1,4 @@
-"""Records that say who has made them: JSON with a signature, for the place where they lie."""
+"""Signed records: JSON with a signature that is valid only for one place in storage."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ def seal(plain: Mapping[str, Any], place: str, signer: Signer, field: str = RECO
     """Return a record as the content of a file, signed.
 
     Args:
-        plain: what is recorded, as JSON types.
-        place: where it will lie, in words that stay the same wherever the storage root is moved to.
-        field: of the file that holds the record.
+        plain: content of the record, as JSON types.
+        place: place of the file, independent of the storage root.
+        field: field of the file with the record.
     """
     text = json.dumps({**plain, "place": place}, sort_keys=True)
     return json.dumps({field: text, "signature": signer.sign_text(text)}).encode()
 
 
 def unseal(content: bytes, place: str, trust: Trust, field: str = RECORD) -> dict[str, Any]:
-    """Return what a file records, as `seal` has made it.
+    """Return the record in the content of a file written by `seal`, after checking it.
 
     Args:
-        field: of the file that holds the record.
+        field: field of the file with the record.
 
     Raises:
-        SignatureError: it is damaged or not signed, nobody who is trusted has signed it, or it was signed for another
-            place.
+        SignatureError: it is damaged, not signed, not signed by a trusted key, or signed for another place.
     """
     try:
         entry = json.loads(content)
@@ -62,12 +61,12 @@ def said(content: bytes, field: str = RECORD) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Derived:
-    """A folder of what was computed from named inputs: its files, and a signed record of them that is written last.
+    """A folder of files computed from named inputs, with a signed record of them that is written last.
 
     Attributes:
-        folder: its address.
-        name: of the file of the record.
-        place: what the record is signed for, in words that stay the same wherever the storage root is moved to.
+        folder: address of the folder.
+        name: file name of the record.
+        place: place for which the record is signed, independent of the storage root.
     """
 
     storage: Storage
@@ -81,10 +80,10 @@ class Derived:
         return join(self.folder, self.name)
 
     def find(self, trust: Trust) -> dict[str, Any] | None:
-        """Return what is recorded; None where nothing is.
+        """Return the record; None if there is none.
 
         Raises:
-            SignatureError: nobody who is trusted has signed it.
+            SignatureError: it is not signed by a trusted key.
         """
         try:
             content = self.storage.read(self.uri)
@@ -97,14 +96,14 @@ class Derived:
         return seal(plain, self.place, signer)
 
     def record(self, plain: Mapping[str, Any], signer: Signer) -> None:
-        """Write a record in the place of one that is there."""
+        """Write a record, replacing an existing one."""
         self.storage.write(self.uri, self.sealed(plain, signer))
 
     def read(self, name: str, digest: str | None) -> bytes | None:
-        """Return a file of the folder that has this SHA-256; None where it is gone, or is another one.
+        """Return a file of the folder with this SHA-256; None if it is missing or differs.
 
         Args:
-            digest: None where no such file is recorded.
+            digest: SHA-256 of the file; None if it is not recorded.
         """
         if digest is None:
             return None
@@ -122,17 +121,17 @@ class Derived:
 
 @dataclass(frozen=True)
 class Authority:
-    """Who signs here, and who is believed."""
+    """The signer of this process, and the keys that it trusts."""
 
     signer: Signer
     trust: Trust
 
     @classmethod
     def of(cls, config: RegistryConfig) -> Authority:
-        """Return what the configuration names; the own key is made where it names none.
+        """Return the authority of a configuration; without a key in it, the own key is created.
 
         Raises:
-            ConfigError: a key or certificate is not there, or cannot be used.
+            ConfigError: a key or certificate is missing or cannot be used.
         """
         signer = Signer.of(config)
         return cls(signer, Trust.of(config))

@@ -1,4 +1,4 @@
-"""Signatures: of the folder of a model, and of the gate's verdicts, by key or certificate, without any network.
+"""Signatures of model folders and of the gate's verdicts, by key or certificate, without network access.
 
 The format is that of `model-signing` (OpenSSF), whose command line verifies our folders too. The verifier's
 configuration decides which signatures are trusted, never the signed data.
@@ -37,7 +37,7 @@ SIGNED_TEXT = "text"
 
 
 class SignatureError(PipelineError):
-    """A signature is missing, by somebody who is not trusted, or of something else; the message says which."""
+    """A signature is missing, not by a trusted key, or of something else; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Signer:
 
     Attributes:
         key: path of the private key, PEM, on the curve P-256, P-384 or P-521.
-        certificate: path of the certificate of the key; None to sign by the key alone.
-        chain: paths of the certificates between that and the root.
+        certificate: path of the certificate of the key; None to sign with the key only.
+        chain: paths of the certificates between the certificate and the root.
     """
 
     key: Path
@@ -56,7 +56,7 @@ class Signer:
 
     @classmethod
     def of(cls, config: RegistryConfig) -> Signer:
-        """Return the signer that the configuration names; without one, that of a key that is made on first use.
+        """Return the signer of a configuration; without a key in it, one with a key that is created on first use.
 
         Raises:
             ConfigError: the key or a certificate is not there, or cannot be used.
@@ -100,10 +100,10 @@ class Signer:
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose signatures are believed.
+    """The keys and root certificates whose signatures are trusted.
 
     Attributes:
-        keys: paths of public keys, PEM; one that is not there is that of nobody.
+        keys: paths of public keys, PEM; missing files are ignored.
         roots: paths of trusted root certificates, PEM.
     """
 
@@ -112,9 +112,9 @@ class Trust:
 
     @classmethod
     def of(cls, config: RegistryConfig) -> Trust:
-        """Return the trust that the configuration names; where it names none, that in the own key.
+        """Return the trust of a configuration; without keys in it, trust in the own key.
 
-        The own key is `registry.signing_key`, else that which is made on first use; here it is not made.
+        The own key is `registry.signing_key`, or else the one created on first use; it is not created here.
 
         Raises:
             ConfigError: a key or certificate is not there, or cannot be used.
@@ -131,13 +131,13 @@ class Trust:
         return cls((public_key(own) if own.exists() else own.with_suffix(".pub"),))
 
     def check_folder(self, folder: Path, signature: Path) -> str:
-        """Check that a folder is as somebody who is trusted has signed it, and return by whom, in words.
+        """Check that a folder is unchanged since a trusted key signed it, and return a description of the signer.
 
-        A signature by certificate counts for ever: it says nothing of when it was made, so the certificates are looked
-        at as of the first day of the signer's. The words say where the signer's has ended since.
+        A signature by certificate is valid for ever: it does not contain its time, so the certificates are checked as
+        of the first day of the signer's. The description says if the signer's certificate has expired since.
 
         Raises:
-            SignatureError: it is not; the message says why, and names the files that are not as they were.
+            SignatureError: it is not; the message says why, and names the changed files.
         """
         if not signature.is_file():
             raise SignatureError(f"it is not signed: {signature.name} is missing")
@@ -154,7 +154,7 @@ class Trust:
             except InvalidSignature as error:
                 raise SignatureError(f"its signature says that it is {signed.by}, and is not: it is forged") from error
             except Exception as error:
-                # The library raises ValueError for all else; only what somebody trusted has signed is compared.
+                # The library raises ValueError for everything else; only trusted signatures are compared.
                 if "Signature mismatch" in str(error):
                     changes = signed.changes(folder)
                     raise SignatureError(f"it was changed after it was signed: {changes or error}") from error
@@ -163,7 +163,7 @@ class Trust:
         )
 
     def check_text(self, text: str, signature: str) -> None:
-        """Check that a text is as somebody who is trusted has signed it.
+        """Check that a text is unchanged since a trusted key signed it.
 
         Raises:
             SignatureError: it is not.
@@ -187,7 +187,7 @@ class _Signed:
     """The contents of a signature, unverified; `model-signing` verifies it.
 
     Attributes:
-        by: whose it is, in words.
+        by: description of the signer.
         files: path in the folder -> SHA-256.
     """
 
@@ -211,7 +211,7 @@ class _Signed:
         return cls(f"by the certificate of {certificate.subject.rfc4514_string()}, {until}", files)
 
     def changes(self, folder: Path) -> str:
-        """Return which files of a folder are not as they were signed, in words."""
+        """Return a description of the files of a folder that differ from the signed ones."""
         return ", ".join(differences(self.files, {name: sha256(folder / name) for name in files_below(folder)}))
 
 
@@ -219,7 +219,7 @@ def check_signing(config: RegistryConfig) -> None:
     """Check, before anything starts, that versions can be signed and that this configuration trusts the signature.
 
     Raises:
-        ConfigError: a key or certificate cannot be used, or signatures with it are not believed here.
+        ConfigError: a key or certificate cannot be used, or this configuration does not trust signatures with it.
     """
     signer, trust = Signer.of(config), Trust.of(config)
     try:
@@ -237,7 +237,7 @@ def check_signing(config: RegistryConfig) -> None:
 
 @contextmanager
 def _as_folder(text: str) -> Iterator[Path]:
-    """Give a folder in which a text lies as a file, in a folder of its own."""
+    """Yield a temporary folder that contains a text as a file."""
     with tempfile.TemporaryDirectory(prefix="signed-", dir=scratch_folder()) as scratch:
         folder = Path(scratch)
         (folder / SIGNED_TEXT).mkdir()

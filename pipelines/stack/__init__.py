@@ -1,4 +1,4 @@
-"""The local stack on loopback: SeaweedFS as S3, an MLflow server, a Ray head, and Dagster where it is asked for.
+"""The local stack on loopback: SeaweedFS as S3, an MLflow server, a Ray head, and optionally Dagster.
 
 Everything lives in one folder (`.ddpm`, or DDPM_HOME): credentials made on first use, data, logs, and `stack.json`,
 which records what was started. A process is ours only if its ID *and* its start time are those recorded.

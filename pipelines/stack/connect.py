@@ -24,7 +24,7 @@ from pipelines.storage import StorageError, address_forms, check_address
 
 
 def missing_services(config: Config, environ: Mapping[str, str], wanted: Collection[str]) -> list[str]:
-    """Return those of `wanted` ("s3", "mlflow", "ray") that neither the configuration nor the environment names."""
+    """Return the services of `wanted` ("s3", "mlflow", "ray") without an address in configuration and environment."""
     named = {
         "s3": not config.storage.root.startswith("s3://")
         or not config.storage.local_stack
@@ -36,7 +36,7 @@ def missing_services(config: Config, environ: Mapping[str, str], wanted: Collect
 
 
 def check_addresses(config: Config) -> None:
-    """Check that the configuration names places that can be, before any service is started or asked.
+    """Check the addresses of a configuration before any service is started or contacted.
 
     Raises:
         ConfigError: no registered storage answers `storage.root` or `data.uri`.
@@ -52,10 +52,10 @@ def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -
     """Return the configuration with every address filled in, and model folders by their absolute paths.
 
     Args:
-        state: of the local stack; None where it is not needed.
+        state: state of the local stack; None if it is not needed.
 
     Raises:
-        ConfigError: the local stack is asked for a bucket that it does not have.
+        ConfigError: the local stack does not have the requested bucket.
     """
     storage, track, cluster = config.storage, config.tracking, config.cluster
     track = track.model_copy(update={"uri": track.uri or environ.get("MLFLOW_TRACKING_URI") or None})
@@ -82,7 +82,7 @@ def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -
 
 
 def anywhere(reference: str) -> str:
-    """Return a MODEL reference that processes in other folders understand, as workers are: a folder by its path."""
+    """Return a MODEL reference that is valid in other working directories, such as those of workers."""
     return reference if ":/" in reference else str(Path(reference).absolute())
 
 
@@ -94,14 +94,14 @@ def connect(
     home: Path | None = None,
     notice: StageNotice = no_stage_notice,
 ) -> Config:
-    """Start the services of the local stack that are needed, and return the configuration with every address filled in.
+    """Start the required services of the local stack, and return the configuration with every address filled in.
 
     No address keeps user info: it moves into this process's environment, from which a training's processes get the
     paths of files. Call it before ray is imported, because a driver of the local Ray head needs
     `stack.ray_environment` by then.
 
     Args:
-        wanted: the services that are needed, of "s3", "mlflow" and "ray".
+        wanted: required services, of "s3", "mlflow" and "ray".
         home: folder of the local stack; None for the default.
         notice: called with a service and its phase.
 
@@ -123,9 +123,10 @@ def connect(
 def connect_running(
     config: Config, environ: Mapping[str, str], wanted: Collection[str], *, home: Path | None = None
 ) -> tuple[Config, list[str]]:
-    """Return the configuration with the addresses of what runs, and the services that the local stack has to run.
+    """Return the configuration with the addresses of running services, and the services that the local stack has to
+    run.
 
-    It starts nothing: what does not run has no address.
+    It starts nothing: services that do not run have no address.
     """
     config, environ = _without_secrets_here(config, environ)
     missing = missing_services(config, environ, wanted)
@@ -142,17 +143,18 @@ def find_running(
     optional: Collection[str] = (),
     home: Path | None = None,
 ) -> Config:
-    """Return the configuration with every address filled in; nothing is started. For verbs that only look or tidy up.
+    """Return the configuration with every address filled in, without starting anything, for verbs that only read or
+    delete.
 
     Call it before ray is imported, as `connect`.
 
     Args:
-        wanted: the services that are needed, of "s3", "mlflow" and "ray".
-        optional: those whose addresses are filled in where they are running.
+        wanted: required services, of "s3", "mlflow" and "ray".
+        optional: services whose addresses are filled in if they are running.
         home: folder of the local stack; None for the default.
 
     Raises:
-        StackError: a service is needed that neither configuration nor environment names, and is not running here.
+        StackError: a required service has no address in configuration and environment, and is not running here.
     """
     config, environ = _without_secrets_here(config, environ)
     missing = missing_services(config, environ, [*wanted, *optional])
@@ -174,10 +176,11 @@ def find_running(
 
 
 def _without_secrets_here(config: Config, environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
-    """Return configuration and environment with no user info in addresses, which has moved into this process's.
+    """Return configuration and environment without user info in addresses, which is moved into this process's
+    environment.
 
     Raises:
-        ConfigError: an address is none, or has a password in it that cannot be moved.
+        ConfigError: an address is malformed, or has a password in it that cannot be moved.
     """
     os.environ.update(clean_environment(os.environ))
     config, variables = without_secrets(config)
@@ -187,10 +190,10 @@ def _without_secrets_here(config: Config, environ: Mapping[str, str]) -> tuple[C
 
 
 def client_environment(state: StackState | None, missing: Collection[str]) -> dict[str, str]:
-    """Return the variables that a process needs for the services of the local stack; it has to set them itself.
+    """Return the environment variables that a process has to set for the services of the local stack.
 
     Args:
-        missing: the services that neither the configuration nor the environment names.
+        missing: services without an address in configuration and environment.
     """
     if state is None:
         return {}
@@ -201,7 +204,7 @@ def client_environment(state: StackState | None, missing: Collection[str]) -> di
 
 
 def without_secrets(config: Config) -> tuple[Config, dict[str, str]]:
-    """Return the configuration with no user info in its addresses, and the variables that say the same to clients.
+    """Return the configuration without user info in its addresses, and the variables that give it to clients.
 
     Raises:
         ConfigError: an address for which there is no such variable has a password in it.

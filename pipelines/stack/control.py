@@ -1,4 +1,4 @@
-"""Start, stop and look at the local stack."""
+"""Starting, stopping and state of the local stack."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipelines.stack.services import (
 )
 
 PATIENCE_S = 30.0
-"""How long a running service is asked again before it is started anew, which of Ray would end a training."""
+"""Seconds for which a running service is tried before it is restarted; a restart of Ray would end a training."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class StackState:
 
 @dataclass(frozen=True)
 class ServiceStatus:
-    """The present state of one service.
+    """The current state of one service.
 
     Attributes:
-        running: whether its process is there.
+        running: whether its process exists.
         healthy: whether it answers.
-        log: where its output goes.
+        log: path of its log.
     """
 
     name: str
@@ -68,17 +68,17 @@ def up(
     notice: StageNotice = no_stage_notice,
     timeout_s: float = 90,
 ) -> StackState:
-    """Start those of `services` that are not running, wait until they answer, and return the addresses.
+    """Start the services that are not running, wait until they answer, and return the addresses.
 
-    A second call changes nothing. A service that runs and does not answer for `PATIENCE_S` seconds is started anew.
+    A second call changes nothing. A service that runs but does not answer for `PATIENCE_S` seconds is restarted.
 
     Args:
         services: of "s3", "mlflow" (which brings "s3"), "ray", and those of `ORCHESTRATOR`.
-        private: whether other users of this machine are kept out; None for what was chosen last, at first False.
+        private: whether other users of this machine are kept out; None for the last choice, at first False.
         notice: called with the service and its phase: "starting", "healthy", "slow to answer" or "already running".
 
     Raises:
-        StackError: a service does not start, and those that this call started are stopped again; or the stack runs
+        StackError: a service does not start, in which case those started by this call are stopped; or the stack runs
             with another choice of `private`.
     """
     bypass_proxies("http://127.0.0.1")  # the services inherit it: they call each other
@@ -122,7 +122,7 @@ def up(
                 end(running.pop(name))
             notice(name, "starting")
             started[name] = service = STARTERS[name](home, running)
-            record()  # should this process be killed, `down` and the next `up` know of it
+            record()  # if this process is killed, `down` and the next `up` know about it
             await_healthy(name, service, home, timeout_s)
             running[name] = service
             notice(name, "healthy")
@@ -144,9 +144,9 @@ def up(
 
 
 def down(home: Path | None = None, *, notice: StageNotice = no_stage_notice) -> list[str]:
-    """Stop what `up` started, with all descendants, and return the names of the stopped services.
+    """Stop the services that `up` started, with all descendants, and return their names.
 
-    Data and credentials stay.
+    Data and credentials are kept.
     """
     home = home or default_home()
     if not home.is_dir():
@@ -163,7 +163,8 @@ def down(home: Path | None = None, *, notice: StageNotice = no_stage_notice) -> 
 
 
 def status(home: Path | None = None) -> list[ServiceStatus]:
-    """Return the state of every service, of the orchestrator's where they run; each is asked whether it answers."""
+    """Return the state of every service, and of running ones of the orchestrator, after checking whether they
+    answer."""
     home = home or default_home()
     running = alive_services(home)
 
@@ -179,7 +180,7 @@ def status(home: Path | None = None) -> list[ServiceStatus]:
 
 
 def read_state(home: Path | None = None) -> StackState | None:
-    """Return the addresses of the services whose process is there, or None where there is none."""
+    """Return the addresses of the services whose process exists, or None if there are none."""
     home = home or default_home()
     running = alive_services(home)
     return _state(home, running) if running else None

@@ -18,7 +18,7 @@ from pipelines.presentation.errors import PipelineError
 
 
 def default_home() -> Path:
-    """Return the folder that DDPM_HOME names, else `.ddpm` in the current folder."""
+    """Return the folder in DDPM_HOME, or else `.ddpm` in the current folder."""
     return Path(os.environ.get("DDPM_HOME") or ".ddpm").resolve()
 
 
@@ -48,11 +48,11 @@ def locked(home: Path) -> Iterator[None]:
 
 
 def ray_folder(home: Path) -> Path:
-    """Return the folder of a local stack's Ray sessions, whose parent is made where it is not there.
+    """Return the folder of a local stack's Ray sessions; its parent is created if needed.
 
     Ray makes its sessions writable by everybody and cannot share `/tmp/ray` between users: they lie in a folder that is
     closed to others. Its path is short, as that of a socket must be. Each stack has its own, because Ray gives a
-    submitted job the address that the newest head has written there, whichever head it was submitted to.
+    submitted job the address that the newest head has written there, even if it was submitted to another head.
 
     Raises:
         StackError: the folder is another user's.

@@ -1,6 +1,6 @@
 """Dagster beside the local stack: its webserver and its daemon, with their state in the stack's folder.
 
-The webserver asks nobody for a password, so that a private stack has none.
+The webserver has no password, so a private stack does not run it.
 """
 
 from __future__ import annotations
@@ -60,12 +60,11 @@ run_retries:                        # … and is tried again; a stage that fails
   max_retries: 3
   retry_on_asset_or_op_failure: false
 """
-"""The text of Dagster's own settings where there are none yet: how many runs at a time, and what becomes of one whose
-process is gone."""
+"""Default text of Dagster's own settings: the number of parallel runs, and the handling of runs without a process."""
 
 
 def orchestrator_environment(home: Path) -> dict[str, str]:
-    """Return the variables of Dagster's processes: where its state, its settings and the stack are; paths only."""
+    """Return the environment of Dagster's processes: paths of its state, its settings and the stack."""
     return {
         "DAGSTER_HOME": str(home / "dagster"),
         "DAGSTER_DISABLE_TELEMETRY": "yes",
@@ -75,7 +74,7 @@ def orchestrator_environment(home: Path) -> dict[str, str]:
 
 
 def prepare(home: Path) -> None:
-    """Make the folder of Dagster's state, and both files of settings where there are none.
+    """Create the folder of Dagster's state, and both files of settings if they do not exist.
 
     Raises:
         StackError: Dagster is not installed, or the stack is private.

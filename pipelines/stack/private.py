@@ -1,8 +1,8 @@
 """A local stack that other users of the machine cannot use: certificates for SeaweedFS, a password for MLflow.
 
-S3 asks for its key and Ray for its token in any case. SeaweedFS's own ports (master, volume, filer, admin, by HTTP and
-gRPC) ask for nobody's credentials unless they speak TLS and accept only clients with a certificate of the same
-authority: then no request without one is heard at all. MLflow's app `basic-auth` asks for a password.
+S3 always requires its key and Ray its token. SeaweedFS's own ports (master, volume, filer, admin, by HTTP and gRPC)
+require no credentials unless they use TLS and accept only clients with a certificate of the same authority: then all
+other requests are refused. MLflow's app `basic-auth` requires a password.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def read_private(home: Path) -> bool:
 
 
 def choose_private(home: Path, private: bool) -> None:
-    """Remember whether the stack of this folder is private, and make or remove what SeaweedFS reads.
+    """Store whether the stack of this folder is private, and create or remove SeaweedFS's settings.
 
     Raises:
         StackError: a package that a private stack needs is missing.
@@ -49,7 +49,7 @@ def choose_private(home: Path, private: bool) -> None:
                 f"a private stack needs {' and '.join(missing)}, which is not installed: "
                 "python -m pip install 'ddpm-pipelines[local]'"
             )
-        home.chmod(0o700)  # it may have been made before
+        home.chmod(0o700)  # it may exist already
         _ensure_certificates(home / "tls")
         _ensure_password(home)
         write_private(home / "security.toml", security_settings(home / "tls"))
@@ -59,7 +59,7 @@ def choose_private(home: Path, private: bool) -> None:
 
 
 def security_settings(tls: Path) -> str:
-    """Return SeaweedFS's security.toml: every server and client by the certificates of a folder, in both directions."""
+    """Return SeaweedFS's security.toml: mutual TLS for every server and client with the certificates in a folder."""
     authority, certificate, key = (json.dumps(str(tls / name)) for name in ("ca.crt", "node.crt", "node.key"))
     lines = ["[grpc]", f"ca = {authority}"]
     for name in _GRPC:
@@ -70,14 +70,14 @@ def security_settings(tls: Path) -> str:
 
 
 def client_context(home: Path) -> ssl.SSLContext:
-    """Return how the owner of a private stack speaks to SeaweedFS's own ports."""
+    """Return the TLS context with which the owner of a private stack connects to SeaweedFS's own ports."""
     context = ssl.create_default_context(cafile=str(home / "tls" / "ca.crt"))
     context.load_cert_chain(home / "tls" / "node.crt", home / "tls" / "node.key")
     return context
 
 
 def mlflow_environment(home: Path) -> dict[str, str]:
-    """Return the variables of the MLflow server's own process; its settings are in a file."""
+    """Return the environment of the MLflow server's process; its settings are in a file."""
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(home / "mlflow-auth.ini"),
         "MLFLOW_FLASK_SERVER_SECRET_KEY": (home / "mlflow-session-key").read_text(),
@@ -85,12 +85,12 @@ def mlflow_environment(home: Path) -> dict[str, str]:
 
 
 def credentials_file(home: Path) -> Path:
-    """Return the file with which clients of a private MLflow authenticate."""
+    """Return the credentials file for clients of a private MLflow."""
     return home / "mlflow-credentials"
 
 
 def _ensure_password(home: Path) -> None:
-    """Create MLflow's administrator, with a password of its own, unless it is there."""
+    """Create MLflow's administrator with a random password, unless it exists."""
     if credentials_file(home).exists():
         return
     password = secrets.token_urlsafe(24)
@@ -117,7 +117,7 @@ def _ini(values: dict[str, str]) -> str:
 
 
 def _ensure_certificates(folder: Path) -> None:
-    """Create an authority and a certificate of it for servers and clients alike, unless they are there."""
+    """Create an authority and its certificate for both servers and clients, unless they exist."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec

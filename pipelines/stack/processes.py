@@ -53,7 +53,7 @@ def launch(
     """Start a service in its own session, which Ctrl-C in the terminal does not reach, and return its record.
 
     Args:
-        folder: in which it runs; None for that of the stack.
+        folder: working directory; None for the folder of the stack.
     """
     # Addresses and keys in the user's environment belong to other servers.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "MLFLOW_", "RAY_", "WEED_"))}
@@ -72,7 +72,7 @@ def launch(
 
 
 def find_process(service: StartedService) -> psutil.Process | None:
-    """Return the recorded process, or None where it has ended or its ID belongs to another process now."""
+    """Return the recorded process, or None if it has ended or its ID belongs to another process now."""
     try:
         process = psutil.Process(service.pid)
         same = abs(process.create_time() - service.started) < 1
@@ -82,7 +82,7 @@ def find_process(service: StartedService) -> psutil.Process | None:
 
 
 def end(service: StartedService, grace_s: float = 8) -> None:
-    """Terminate a service with all its processes, and kill those that are left after a grace period.
+    """Terminate a service with all its processes, and kill the remaining ones after a grace period.
 
     Its processes are its descendants and those in its session. A session outlives its leader, and the system does not
     reuse its ID before the last member has ended.

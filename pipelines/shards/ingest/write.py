@@ -39,7 +39,7 @@ from pipelines.storage import Storage, is_local, join, layout
 __all__ = ["Ingested", "ingest", "source_digest"]
 
 ALONE_S = 20.0
-"""Seconds of writing from which on Ray tasks are worth their start, where there is a choice."""
+"""Seconds of writing above which Ray tasks are worth starting."""
 STALLED_S = 1800.0
 """Seconds without a finished Ray task, each of up to thousands of large images, after which none is waited for."""
 COMPARED = 500
@@ -186,7 +186,7 @@ class _Meter:
 def _fingerprints(
     images: Sequence[SourceImage], storage: Storage, threads: int, notice: Notice, *, over_ray: bool
 ) -> list[Fingerprint | None]:
-    """Return what images are compared by, of some hundreds at a time, in Ray tasks or in threads."""
+    """Return the fingerprints of images, computed in batches of some hundreds in Ray tasks or threads."""
     pieces = [images[first : first + COMPARED] for first in range(0, len(images), COMPARED)]
     if over_ray:
         import ray
@@ -211,7 +211,7 @@ def _write_shards(
     notice: Notice,
     obstacle: str | None,
 ) -> list[tuple[ShardRecord, bool]]:
-    """Write the shards as Ray tasks where that is possible, else in threads.
+    """Write the shards in Ray tasks if possible, else in threads.
 
     Args:
         obstacle: to Ray; None where there is none.
@@ -248,7 +248,7 @@ def _write_in_threads(
 
 
 def _obstacle_to_ray(source: str, uri: str) -> str | None:
-    """Return why Ray cannot write the shards; None where it can, "" where this process is not connected to Ray."""
+    """Return why Ray cannot write the shards; None if it can, "" if this process is not connected to Ray."""
     if "ray" not in sys.modules:
         return ""  # a connected process has imported ray
     import ray
