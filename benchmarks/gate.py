@@ -34,7 +34,7 @@ from ddpm.quality import FeatureMoments, FrechetInfluence, Measured, frechet_dis
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.measure import Measures
 from pipelines.evaluation.samples import balanced_labels
-from pipelines.registry.gate import decide
+from pipelines.registry.decision import decide
 
 SCALES = {"unguided": 1.0, "guided": 1.5, "early": 1.0}
 SAMPLES = {"type_i": 359, "attempts": 359}

@@ -2,14 +2,15 @@
 
 `package` makes a version and `scored` scores a model first, `evidence` is what it carries, signed, `contents` whether
 all is as it was then, and `verify` looks at a version as a whole, its data and the pictures that it draws included;
-`card` describes it on its page. `bounds` is what every version has to be, `comparison` draws samples of two of them
-on the same noise, `gate` decides, `verdict` is what was decided and the log of all decisions, and `promote` records a
-decision and moves the alias. `guard` puts an alias back that was moved otherwise.
+`card` describes it on its page. `gate` moves an alias, or refuses to: `comparison` draws samples of two versions on the
+same noise, `decision` says what every version has to be and whether one is better than the other, and `verdict` is what
+was decided and the log of all decisions. `guard` puts an alias back that was moved otherwise.
 """
 
 from pipelines.registry.card import describe
 from pipelines.registry.contents import check_version
 from pipelines.registry.evidence import Evidence, EvidenceError
+from pipelines.registry.gate import Gate
 from pipelines.registry.guard import Guard, Logs, watch
 from pipelines.registry.package import (
     RegistryError,
@@ -21,7 +22,6 @@ from pipelines.registry.package import (
     register_scored,
     write_version,
 )
-from pipelines.registry.promote import Gate
 from pipelines.registry.verdict import Verdict, VerdictLog, VerdictRow
 from pipelines.registry.verify import Verification, verify
 from pipelines.signing import SignatureError, Signer, Trust, check_signing

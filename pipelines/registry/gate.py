@@ -1,194 +1,409 @@
-"""What the gate decides: what every version has to be, and whether it is better than the present one.
-
-The bounds of every version are far below what a trained model does. They keep out what went wrong, and leave it to the
-comparison with the present version which of two working models is the better one. Nothing is read here.
-"""
+"""The gate: move an alias to a version, or back to the version before, or refuse; the decision is recorded first."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from ddpm.quality import Measured
-from pipelines.evaluation.compare import NEAREST
-from pipelines.evaluation.copies import LEAST
-from pipelines.evaluation.measure import Measures
-from pipelines.evaluation.paired import level, paired_test
-from pipelines.evaluation.scores import Estimate, Scores
-from pipelines.registry.verdict import VerdictRow
-
-POWER = 0.9
-"""Chance with which the difference that a number of samples is said to tell is told."""
-ACCURACY_LEVEL = 0.025
-"""Chance that a version of the same accuracy is refused for its accuracy."""
-ACCURACY_Z = NormalDist().inv_cdf(1 - ACCURACY_LEVEL)
-SAMPLES = "same samples of a seed"
-"""Line of the gate's table that two versions were scored by as many samples; the comparison draws its own."""
-NOISE_SHARE = 0.5
-"""Share of the distance of images of noise below which the distance has to be."""
-GUESS_SHARE = 0.1
-"""Share of the way from guessing to what real test images have that the accuracy has to be above guessing."""
-VARIETY_SHARE = 0.2
-"""Share of the recall and diversity of real test images that those of samples have to reach."""
-NAMES = {"frechet_distance": "Frechet distance", "kid": "kernel distance"}
+from ddpm.model import ModelSpec, read_spec
+from pipelines import tracking
+from pipelines.config import PREVIOUS, Config
+from pipelines.environment.scratch import scratch_folder
+from pipelines.evaluation.scores import Scores
+from pipelines.presentation.progress import Display
+from pipelines.registry.card import describe
+from pipelines.registry.comparison import compare, gate_seed, open_data, request_of, subject_of
+from pipelines.registry.contents import check_version
+from pipelines.registry.decision import SAMPLES, absolute_bounds, comparable, decide
+from pipelines.registry.envelope import model_folder
+from pipelines.registry.evidence import Evidence
+from pipelines.registry.package import RegistryError
+from pipelines.registry.verdict import Verdict, VerdictLog, VerdictRow, now, standing
+from pipelines.registry.verify import check_data
+from pipelines.signing import Signer, Trust, check_signing
+from pipelines.storage import Storage
+from pipelines.tracking import ModelVersion
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What a comparison comes to.
+class OpenedVersion:
+    """A version whose folder is on this machine.
 
     Attributes:
-        passed: whether the version may take the alias.
-        reason: in words.
-        rows: lines of the gate's table.
+        evidence: None where it has none that is believed.
+        rows: lines of the gate's table about its signature, evidence, tags and files.
+        folder: with its model, as long as the version is open.
+        spec: the description of the model; None where that cannot be read.
     """
 
-    passed: bool
-    reason: str
+    version: ModelVersion
+    evidence: Evidence | None
     rows: tuple[VerdictRow, ...]
+    folder: Path
+    spec: ModelSpec | None
+
+    @property
+    def believed(self) -> bool:
+        """Whether signature, evidence and tags are as they should be."""
+        return self.evidence is not None and self.wrong is None
+
+    @property
+    def wrong(self) -> VerdictRow | None:
+        """The first line of the table that does not pass; None where all do, and then there is evidence."""
+        return next((row for row in self.rows if not row.passed), None)
 
 
-def decide(
-    candidate: Measures, present: Measures, attempt: int, champion: str, margin: float | None = None
-) -> Decision:
-    """Decide by the paired difference of two versions' distances, in its standard errors, one-sided.
+@dataclass(frozen=True)
+class Gate:
+    """The gate before one alias of a registered model.
+
+    Attributes:
+        config: names the services, the evaluator, who signs and who is believed.
+        display: shows what is done.
+        connect: connects this process to the Ray cluster; called only where samples have to be drawn.
+        model: name of the registered model.
+        alias: the alias.
+    """
+
+    config: Config
+    display: Display
+    connect: Callable[[], None]
+    model: str
+    alias: str
+
+    @property
+    def storage(self) -> Storage:
+        """Reads and writes what is stored."""
+        return Storage.of(self.config)
+
+    @property
+    def log(self) -> VerdictLog:
+        """The decisions so far."""
+        trust = Trust.of(self.config.registry)
+        return VerdictLog.of(self.config.storage.root, self.model, self.alias, self.storage, trust)
+
+    @property
+    def uri(self) -> str:
+        """Address of the MLflow server."""
+        assert self.config.tracking.uri is not None
+        return self.config.tracking.uri
+
+    def promote(self, version: ModelVersion, *, margin: float | None = None, dry_run: bool = False) -> Verdict:
+        """Decide whether a version may take the alias, record the decision, and move the alias if it may.
+
+        Args:
+            margin: distance by which the version may be worse; None where it has to be better.
+            dry_run: whether nothing is recorded or moved. What is compared then is drawn from other noise, so that
+                nobody can choose among versions by the noise that decides.
+
+        Raises:
+            ConfigError: the decision could not be signed, or would not be believed here.
+            RegistryError: the version is none of this model, or was scored by another evaluator.
+        """
+        if version.name != self.model:
+            raise RegistryError(f"{version.uri} is no version of {self.model}")
+        if not dry_run:
+            check_signing(self.config.registry)
+        number, verdicts = self.log.next_number(), self.log.read()
+        if _is(version, self._let_through(verdicts)):
+            wrong = self._wrong(version)
+            if wrong is not None:
+                return _refused(Verdict(False, "", self.model, self.alias, version.version), [wrong])
+            if dry_run:
+                reason = f"the alias {self.alias} belongs there by the log of decisions"
+                return Verdict(True, reason, self.model, self.alias, version.version)
+            self._settle(version, None)
+            return self._there(version)
+        champion, first = self._champion(verdicts), "the alias has no version yet"
+        if _is(version, champion):  # somebody has moved the alias without the gate, which judges it as the first one
+            champion, first = None, "no version with the alias has passed yet"
+        opened, verdict = self._judge(version, champion, verdicts, margin, first, dry_run)
+        if dry_run or verdict in verdicts:
+            return verdict
+        if not self.log.add(verdict, Signer.of(self.config.registry), number):
+            # Somebody decided in between: samples are stored, so that only the decision is made anew.
+            return self.promote(version, margin=margin)
+        self._record(verdict, opened)
+        if verdict.passed:
+            self._settle(version, champion)
+        return verdict
+
+    def holds(self, version: ModelVersion) -> Verdict | None:
+        """Return that the alias is at a version, by the log and in MLflow, and that the version is what was signed.
+
+        None where one of them does not hold. Nothing is written.
+        """
+        present = tracking.version(self.uri, self.model, alias=self.alias)
+        there = _is(version, present) and _is(version, self._let_through(self.log.read()))
+        return self._there(version) if there and self._wrong(version) is None else None
+
+    def taken(self, version: ModelVersion) -> Verdict | None:
+        """Return the rollback that took the alias from a version, unless it got it again. Nothing is written."""
+        rollback = None
+        for verdict in reversed(self.log.read()):
+            if verdict.rollback and verdict.champion == version.version:
+                rollback = rollback or verdict
+            elif verdict.passed and verdict.version == version.version:  # or another model's, which had its number then
+                same = verdict.served_digest == version.tags.get("served_digest", "")
+                return rollback if same else None
+        return None
+
+    def _there(self, version: ModelVersion) -> Verdict:
+        return Verdict(True, f"the alias {self.alias} is there already", self.model, self.alias, version.version)
+
+    def incomparable(self, version: ModelVersion) -> ModelVersion | None:
+        """Return the version at the alias where its scores are not of the data and evaluator of another one's.
+
+        That is what the tags of both say, which decides nothing: `promote` goes by signed evidence. Nothing is written.
+
+        Returns:
+            None where they can be compared, or where there is nothing to compare.
+        """
+        champion = self._champion(self.log.read())
+        if champion is None or champion.version == version.version:
+            return None
+        try:
+            ours, theirs = (Scores.from_plain(json.loads(v.tags["scores"])) for v in (version, champion))
+        except (KeyError, ValueError, TypeError):
+            return None
+        return None if all(row.passed for row in comparable(ours, theirs, champion.uri)) else champion
+
+    def rollback(self, *, dry_run: bool = False) -> Verdict:
+        """Give the alias back to the version that had it before the present one.
+
+        Raises:
+            ConfigError: the decision could not be signed, or would not be believed here.
+            RegistryError: there is none, or it is no longer what was signed.
+        """
+        if not dry_run:
+            check_signing(self.config.registry)
+        number, verdicts = self.log.next_number(), self.log.read()
+        held = [version for verdict in standing(verdicts) if (version := self._version(verdict)) is not None]
+        if len(held) < 2:
+            raise RegistryError(
+                f"{self.alias} of {self.model} has had no other version that is still there: nothing to go back to"
+            )
+        version = held[-2]
+        with self._opened(version) as opened:
+            if (wrong := opened.wrong) is not None:
+                raise RegistryError(
+                    f"{version.uri}, which had {self.alias} before, is not what was signed ({wrong.name}: "
+                    f"{wrong.figure}): promote another version, or restore its files"
+                )
+            assert opened.evidence is not None
+            verdict = Verdict(
+                passed=True,
+                reason=f"rolled back from version {held[-1].version}",
+                model=self.model,
+                alias=self.alias,
+                version=version.version,
+                champion=held[-1].version,
+                served_digest=opened.evidence.served_digest,
+                content_digest=opened.evidence.content_digest,
+                rollback=True,
+                at=now(),
+            )
+            if dry_run:
+                return verdict
+            if not self.log.add(verdict, Signer.of(self.config.registry), number):
+                return self.rollback()
+            self._record(verdict, opened)
+        self._settle(version, held[-3] if len(held) > 2 else None)
+        return verdict
+
+    def _wrong(self, version: ModelVersion) -> VerdictRow | None:
+        """Return the first line about the files and tags of a version that does not pass; None where all do."""
+        with self._opened(version) as opened:
+            return opened.wrong
+
+    def _champion(self, verdicts: Sequence[Verdict]) -> ModelVersion | None:
+        """Return the version that the alias belongs to by the log, or by the alias where there is no log yet."""
+        found = self._let_through(verdicts)
+        return tracking.version(self.uri, self.model, alias=self.alias) if found is None else found
+
+    def _let_through(self, verdicts: Sequence[Verdict]) -> ModelVersion | None:
+        """Return the version that the alias belongs to by the log; None where that lets none through that is there."""
+        for verdict in reversed(standing(verdicts)):
+            found = self._version(verdict)
+            if found is not None:
+                return found
+        return None
+
+    def _version(self, verdict: Verdict) -> ModelVersion | None:
+        """Return the version of a decision; None where it is gone, or another model has its number now."""
+        found = tracking.version(self.uri, self.model, number=verdict.version)
+        same = found is not None and found.tags.get("served_digest", "") == verdict.served_digest
+        return found if same else None
+
+    def _record(self, verdict: Verdict, opened: OpenedVersion) -> None:
+        """Write a decision onto its version, for whoever reads its page, and its model card anew."""
+        tags = {f"gate.{self.alias}": str(verdict), f"gate.{self.alias}.table": tracking.to_json(verdict.to_plain())}
+        tracking.set_version_tags(self.uri, self.model, verdict.version, tags)
+        if opened.evidence is not None and opened.spec is not None:
+            describe(self.uri, opened.version, opened.evidence, opened.spec, verdict, self.storage)
+
+    def _settle(self, version: ModelVersion, before: ModelVersion | None) -> None:
+        """Let the alias point to a version, and `previous` to that before it, if any."""
+        if before is not None:
+            tracking.set_alias(self.uri, self.model, PREVIOUS, before.version)
+        tracking.set_alias(self.uri, self.model, self.alias, version.version)
+
+    def _judge(
+        self,
+        version: ModelVersion,
+        champion: ModelVersion | None,
+        verdicts: Sequence[Verdict],
+        margin: float | None,
+        first: str,
+        dry_run: bool,
+    ) -> tuple[OpenedVersion, Verdict]:
+        """Return a version and the decision about it; one made before with as many samples is found again.
+
+        Args:
+            first: why it passes where there is no champion.
+        """
+        with self._opened(version) as candidate:
+            evidence = candidate.evidence
+            verdict = Verdict(
+                passed=False,
+                reason="",
+                model=self.model,
+                alias=self.alias,
+                version=version.version,
+                served_digest="" if evidence is None else evidence.served_digest,
+                content_digest="" if evidence is None else evidence.content_digest,
+                champion=None if champion is None else champion.version,
+                at=now(),
+            )
+            rows = list(candidate.rows)
+            if evidence is not None:
+                rows += [*check_data(evidence, self.storage), *absolute_bounds(evidence.scores)]
+            if not all(row.passed for row in rows):
+                return candidate, _refused(verdict, rows)
+            verdict = replace(verdict, rows=tuple(rows))
+            if champion is None:
+                return candidate, replace(verdict, passed=True, reason=first)
+            with self._opened(champion) as present:
+                return candidate, self._against(candidate, present, verdict, verdicts, margin, dry_run)
+
+    def _against(
+        self,
+        candidate: OpenedVersion,
+        champion: OpenedVersion,
+        verdict: Verdict,
+        verdicts: Sequence[Verdict],
+        margin: float | None,
+        dry_run: bool,
+    ) -> Verdict:
+        """Return the decision about a version that is what it should be, against the present one."""
+        assert candidate.evidence is not None
+        name = champion.version.uri
+        if champion.believed:
+            assert champion.evidence is not None
+            unlike = comparable(candidate.evidence.scores, champion.evidence.scores, name)
+        else:
+            wrong = champion.wrong
+            assert wrong is not None
+            unlike = [VerdictRow(f"{name}: {wrong.name}", wrong.figure, wrong.bound, passed=False)]
+        if not all(row.passed for row in unlike):
+            present = _content_digest(champion, verdicts)
+            if verdict.content_digest == present:
+                reason = f"it is the model of {name}, with evidence that can be compared from now on"
+                return replace(verdict, passed=True, reason=reason)
+            refused = _refused(verdict, [*verdict.rows, *unlike])
+            command = " ".join(["ddpm register", name, *_other_settings(candidate, champion)])
+            mend = f"first `{command}`, which scores it anew, and promote the version that this makes"
+            if present is None:
+                back = f"`ddpm promote models:/{self.model} --alias {self.alias} --rollback`"
+                mend = (
+                    f"nobody who is trusted has signed what {name} serves: trust its signer, or give it back by {back}"
+                )
+            return replace(refused, reason=f"{refused.reason}; {mend}")
+        assert champion.evidence is not None
+        data = open_data(candidate.evidence, self.config, self.display, self.connect)
+        against = champion.evidence.served_digest
+        request = request_of(
+            self.config, data.evaluator.encoder.width, gate_seed(self.model, self.alias, against, dry_run)
+        )
+        assert request.n is not None
+        rows = (*verdict.rows, *unlike)
+        verdict = replace(verdict, champion_digest=against, n=request.n, margin=margin, rows=rows)
+        judged = _judged_before(verdicts, verdict, unlike)
+        if judged is not None:  # one that passed has lost the alias since, and takes it again by what was found then
+            return replace(judged, version=verdict.version, at=now() if judged.passed else judged.at)
+        self.display.stage("gate", f"{request.n:,} samples of {candidate.version.uri} and of {name}, on the same noise")
+        ours = subject_of(candidate.folder, candidate.evidence, data)
+        theirs = subject_of(champion.folder, champion.evidence, data)
+        measured = compare(ours, theirs, request, data, self.display)
+        attempts = [v.attempt for v in verdicts if v.champion_digest == verdict.champion_digest]
+        attempt = 1 + max(attempts, default=0)
+        found = decide(*measured, attempt, name, margin)
+        return replace(verdict, passed=found.passed, reason=found.reason, attempt=attempt, rows=(*rows, *found.rows))
+
+    @contextmanager
+    def _opened(self, version: ModelVersion) -> Iterator[OpenedVersion]:
+        """Give a version whose folder is on this machine, with what can be said of it without drawing."""
+        with tempfile.TemporaryDirectory(prefix="version-", dir=scratch_folder()) as scratch:
+            folder = tracking.download_version(self.uri, version, Path(scratch))
+            evidence, rows = check_version(folder, version.tags, Trust.of(self.config.registry))
+            inside, spec = model_folder(folder), None
+            with suppress(ValueError):
+                spec = read_spec(inside)
+            yield OpenedVersion(version, evidence, tuple(rows), inside, spec)
+
+
+def _is(version: ModelVersion, other: ModelVersion | None) -> bool:
+    """Return whether another version of the model is this one."""
+    return other is not None and other.version == version.version
+
+
+def _other_settings(candidate: OpenedVersion, champion: OpenedVersion) -> list[str]:
+    """Return the overrides with which the champion is scored as a candidate was; none of what is alike already."""
+    assert candidate.evidence is not None
+    ours, theirs = candidate.evidence.scores, None if champion.evidence is None else champion.evidence.scores
+    data = candidate.evidence.dataset_uri
+    trained = None if champion.spec is None else champion.spec.lineage.get("dataset_uri")
+    settings = [] if trained == data else [f"data.uri={data}"]
+    if theirs is None or theirs.n != ours.n:
+        settings.append(f"evaluation.n={ours.n}")
+    if theirs is None or theirs.evaluator != ours.evaluator:
+        settings.append(f"evaluation.evaluator={ours.evaluator}")
+    return settings
+
+
+def _refused(verdict: Verdict, rows: Sequence[VerdictRow]) -> Verdict:
+    """Return the verdict that names the first line of the table that does not pass."""
+    wrong = next(row for row in rows if not row.passed)
+    return replace(verdict, reason=f"{wrong.name}: {wrong.figure}; asked for: {wrong.bound}", rows=tuple(rows))
+
+
+def _judged_before(verdicts: Sequence[Verdict], verdict: Verdict, alike: Sequence[VerdictRow]) -> Verdict | None:
+    """Return the decision that was made about the same model against the same champion with as many samples.
 
     Args:
-        candidate, present: of the version, and of the one at the alias, on the same noise.
-        attempt: which one it is against this champion, from 1.
-        champion: name of the version at the alias.
-        margin: distance by which the version may be worse; None where it has to be better.
+        alike: the lines that say by which evaluator, on which data and prompts both were scored: of others, a decision
+            says nothing.
     """
-    ours, theirs, accuracies = candidate.distance, present.distance, (candidate.accuracy, present.accuracy)
-    difference = theirs - ours
-    error, needed = difference.standard_error, NormalDist().inv_cdf(1 - level(attempt))
-    name = NAMES[candidate.measure]
-    distances = f"{name} {ours.value:.4g} against {theirs.value:.4g}"
-    asked = f"better than {champion}" if margin is None else f"not worse than {champion} by {margin:g}"
-    if not math.isfinite(difference.value) or not error > 0:
-        why = "a distance that is not a number" if not math.isfinite(difference.value) else "the same samples"
-        row = VerdictRow(asked, distances, "a difference that can be measured", passed=False)
-        return Decision(False, f"the two versions give {why}: {distances}", (row,))
-    z, _ = paired_test(difference, margin or 0.0)
-    bound = f"z >= {needed:.2f} (attempt {attempt}, level {level(attempt):.3g})"
-    rows = [VerdictRow(asked, f"{distances}: z = {z:.2f}", bound, z >= needed), *_accuracy(*accuracies, champion)]
-    failed = [row for row in rows[1:] if not row.passed]
-    if z < needed:
-        return Decision(False, _not_passed(ours.n, difference.value, error, needed, distances, rows[1:]), tuple(rows))
-    if failed:
-        return Decision(False, f"{failed[0].name}: {failed[0].figure}, asked for {failed[0].bound}", tuple(rows))
-    by = f"by {z:.1f} standard errors of the paired difference, where {needed:.2f} are asked for"
-    word = "better" if margin is None else f"not worse by {margin:g}"
-    return Decision(True, f"{word}: {distances}, {by}", tuple(rows))
+    fields = ("served_digest", "champion_digest", "n", "margin")
+    judging = {(row.name, row.figure) for row in alike if row.name != SAMPLES}
+    for earlier in reversed(verdicts):
+        if not earlier.attempt or any(getattr(earlier, name) != getattr(verdict, name) for name in fields):
+            continue
+        if judging <= {(row.name, row.figure) for row in earlier.rows}:
+            return earlier
+    return None
 
 
-def _not_passed(n: int, gain: float, error: float, needed: float, distances: str, more: Sequence[VerdictRow]) -> str:
-    """Return why a version does not pass: it is worse, or the difference is too small for this many samples.
+def _content_digest(champion: OpenedVersion, verdicts: Sequence[Verdict]) -> str | None:
+    """Return what somebody who is trusted has signed of the files of the present version; None without any.
 
-    Args:
-        more: lines that a version has to pass too, each of which refuses an equal one with `ACCURACY_LEVEL`.
+    Its own folder says nothing where it is not believed: it may have been made to look like another one's.
     """
-    if gain <= -needed * error:
-        return f"worse: {distances}, by {-gain / error:.1f} standard errors of the paired difference"
-    told = (needed + NormalDist().inv_cdf(POWER / (1 - ACCURACY_LEVEL) ** len(more))) * error
-    return (
-        f"not distinguishable: {distances}, {gain / error:.1f} standard errors of the paired difference, where "
-        f"{needed:.2f} are asked for. {n:,} samples of each tell a difference of {told:.2g} in {POWER:.0%} of cases; "
-        f"{3 * n:,} more would tell one of {told / 2:.2g} (registry.n={4 * n})"
-    )
-
-
-def _accuracy(ours: Measured | None, theirs: Measured | None, champion: str) -> list[VerdictRow]:
-    """Return the line of the table that a better distance is not bought with accuracy; none without classes."""
-    if ours is None and theirs is None:
-        return []
-    name = f"accuracy not below that of {champion}"
-    if ours is None or theirs is None:
-        return [VerdictRow(name, "known of one of them only", "known of both", passed=False)]
-    least = theirs.value - ACCURACY_Z * (theirs - ours).standard_error
-    bound = f"at least {least:.4f}: {theirs.value:.4f} less {ACCURACY_Z:.2f} standard errors of the paired difference"
-    return [VerdictRow(name, f"{ours.value:.4f}", bound, ours.value >= least)]
-
-
-def comparable(ours: Scores, theirs: Scores, champion: str) -> list[VerdictRow]:
-    """Return the lines of the table that say whether the same evaluator scored two versions on the same data."""
-    names = {"evaluator_digest": "same evaluator", "stream_digest": "same data with quarantine", "n": SAMPLES}
-    rows = []
-    for field, words in names.items():
-        mine, its = getattr(ours, field), getattr(theirs, field)
-        short = [str(value)[:12] or "not known" for value in (mine, its)]
-        rows.append(VerdictRow(words, short[0], f"{short[1]}, as {champion}", bool(mine) and mine == its))
-    if ours.prompts is not None or theirs.prompts is not None:
-        mine, its = ((scores.prompts or {}).get("captions_digest", "none") for scores in (ours, theirs))
-        rows.append(VerdictRow("same prompts", mine[:12], f"{its[:12]}, as {champion}", mine == its))
-    return rows
-
-
-def absolute_bounds(scores: Scores) -> list[VerdictRow]:
-    """Return the gate's table of bounds that concern a version alone; what is missing or no number does not pass."""
-    rows = [_finite(scores), _not_noise(scores)]
-    if "class_accuracy" in scores:
-        rows.append(_above_guessing(scores["class_accuracy"]))
-    rows += [_varied(scores, name, words) for name, words in (("recall", "recall"), ("diversity", "diversity"))]
-    rows.append(_no_copies(scores))
-    return rows
-
-
-def _finite(scores: Scores) -> VerdictRow:
-    if "finite" not in scores:
-        return _missing("finite samples")
-    share = scores["finite"].value
-    return VerdictRow("finite samples", f"{share:.4%}" if share < 1 else "all", "all", share == 1)
-
-
-def _not_noise(scores: Scores) -> VerdictRow:
-    name = "not noise: distance"
-    found = scores.estimates.get("frechet_distance")
-    if found is None or found.ceiling is None:
-        return _missing(name)
-    bound = NOISE_SHARE * found.ceiling
-    asked = f"at most {bound:.4g}, {NOISE_SHARE:g} of what noise has"
-    return VerdictRow(name, f"{found.value:.4g}", asked, math.isfinite(found.value) and found.value <= bound)
-
-
-def _above_guessing(found: Estimate) -> VerdictRow:
-    name = "not noise: accuracy"
-    if found.ceiling is None or found.low is None:
-        return _missing(name)
-    real = 1.0 if found.floor is None else found.floor
-    figure = f"{found.value:.4f}, whose interval begins at {found.low:.4f}"
-    others = f"guessing has {found.ceiling:.4f}, real test images have {real:.4f}"
-    if real <= found.ceiling:  # such an evaluator cannot tell noise by its class
-        return VerdictRow(name, figure, f"nothing; {others}", passed=True)
-    bound = found.ceiling + GUESS_SHARE * (real - found.ceiling)
-    return VerdictRow(name, figure, f"an interval above {bound:.4f}; {others}", found.low >= bound)
-
-
-def _varied(scores: Scores, score: str, words: str) -> VerdictRow:
-    name = f"not collapsed: {words}"
-    found = scores.estimates.get(score)
-    if found is None or found.floor is None:
-        return _too_few(name, NEAREST)
-    bound = VARIETY_SHARE * found.floor
-    asked = f"at least {bound:.4g}, {VARIETY_SHARE:g} of what real test images have"
-    return VerdictRow(name, f"{found.value:.4g}", asked, found.value >= bound)
-
-
-def _no_copies(scores: Scores) -> VerdictRow:
-    if scores.memorisation is None:
-        return _too_few("not copies", LEAST)
-    copies = scores.memorisation["copies"]
-    return VerdictRow("not copies", scores.memorisation["verdict"], "no copies of training images", not copies)
-
-
-def _too_few(name: str, least: int) -> VerdictRow:
-    asked = (
-        f"known, from at least {least} samples, train images and test images: add images, or raise data.test_fraction"
-    )
-    return VerdictRow(name, "not known", asked, passed=False)
-
-
-def _missing(name: str) -> VerdictRow:
-    return VerdictRow(name, "not known", "known: score and register the version anew", passed=False)
+    if champion.believed and champion.evidence is not None:
+        return champion.evidence.content_digest
+    signed = [verdict for verdict in standing(verdicts) if verdict.version == champion.version.version]
+    return (signed[-1].content_digest or None) if signed else None

@@ -28,7 +28,7 @@ from pipelines.presentation.images import Picture
 from pipelines.presentation.progress import Notice, no_notice
 from pipelines.registry import Verdict
 from pipelines.registry.card import PICTURES, parameters
-from pipelines.registry.gate import comparable
+from pipelines.registry.decision import comparable
 from pipelines.report.facts import Facts, Tried
 from pipelines.report.subject import ReportSubject
 from pipelines.search.space import get_value

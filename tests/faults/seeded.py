@@ -261,7 +261,7 @@ AROUND = (
         "pipelines/evaluation/paired.py",
         "return LEVEL / attempt**2",
         "return LEVEL / attempt",
-        ("tests/pipelines/registry/test_gate.py::test_every_attempt_is_tested_at_a_smaller_level",),
+        ("tests/pipelines/registry/test_decision.py::test_every_attempt_is_tested_at_a_smaller_level",),
     ),
     Fault(
         "paired_difference",
@@ -269,7 +269,7 @@ AROUND = (
         "ddpm/quality/intervals.py",
         "self.influence - other.influence, self.over",
         "self.influence + other.influence, self.over",
-        ("tests/pipelines/registry/test_gate.py::test_what_both_have_in_common_does_not_count",),
+        ("tests/pipelines/registry/test_decision.py::test_what_both_have_in_common_does_not_count",),
     ),
     Fault(
         "unsigned_evidence",

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from pipelines.evaluation.scores import Estimate, Scores
-from pipelines.registry.gate import absolute_bounds
+from pipelines.registry.decision import absolute_bounds
 
 GOOD = Scores(
     estimates={

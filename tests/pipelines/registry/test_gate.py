@@ -1,191 +1,173 @@
-"""The gate promotes a better version and, however often it is asked, hardly ever one that is not."""
+"""What the gate's door does around its decision: who signs it, what it is about, and when an earlier one answers."""
 
-import math
+from __future__ import annotations
+
 from dataclasses import replace
-from statistics import NormalDist
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from ddpm.quality import FeatureMoments, FrechetInfluence, Measured
-from pipelines.evaluation.measure import Measures
-from pipelines.evaluation.paired import level
-from pipelines.evaluation.scores import Estimate, Scores
+from ddpm.model import ModelSpec
+from pipelines import tracking
+from pipelines.config import ConfigError, compose
+from pipelines.presentation.progress import Silent
+from pipelines.registry import Gate, Trust, Verdict
 from pipelines.registry.comparison import gate_seed
-from pipelines.registry.gate import ACCURACY_LEVEL, comparable, decide
+from pipelines.registry.decision import SAMPLES, comparable
+from pipelines.registry.gate import OpenedVersion, _content_digest, _judged_before, _other_settings
+from pipelines.registry.verdict import VerdictLog, VerdictRow
+from pipelines.signing.keys import public_key
+from pipelines.storage import Storage
+from pipelines.tracking import ModelVersion
+from tests.pipelines.registry.version import SPEC, scores
+from tests.pipelines.signing.authority import write_key
 
-REFERENCE = FeatureMoments.of(torch.randn(4_000, 8, generator=torch.Generator().manual_seed(1)))
-
-
-def frechet(samples) -> Measured:
-    influence = FrechetInfluence.of(REFERENCE, FeatureMoments.of(samples))
-    return Measured(influence.distance, influence(samples))
-
-
-def samples(generator, n=300, shift=0.3):
-    return 1.2 * torch.randn(n, 8, generator=generator) + shift
+STORAGE = Storage()
 
 
-def measured(value: float, error: float = 0.1, seed: int = 0, n: int = 100) -> Measured:
-    influence = torch.randn(n, generator=torch.Generator().manual_seed(seed)).double()
-    influence = influence - influence.mean()
-    return Measured(value, influence / influence.std() * error * math.sqrt(n))
+@pytest.fixture
+def world(home, tmp_path, monkeypatch):
+    """A gate before `champion` of two versions that passes every one, and what it was asked and has moved."""
+    made = [ModelVersion("m", number, "r", {"served_digest": number}, ()) for number in "12"]
+    found = SimpleNamespace(versions=made, aliases={}, judged=[], moved=[], wrong=None)
+
+    def version(uri, name, *, alias=None, number=None):
+        wanted = found.aliases.get(alias) if alias else number
+        return next((v for v in made if v.version == wanted), None)
+
+    def judge(self, version, champion, verdicts, margin, first, dry_run):
+        found.judged.append((version.version, champion.version if champion else first))
+        number = version.version
+        return None, Verdict(True, "judged", self.model, self.alias, number, served_digest=number)
+
+    def set_alias(uri, name, alias, number):
+        found.moved.append((alias, number))
+        found.aliases[alias] = number
+
+    monkeypatch.setattr(tracking, "version", version)
+    monkeypatch.setattr(tracking, "set_alias", set_alias)
+    monkeypatch.setattr(Gate, "_judge", judge)
+    monkeypatch.setattr(Gate, "_wrong", lambda self, version: found.wrong)
+    monkeypatch.setattr(Gate, "_record", lambda self, verdict, opened: None)
+    found.config = compose(["+experiment=digits", f"storage.root=file://{tmp_path}", "tracking.uri=http://mlflow"])
+    found.gate = Gate(found.config, Silent(), lambda: None, "m", "champion")
+    return found
 
 
-def by(distance: Measured, accuracy: Measured | None = None) -> Measures:
-    return Measures("frechet_distance", distance, accuracy)
+def test_a_decision_that_nobody_here_would_believe_is_not_made(world, tmp_path):
+    other = public_key(write_key(tmp_path / "other.pem", ec.generate_private_key(ec.SECP256R1())))
+    stranger = world.config.registry.model_copy(update={"trusted_keys": (str(other),)})
+    gate = replace(world.gate, config=world.config.model_copy(update={"registry": stranger}))
+    with pytest.raises(ConfigError, match="would not be believed here"):
+        gate.promote(world.versions[0])
+    with pytest.raises(ConfigError, match="would not be believed here"):
+        gate.rollback()
+    assert (world.judged, world.moved, gate.log.next_number()) == ([], [], 0)
+    assert gate.promote(world.versions[0], dry_run=True).passed
 
 
-def compared(
-    gain: float, candidate_accuracy: Measured | None = None, champion_accuracy: Measured | None = None
-) -> tuple[Measures, Measures]:
-    return by(measured(10.0 - gain, seed=1), candidate_accuracy), by(measured(10.0, seed=2), champion_accuracy)
+def test_an_alias_that_was_moved_by_hand_proves_nothing(world):
+    world.aliases["champion"] = "1"
+    assert world.gate.holds(world.versions[0]) is None
+    assert world.gate.promote(world.versions[0]).reason == "judged"
+    assert world.judged == [("1", "no version with the alias has passed yet")]
+    assert world.gate.holds(world.versions[0]).passed
+    assert world.gate.promote(world.versions[0]).reason == "the alias champion is there already"
+    assert len(world.judged) == 1
 
 
-def test_a_nearer_version_passes_and_an_equal_or_farther_one_does_not():
-    better = decide(*compared(1.0), 1, "models:/digits/1")
-    assert better.passed
-    assert better.reason.startswith("better: Frechet distance 9 against 10, by ")
-    equal = decide(*compared(0.05), 1, "models:/digits/1")
-    assert not equal.passed
-    assert equal.reason.startswith("not distinguishable: Frechet distance 9.95 against 10")
-    assert "300 more would tell one of" in equal.reason
-    worse = decide(*compared(-1.0), 1, "models:/digits/1")
-    assert not worse.passed
-    assert worse.reason.startswith("worse: ")
+def test_a_dry_run_does_not_put_an_alias_back_where_it_belongs(world):
+    world.gate.promote(world.versions[0])
+    world.aliases["champion"] = "2"
+    world.moved.clear()
+    verdict = world.gate.promote(world.versions[0], dry_run=True)
+    assert (verdict.passed, verdict.reason) == (True, "the alias champion belongs there by the log of decisions")
+    assert world.moved == []
+    world.gate.promote(world.versions[0])
+    assert world.moved == [("champion", "1")]
 
 
-def test_what_more_samples_are_said_to_tell_is_told_in_nine_cases_of_ten():
-    error = decide(*compared(0.0), 1, "it")
-    told = float(error.reason.split("tell a difference of ")[1].split(" ")[0])
-    ours, theirs = compared(0.0)
-    spread = (theirs.distance - ours.distance).standard_error
-    generator = torch.Generator().manual_seed(0)
-    gains = told + spread * torch.randn(2_000, generator=generator)
-    shifted = measured(10.0, seed=2)
-    passed = sum(
-        decide(by(replace(measured(10.0, seed=1), value=10.0 - g)), by(shifted), 1, "it").passed for g in gains.tolist()
-    )
-    assert 0.88 < passed / len(gains) < 0.92
+def test_a_version_that_has_the_alias_is_refused_once_its_files_are_not_what_was_signed(world):
+    world.gate.promote(world.versions[0])
+    world.moved.clear()
+    world.wrong = VerdictRow("signature", "model.safetensors is another", "by somebody who is trusted", False)
+    assert world.gate.holds(world.versions[0]) is None
+    verdict = world.gate.promote(world.versions[0])
+    assert (verdict.passed, verdict.reason.startswith("signature: model.safetensors is another")) == (False, True)
+    assert (world.moved, world.gate.log.next_number()) == ([], 1)
+    assert not world.gate.promote(world.versions[0], dry_run=True).passed
 
 
-def test_what_both_have_in_common_does_not_count():
-    shared = measured(0.0, error=5.0, seed=3)
-    ours, theirs = measured(9.0, seed=1), measured(10.0, seed=2)
-    both = [Measured(one.value, one.influence + shared.influence) for one in (ours, theirs)]
-    assert decide(by(both[0]), by(both[1]), 1, "it").passed
-    apart = Measured(ours.value, ours.influence + measured(0.0, error=5.0, seed=4).influence)
-    assert not decide(by(apart), by(both[1]), 1, "it").passed
+def test_what_a_dry_run_compares_is_drawn_from_other_noise_than_what_decides():
+    seeds = [gate_seed("m", "champion", "d"), gate_seed("m", "champion", "d", dry_run=True)]
+    assert len({*seeds, gate_seed("m", "champion", "e", dry_run=True)}) == 3
 
 
-def test_the_same_samples_and_distances_that_are_no_numbers_do_not_pass():
-    assert "the same samples" in decide(by(measured(10.0)), by(measured(10.0)), 1, "it").reason
-    assert "not a number" in decide(by(measured(math.nan)), by(measured(10.0, seed=2)), 1, "it").reason
+def present(evidence, *rows: bool, version: str = "1") -> OpenedVersion:
+    table = tuple(VerdictRow("signature", "", "", passed) for passed in rows)
+    return OpenedVersion(ModelVersion("m", version, "r", {}, ()), evidence, table, Path("nowhere"), None)
 
 
-def test_every_attempt_is_tested_at_a_smaller_level():
-    assert [level(k) for k in (1, 2, 10)] == [0.025, 0.00625, 0.00025]
-    assert decide(*compared(0.31), 1, "it").passed
-    assert not decide(*compared(0.31), 2, "it").passed
-    assert "attempt 2, level 0.00625" in decide(*compared(0.31), 2, "it").rows[0].bound
+def test_what_the_present_version_serves_is_known_by_what_is_signed_alone():
+    evidence = SimpleNamespace(content_digest="c1")
+    logged = replace(EARLIER, version="1", content_digest="c0")
+    assert _content_digest(present(evidence, True), [logged]) == "c1"
+    assert _content_digest(present(evidence, False), [logged]) == "c0"  # its folder may have been made to look alike
+    assert _content_digest(present(None, False), [logged]) == "c0"
+    assert _content_digest(present(evidence, False), [replace(logged, content_digest="")]) is None
+    assert _content_digest(present(evidence, False, version="3"), [logged]) is None
 
 
-def test_a_version_may_be_allowed_to_be_worse_by_a_margin():
-    assert not decide(*compared(-0.1), 1, "it").passed
-    passed = decide(*compared(-0.1), 1, "it", margin=1.0)
-    assert passed.passed
-    assert passed.reason.startswith("not worse by 1: ")
-    assert not decide(*compared(-0.9), 1, "it", margin=1.0).passed
+ALIKE = comparable(scores(), scores(), "models:/m/1")
+EARLIER = Verdict(True, "better", "m", "champion", "2", "c", "1", "d", 1, 359, rows=tuple(ALIKE))
 
 
-def accuracy(value: float, seed: int, n: int = 1_000) -> Measured:
-    """The accuracy of samples of which this share is right, whichever these are."""
-    right = torch.arange(n) < n * value
-    return Measured.mean(right[torch.randperm(n, generator=torch.Generator().manual_seed(seed))].double())
+@pytest.mark.parametrize(
+    "now, answers",
+    [
+        ({}, True),
+        ({"n": 500}, True),  # the comparison draws samples of its own
+        ({"evaluator_digest": "another"}, False),
+        ({"stream_digest": "another"}, False),
+        ({"prompts": {"captions_digest": "p"}}, False),
+    ],
+)
+def test_an_earlier_decision_answers_only_where_evaluator_and_data_are_the_same(now, answers):
+    asked = replace(EARLIER, version="4", attempt=0, rows=())
+    alike = comparable(scores(**now), scores(**now), "models:/m/3")
+    assert SAMPLES in {row.name for row in alike}
+    assert (_judged_before([EARLIER], asked, alike) is EARLIER) is answers
+    assert _judged_before([EARLIER], replace(asked, n=400), alike) is None
 
 
-def test_distance_is_not_bought_with_accuracy():
-    allowed = compared(1.0, candidate_accuracy=accuracy(0.96, 1), champion_accuracy=accuracy(0.97, 2))
-    assert decide(*allowed, 1, "it").passed
-    refused = decide(*compared(1.0, candidate_accuracy=accuracy(0.90, 1), champion_accuracy=accuracy(0.97, 2)), 1, "it")
-    assert not refused.passed
-    assert refused.reason.startswith("accuracy not below that of it: 0.9000, asked for at least 0.94")
-    assert not decide(*compared(1.0, champion_accuracy=accuracy(0.97, 2)), 1, "it").passed
-    # The same samples are right but for a few: then a small difference is one.
-    nested = compared(1.0, candidate_accuracy=accuracy(0.96, 1), champion_accuracy=accuracy(0.97, 1))
-    assert not decide(*nested, 1, "it").passed
+def opened(data: str, trained: str | None = "file:///old", **fields) -> OpenedVersion:
+    evidence = None if data == "" else SimpleNamespace(scores=scores(**fields), dataset_uri=data)
+    spec = None if trained is None else replace(SPEC, lineage={"dataset_uri": trained})
+    assert spec is None or isinstance(spec, ModelSpec)
+    return OpenedVersion(None, evidence, (VerdictRow("signature", "", "", passed=True),), None, spec)
 
 
-def test_a_version_as_accurate_as_the_present_one_is_refused_for_its_accuracy_in_the_cases_that_are_said():
-    generator, refused, trials = torch.Generator().manual_seed(0), 0, 2_000
-    better = [measured(5.0, seed=1), measured(10.0, seed=2)]
-    for _ in range(trials):
-        right = [Measured.mean((torch.rand(better[0].n, generator=generator) < 0.9).double()) for _ in range(2)]
-        found = decide(by(better[0], right[0]), by(better[1], right[1]), 1, "it")
-        refused += not found.passed
-    assert refused / trials == pytest.approx(ACCURACY_LEVEL, abs=0.011)  # three standard errors
+@pytest.mark.parametrize(
+    "candidate, champion, settings",
+    [
+        (opened("file:///old"), opened("file:///old"), []),
+        (opened("file:///new"), opened("file:///old"), ["data.uri=file:///new"]),
+        (opened("file:///new"), opened("file:///new"), ["data.uri=file:///new"]),
+        (opened("file:///old", n=500), opened("file:///old"), ["evaluation.n=500"]),
+        (
+            opened("file:///old", evaluator="encoder"),
+            opened("", None),
+            ["data.uri=file:///old", "evaluation.n=359", "evaluation.evaluator=encoder"],
+        ),
+    ],
+)
+def test_a_refusal_names_what_scores_the_champion_as_the_candidate_was(candidate, champion, settings):
+    assert _other_settings(candidate, champion) == settings
 
 
-def test_the_line_about_accuracy_counts_in_what_more_samples_are_said_to_tell():
-    def told(found) -> float:
-        return float(found.reason.split("tell a difference of ")[1].split(" ")[0])
-
-    classes = compared(0.0, candidate_accuracy=accuracy(0.9, 1), champion_accuracy=accuracy(0.9, 2))
-    with_line, without = told(decide(*classes, 1, "it")), told(decide(*compared(0.0), 1, "it"))
-    z = NormalDist().inv_cdf
-    wanted = (z(0.975) + z(0.9 / 0.975)) / (z(0.975) + z(0.9))
-    assert with_line / without == pytest.approx(wanted, rel=0.03)  # both are said with two digits
-
-
-@pytest.mark.parametrize("paired", [True, False])
-def test_of_two_versions_that_are_equally_good_one_passes_in_the_cases_that_are_said(paired):
-    """A pair of samples of the same noise is exchanged at random between the two, so neither is better."""
-    generator = torch.Generator().manual_seed(0)
-    passed = 0
-    for _ in range(1_000):
-        one = samples(generator)
-        other = 0.5 * one + 0.866 * samples(generator, shift=0.17) if paired else samples(generator)
-        exchange = (torch.rand(len(one), 1, generator=generator) < 0.5).float()
-        ours, theirs = exchange * one + (1 - exchange) * other, exchange * other + (1 - exchange) * one
-        passed += decide(by(frechet(ours)), by(frechet(theirs)), 1, "it").passed
-    assert 12 <= passed <= 38
-
-
-def test_of_many_attempts_against_one_champion_hardly_any_passes_wrongly():
-    generator = torch.Generator().manual_seed(1)
-    wrong = 0
-    for _ in range(200):
-        champion = frechet(samples(generator, 200))
-        for attempt in range(1, 11):
-            candidate = frechet(samples(generator, 200))
-            wrong += decide(by(candidate), by(champion), attempt, "it").passed
-    assert wrong <= 16  # 8.2 are expected at most; more than 16 would happen once in 200 repetitions
-
-
-def test_scores_of_another_evaluator_other_data_or_another_number_do_not_compare():
-    scores = Scores(
-        estimates={"frechet_distance": Estimate(1.0)},
-        n=359,
-        seeds=(1,),
-        evaluator="classifier",
-        evaluator_digest="e",
-        features=64,
-        real_accuracy=1.0,
-        dataset_digest="d",
-        stream_digest="s",
-        real={"train": 719, "test": 359},
-        sampling={},
-    )
-    assert all(row.passed for row in comparable(scores, scores, "it"))
-    for change in ({"evaluator_digest": "x"}, {"stream_digest": "x"}, {"n": 10}, {"stream_digest": ""}):
-        assert [row.passed for row in comparable(replace(scores, **change), scores, "it")].count(False) == 1
-    nothing = replace(scores, stream_digest="")
-    assert not all(row.passed for row in comparable(nothing, nothing, "it"))
-
-
-def test_the_noise_of_a_comparison_is_that_of_its_champion():
-    assert gate_seed("digits", "champion", "a") == gate_seed("digits", "champion", "a")
-    others = [("digits", "champion", "b"), ("digits", "staging", "a"), ("faces", "champion", "a")]
-    seeds = {gate_seed(*other) for other in others} | {gate_seed("digits", "champion", "a")}
-    assert len(seeds) == 4
-    assert all(0 <= seed < 1 << 63 for seed in seeds)
+def test_the_log_is_that_of_the_alias(world):
+    world.gate.promote(world.versions[0])
+    log = VerdictLog.of(world.config.storage.root, "m", "champion", STORAGE, Trust.of(world.config.registry))
+    assert [verdict.version for verdict in log.read()] == ["1"]
