@@ -32,7 +32,7 @@ def test_a_folder_and_a_budget_give_a_registered_model_and_the_same_command_goes
     answer = done.answer
     assert "plan  conditions: 2 classes (the folders or labels of the images)" in done.err
     assert "plan  network: " in done.err
-    assert "learns them by heart" in done.err
+    assert "memorises them" in done.err
     assert answer["skipped"] == []
     assert answer["model"] == "models:/figures/1"
     assert answer["plan"]["images"] >= 64

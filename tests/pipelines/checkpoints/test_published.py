@@ -112,5 +112,5 @@ def test_an_average_of_another_width_is_made_from_published_snapshots(tmp_path, 
     assert all(torch.equal(t, torch.full_like(t, 100.0)) for t in tracked.values())
     between = reconstruct_average(tracker, Storage(), 0.07)
     assert between.keys() == UNet(SMALL).state_dict().keys()
-    with pytest.raises(ModelError, match="the target stands at 500"):
+    with pytest.raises(ModelError, match="the target is at 500"):
         reconstruct_average(tracker, Storage(), 0.1, 500)
