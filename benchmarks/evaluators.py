@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.results import Size, commit, make_parser, mean, publish
 from ddpm.quality import FeatureMoments
 from pipelines.evaluation.compare import measured_frechet
-from pipelines.evaluation.evaluators.base import Encoded, Encoder
+from pipelines.evaluation.evaluators.base import Encoded, FeatureEncoder
 from pipelines.evaluation.evaluators.classifier import train_classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive, train_contrastive
 from pipelines.shards.ingest.sources import open_source
@@ -59,18 +59,18 @@ class Digits:
         return cls(*parts["train"], *parts["test"])
 
 
-Train = Callable[[Tensor, Tensor, int, int], Encoder]
+Train = Callable[[Tensor, Tensor, int, int], FeatureEncoder]
 
 
-def _classifier(images: Tensor, labels: Tensor, seed: int, passes: int) -> Encoder:
+def _classifier(images: Tensor, labels: Tensor, seed: int, passes: int) -> FeatureEncoder:
     return train_classifier(images, labels, 10, seed=seed, passes=passes)
 
 
-def _contrastive(images: Tensor, labels: Tensor, seed: int, passes: int) -> Encoder:
+def _contrastive(images: Tensor, labels: Tensor, seed: int, passes: int) -> FeatureEncoder:
     return train_contrastive(images, seed=seed, passes=passes)
 
 
-def _untrained(images: Tensor, labels: Tensor, seed: int, passes: int) -> Encoder:
+def _untrained(images: Tensor, labels: Tensor, seed: int, passes: int) -> FeatureEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Contrastive(images.shape[1], images.shape[2]).eval().requires_grad_(False)

@@ -30,7 +30,7 @@ from pipelines.environment.lineage import code_lineage
 
 if TYPE_CHECKING:
     from pipelines.config import Config
-    from pipelines.training.log_lines import Line
+    from pipelines.training.log_lines import LogLine
 
 FOLLOW_EVERY_S = 2.0
 WIDE = 400
@@ -180,7 +180,7 @@ def _ask(yes: bool, question: str) -> None:
         typer.confirm(question, abort=True, err=True)
 
 
-def _print(line: Line, *, to_stderr: bool) -> None:
+def _print(line: LogLine, *, to_stderr: bool) -> None:
     """Print a line on stdout, or on stderr if stdout is for JSON."""
     typer.echo(str(line), err=to_stderr)
 

@@ -26,7 +26,7 @@ from pipelines.evaluation.images import pack_samples, thumbnail_size, thumbnails
 from pipelines.evaluation.likelihoods import BATCH, Bounds, Likelihood, conditions, held_out_bound, likelihood
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.samples import Drawn, DrawnUnit, Plan, Request, SampleFiles, Subject, Unit
+from pipelines.evaluation.samples import DrawnRows, DrawnUnit, SampledModel, SampleFiles, SamplePlan, SampleSpec, Unit
 from pipelines.presentation.progress import Notice, Progress
 from pipelines.remote.actors import ActorPool, PooledActor, processors
 from pipelines.signing import Authority, Derived
@@ -42,8 +42,8 @@ class Sampled:
         files: that hold them.
     """
 
-    plan: Plan
-    rows: Drawn
+    plan: SamplePlan
+    rows: DrawnRows
     files: SampleFiles
 
     def prompt_accuracies(self, prompts: Prompts | None) -> list[Measured]:
@@ -71,7 +71,7 @@ class SamplingActors:
         notice: called where an actor is lost, and where what is stored is not believed.
     """
 
-    def __init__(self, data: EvaluationData, request: Request, authority: Authority | None, notice: Notice) -> None:
+    def __init__(self, data: EvaluationData, request: SampleSpec, authority: Authority | None, notice: Notice) -> None:
         self.data, self.request, self.authority, self.notice = data, request, authority, notice
         n = request.n or data.real.test.count
         units = len(request.seeds) * -(-n // request.batch_size)
@@ -88,7 +88,7 @@ class SamplingActors:
     def __exit__(self, *error: object) -> None:
         self.pool.__exit__(*error)
 
-    def _ask(self, subject: Subject, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    def _ask(self, subject: SampledModel, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Yield (place, result) of calls of a method of `Drawer` for a subject, as they finish."""
         if subject.digest not in self._shared:
             self._shared[subject.digest] = ray.put((subject.model.to("cpu"), subject.prompts))
@@ -96,7 +96,7 @@ class SamplingActors:
         reference = [self._shared[subject.digest]]
         return self.pool.map("of", [(reference, method, call) for call in calls])
 
-    def draw(self, subject: Subject, folder: Path, progress: Progress) -> Sampled:
+    def draw(self, subject: SampledModel, folder: Path, progress: Progress) -> Sampled:
         """Draw the samples of a subject, with their rows in files below `folder`; those that are stored are read."""
         model, evaluator = subject.model, self.data.evaluator
         channels, height, width = model.spec.shape
@@ -121,20 +121,20 @@ class SamplingActors:
                 progress(done, total)
         finally:
             files.write()
-        return Sampled(plan, Drawn(**rows), files)
+        return Sampled(plan, DrawnRows(**rows), files)
 
-    def evaluations(self, subject: Subject, plan: Plan) -> float:
+    def evaluations(self, subject: SampledModel, plan: SamplePlan) -> float:
         """Return how many network evaluations an image of a subject takes; see `Meter`."""
         ((_, found),) = self._ask(subject, "evaluations", [(plan.units()[0], plan.sampling)])
         return float(found)
 
-    def noise(self, subject: Subject, count: int, seed: int) -> NDArray[np.float32]:
+    def noise(self, subject: SampledModel, count: int, seed: int) -> NDArray[np.float32]:
         """Return the features of images of noise [N, D], which no model should be as bad as."""
         ((_, found),) = self._ask(subject, "noise", [(count, seed)])
         return np.asarray(found)
 
     def likelihood(
-        self, subject: Subject, images: NDArray[np.uint8], labels: NDArray[np.int64] | None, seed: int
+        self, subject: SampledModel, images: NDArray[np.uint8], labels: NDArray[np.int64] | None, seed: int
     ) -> Likelihood:
         """Return the likelihood of real images, uint8 [N, C, H, W], with their classes [N]."""
         spans = [slice(first, first + BATCH) for first in range(0, len(images), BATCH)]
@@ -143,7 +143,7 @@ class SamplingActors:
         parts = [found[place] for place in range(len(calls))]
         return Likelihood(Bounds.joined([part.bounds for part in parts]), np.concatenate([part.ode for part in parts]))
 
-    def bound(self, subject: Subject, images: Tensor, cond: Conditioning | None, seed: int) -> Tensor:
+    def bound(self, subject: SampledModel, images: Tensor, cond: Conditioning | None, seed: int) -> Tensor:
         """Return the bound of each of some real images [N], in [-1, 1]; see `held_out_bound`."""
         ((_, found),) = self._ask(subject, "bound", [(images, cond, seed)])
         assert isinstance(found, Tensor)
@@ -186,7 +186,7 @@ class Drawer:
         self.encode = evaluator.encoder.to(self.device)
         self.storage = storage
 
-    def draw(self, unit: Unit, plan: Plan, believed: Mapping[str, str]) -> DrawnUnit:
+    def draw(self, unit: Unit, plan: SamplePlan, believed: Mapping[str, str]) -> DrawnUnit:
         """Return the rows of a batch of samples; what is stored, and believed, is not made again.
 
         Args:
@@ -210,7 +210,7 @@ class Drawer:
         return DrawnUnit(rows, files, tuple(name for name in (unit.shard, name) if name in believed))
 
     def _images(
-        self, unit: Unit, plan: Plan, stored: Derived, believed: Mapping[str, str]
+        self, unit: Unit, plan: SamplePlan, stored: Derived, believed: Mapping[str, str]
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], dict[str, str]]:
         """Return the samples of a unit, uint8 [N, H, W, C], which are finite, and their file's SHA-256 by its name.
 

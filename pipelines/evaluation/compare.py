@@ -28,7 +28,7 @@ from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.real import Real, RealRows
 from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.samples import Drawn, Plan
+from pipelines.evaluation.samples import DrawnRows, SamplePlan
 from pipelines.evaluation.scores import Estimate
 
 NEIGHBOURS = 10_000
@@ -83,8 +83,8 @@ class Comparison:
         noise: features of images of noise [M, D].
     """
 
-    plan: Plan
-    drawn: Drawn
+    plan: SamplePlan
+    drawn: DrawnRows
     real: Real
     train: RealRows
     test: RealRows
@@ -92,7 +92,7 @@ class Comparison:
     noise: Tensor
 
     @classmethod
-    def of(cls, plan: Plan, drawn: Drawn, real: Real, noise: NDArray[np.float32], folder: Path) -> Comparison:
+    def of(cls, plan: SamplePlan, drawn: DrawnRows, real: Real, noise: NDArray[np.float32], folder: Path) -> Comparison:
         """Return the comparison; the rows of the real splits are loaded into files below `folder`."""
         train, test = (real.load(split, folder) for split in ("train", "test"))
         return cls(plan, drawn, real, train, test, real.reference(folder, NEIGHBOURS), torch.tensor(noise))

@@ -12,7 +12,7 @@ from ddpm.memorisation import Memorisation, Pair, feature_neighbours, memorisati
 from pipelines.evaluation.plots import label_grid
 from pipelines.evaluation.real import RealRows
 from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.samples import Drawn
+from pipelines.evaluation.samples import DrawnRows
 from pipelines.evaluation.scores import Estimate
 
 SAMPLES = 1_000
@@ -88,7 +88,7 @@ class Copies:
         return label_grid(tiles, len(self.pictures))
 
 
-def look_for_copies(train: RealRows, test: RealRows, drawn: Drawn, n: int) -> Copies | None:
+def look_for_copies(train: RealRows, test: RealRows, drawn: DrawnRows, n: int) -> Copies | None:
     """Compare the first samples with the training images, and real test images with the same ones.
 
     Args:

@@ -16,7 +16,7 @@ from pipelines.evaluation.compare import Comparison
 from pipelines.evaluation.copies import Copies, look_for_copies
 from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.likelihoods import Likelihood
-from pipelines.evaluation.samples import Request, SampleFiles, Subject
+from pipelines.evaluation.samples import SampledModel, SampleFiles, SampleSpec
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
 from pipelines.signing import Authority
@@ -42,8 +42,8 @@ class Evaluation:
 
 
 def evaluate(
-    subject: Subject,
-    request: Request,
+    subject: SampledModel,
+    request: SampleSpec,
     data: EvaluationData,
     *,
     authority: Authority | None = None,

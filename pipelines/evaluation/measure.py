@@ -18,7 +18,7 @@ from pipelines.environment.scratch import scratch_folder
 from pipelines.evaluation.actors import SamplingActors
 from pipelines.evaluation.compare import Distance, measured_accuracy
 from pipelines.evaluation.data import EvaluationData
-from pipelines.evaluation.samples import Request, SampleFiles, Subject
+from pipelines.evaluation.samples import SampledModel, SampleFiles, SampleSpec
 from pipelines.presentation.progress import Display
 from pipelines.signing import Authority
 
@@ -63,8 +63,8 @@ class MeasuredSamples(Measures):
 
 
 def measure(
-    subjects: Mapping[str, Subject],
-    request: Request,
+    subjects: Mapping[str, SampledModel],
+    request: SampleSpec,
     data: EvaluationData,
     display: Display,
     stage: str,

@@ -1,8 +1,8 @@
 """Samples of a model, drawn by actors of a Ray cluster and kept as WebDataset shards.
 
-What is drawn is decided by a `Plan` alone: image i of a noise seed has the label and the noise of its number, and is
-drawn in the batch that holds its number, so any number of actors gives the same images. Each batch is stored when it is
-ready, and a repetition after an interruption draws only those that are missing.
+What is drawn is decided by a `SamplePlan` alone: image i of a noise seed has the label and the noise of its number,
+and is drawn in the batch that holds its number, so any number of actors gives the same images. Each batch is stored
+when it is ready, and a repetition after an interruption draws only those that are missing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RECORD_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleSpec:
     """What is asked of samples: how many, and with what they are drawn.
 
     Attributes:
@@ -58,7 +58,7 @@ class Request:
     root: str
 
     @classmethod
-    def of(cls, config: Config) -> Request:
+    def of(cls, config: Config) -> SampleSpec:
         """Return what the configuration asks of an evaluation."""
         asked = config.evaluation
         return cls(
@@ -74,7 +74,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Subject:
+class SampledModel:
     """A model that draws samples with given settings.
 
     Attributes:
@@ -89,9 +89,9 @@ class Subject:
     sampling: Sampling
     prompts: Prompts | None = None
 
-    def plan(self, request: Request, real: Real) -> Plan:
+    def plan(self, request: SampleSpec, real: Real) -> SamplePlan:
         """Return which samples of it are asked for, to be compared with real images."""
-        return Plan(
+        return SamplePlan(
             self.digest,
             self.sampling,
             request.n or real.test.count,
@@ -104,7 +104,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplePlan:
     """Which samples are drawn, and where they are kept.
 
     Attributes:
@@ -195,7 +195,7 @@ class Unit:
         return f"seed-{self.seed}/{self.first:09d}"
 
     def rows(self, judges: Sequence[str]) -> str:
-        """Return the name of the file of what these evaluators say of its images, see `Drawn`."""
+        """Return the name of the file of what these evaluators say of its images, see `DrawnRows`."""
         return f"rows-{'-'.join(judges)}-{self.first:09d}.safetensors"
 
 
@@ -204,7 +204,7 @@ class DrawnUnit:
     """What an actor gives of a unit.
 
     Attributes:
-        rows: of its samples, see `Drawn`.
+        rows: of its samples, see `DrawnRows`.
         files: name of each stored file of it that was read or written -> its SHA-256.
         changed: names of the stored files that were not what was believed, and were made again.
     """
@@ -224,7 +224,7 @@ class SampleFiles:
         notice: called where what is stored is not believed.
     """
 
-    def __init__(self, plan: Plan, storage: Storage, authority: Authority | None, notice: Notice) -> None:
+    def __init__(self, plan: SamplePlan, storage: Storage, authority: Authority | None, notice: Notice) -> None:
         self.plan, self.authority, self.notice = plan, authority, notice
         self.stored = plan.stored(storage)
         self._written, self._new = time.monotonic(), False
@@ -292,7 +292,7 @@ def balanced_labels(n: int, class_counts: Sequence[int], seed: int) -> NDArray[n
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnRows:
     """Rows of all samples of a plan, one noise seed after another, in files.
 
     Attributes:

@@ -26,7 +26,7 @@ from pipelines.evaluation.evaluate import Evaluation, evaluate
 from pipelines.evaluation.likelihoods import Likelihood
 from pipelines.evaluation.plots import MAX_COLUMNS, class_grid, grid_choice
 from pipelines.evaluation.recorded import Scored, recorded
-from pipelines.evaluation.samples import Request, Subject, read_images
+from pipelines.evaluation.samples import SampledModel, SampleSpec, read_images
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Display, Notice, no_notice
@@ -46,8 +46,8 @@ class _NotMadeError(PipelineError):
 class _Asked:
     """The scores that are asked for: of everything that draws, judged by everything that judges."""
 
-    subject: Subject
-    request: Request
+    subject: SampledModel
+    request: SampleSpec
     data: EvaluationData
 
     @classmethod
@@ -61,7 +61,7 @@ class _Asked:
             DatasetError, ConfigError: the data cannot be used to score the model.
         """
         data.check(model.spec)
-        return cls(subject_of(model, digest, settings, data), Request.of(data.config), data)
+        return cls(subject_of(model, digest, settings, data), SampleSpec.of(data.config), data)
 
     @property
     def images_seen(self) -> int:
@@ -215,7 +215,7 @@ def _said(display: Display) -> Notice:
     return partial(display.stage, "evaluate")
 
 
-def subject_of(model: Model, model_digest: str, settings: Sampling, data: EvaluationData) -> Subject:
+def subject_of(model: Model, model_digest: str, settings: Sampling, data: EvaluationData) -> SampledModel:
     """Return a model as what draws samples, under the digest of all networks that its settings name.
 
     Args:
@@ -230,7 +230,7 @@ def subject_of(model: Model, model_digest: str, settings: Sampling, data: Evalua
             decisive += [setting.name, digest]
     if decisive:
         model_digest = hashlib.sha256(json.dumps([model_digest, *decisive]).encode()).hexdigest()
-    return Subject(model, model_digest, settings, data.prompts(model.spec))
+    return SampledModel(model, model_digest, settings, data.prompts(model.spec))
 
 
 def digest_of(resolved: Resolved) -> str:
@@ -243,7 +243,7 @@ def weights_digest(model: Model) -> str:
     return tensors_digest(model.network.state_dict(), model.spec.to_json())
 
 
-def _pictures(done: Evaluation, subject: Subject, most: int) -> dict[str, NDArray[np.uint8]]:
+def _pictures(done: Evaluation, subject: SampledModel, most: int) -> dict[str, NDArray[np.uint8]]:
     """Return pictures by their keys: some samples, and those nearest to a training image.
 
     The samples stand by class, or by caption where there are few different ones.
@@ -256,7 +256,7 @@ def _pictures(done: Evaluation, subject: Subject, most: int) -> dict[str, NDArra
     return pictures if done.copies is None else pictures | {"nearest-training-images": done.copies.picture()}
 
 
-def _kinds(done: Evaluation, subject: Subject) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+def _kinds(done: Evaluation, subject: SampledModel) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Return the kinds of samples of the first seed by their names, and the kind of each sample, int64 [n]."""
     plan, prompts = done.files.plan, subject.prompts
     seed = plan.seeds[0]

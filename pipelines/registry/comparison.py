@@ -13,7 +13,7 @@ from pipelines.checkpoints.references import guided
 from pipelines.config import Config
 from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.measure import Measures, measure
-from pipelines.evaluation.samples import Request, Subject
+from pipelines.evaluation.samples import SampledModel, SampleSpec
 from pipelines.evaluation.scores import IMAGES_PER_FEATURE
 from pipelines.presentation.progress import Display
 from pipelines.registry.evidence import Evidence
@@ -35,10 +35,10 @@ def gate_seed(model: str, alias: str, champion_digest: str, dry_run: bool = Fals
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def request_of(config: Config, features: int, seed: int) -> Request:
+def request_of(config: Config, features: int, seed: int) -> SampleSpec:
     """Return which samples the configuration asks for to compare two versions, by an evaluator of so many features."""
     n = config.registry.n or max(LEAST, IMAGES_PER_FEATURE * features)
-    return replace(Request.of(config), n=n, seeds=(seed,), likelihood_images=0)
+    return replace(SampleSpec.of(config), n=n, seeds=(seed,), likelihood_images=0)
 
 
 def open_data(evidence: Evidence, config: Config, display: Display, connect: Callable[[], None]) -> EvaluationData:
@@ -60,16 +60,18 @@ def open_data(evidence: Evidence, config: Config, display: Display, connect: Cal
     return data
 
 
-def subject_of(folder: Path, evidence: Evidence, data: EvaluationData) -> Subject:
+def subject_of(folder: Path, evidence: Evidence, data: EvaluationData) -> SampledModel:
     """Return the model in the folder of a version, with its guiding networks and the settings that it serves."""
     model = load_model(folder)
     data.check(model.spec)
     settings = model.spec.sampling
-    return Subject(guided(model, settings, data.config.tracking.uri, data.storage), evidence.served_digest, settings)
+    return SampledModel(
+        guided(model, settings, data.config.tracking.uri, data.storage), evidence.served_digest, settings
+    )
 
 
 def compare(
-    candidate: Subject, champion: Subject, request: Request, data: EvaluationData, display: Display
+    candidate: SampledModel, champion: SampledModel, request: SampleSpec, data: EvaluationData, display: Display
 ) -> tuple[Measures, Measures]:
     """Draw the samples of both models on the Ray cluster, and return what they say, in this order.
 

@@ -153,7 +153,7 @@ class GuidanceSearch(Search):
         cond = asked_for(data.real, captions, self.study.samples, self.noise_seed)
         self.model = TrialSubject.of(model, data.evaluator, data.real, guides, cond)
 
-    def drawing(self, params: Params) -> samples.Subject:
+    def drawing(self, params: Params) -> samples.SampledModel:
         """Return the model with the settings of a trial."""
         settings = sampling(apply(self.base, params))
         return subject_of(self.model.guided(settings), digest_of(self.resolved), settings, self.data)

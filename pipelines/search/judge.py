@@ -24,7 +24,7 @@ from ddpm.schedule import make_schedule
 from pipelines.evaluation.compare import NEIGHBOURS, measured_frechet
 from pipelines.evaluation.cost import Meter
 from pipelines.evaluation.devices import task_device
-from pipelines.evaluation.evaluators import Encoder, Evaluator
+from pipelines.evaluation.evaluators import Evaluator, FeatureEncoder
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.likelihoods import conditions, held_out_bound
 from pipelines.evaluation.real import Real
@@ -256,7 +256,7 @@ class RungJudge:
     rungs: tuple[int, ...]
     samples: int
     cond: Conditioning | None
-    encoder: Encoder
+    encoder: FeatureEncoder
     reference: FeatureMoments
     held_out: tuple[Tensor, Conditioning | None]
     seed: int

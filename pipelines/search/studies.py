@@ -14,7 +14,7 @@ from pipelines import tracking
 from pipelines.config import Config
 from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.measure import MeasuredSamples, measure
-from pipelines.evaluation.samples import Request, Subject
+from pipelines.evaluation.samples import SampledModel, SampleSpec
 from pipelines.presentation.progress import Silent, StageNotice
 from pipelines.search.confirmation import DEFAULT, Confirmed, decide, winner_of
 from pipelines.search.judge import Reference
@@ -119,13 +119,15 @@ class Search(ABC):
             What the answer has beside that of all studies, notes on the cost, and trial -> images, uint8 [N, H, W, C].
         """
 
-    def measure(self, subjects: Mapping[str, Subject], n: int, seed: int, **options: Any) -> dict[str, MeasuredSamples]:
+    def measure(
+        self, subjects: Mapping[str, SampledModel], n: int, seed: int, **options: Any
+    ) -> dict[str, MeasuredSamples]:
         """Return what n new samples of each subject say, all on the same noise; see `pipelines.evaluation.measure`."""
-        request = replace(Request.of(self.base), n=n, seeds=(seed,))
+        request = replace(SampleSpec.of(self.base), n=n, seeds=(seed,))
         return measure(subjects, request, self.data, Lines(self.notice), "study", **options)
 
     def judge_again(
-        self, chosen: Mapping[str, Params], subjects: Mapping[str, Subject], seed: int, **options: Any
+        self, chosen: Mapping[str, Params], subjects: Mapping[str, SampledModel], seed: int, **options: Any
     ) -> list[Confirmed]:
         """Return the scores of new samples, best first; their distance decides, or the bounds where they are asked for.
 

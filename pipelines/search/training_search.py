@@ -24,7 +24,7 @@ from pipelines.checkpoints import ModelError, references
 from pipelines.config import Config, ConfigError, sampling
 from pipelines.evaluation.prompts import open_captions
 from pipelines.evaluation.real import HELD_OUT
-from pipelines.evaluation.samples import Subject
+from pipelines.evaluation.samples import SampledModel
 from pipelines.evaluation.scoring import digest_of, subject_of
 from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
 from pipelines.search.judge import RungJudge, asked_for, held_out_images
@@ -210,7 +210,7 @@ class TrainingSearch(Search):
         if not selected:
             self.say("nothing is confirmed: the configuration as it stands did not train to its end, see its trial")
             return []
-        models: dict[str, Subject] = {}
+        models: dict[str, SampledModel] = {}
         for trial, record in selected.items():
             try:
                 found = references.resolve(

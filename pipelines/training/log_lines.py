@@ -26,7 +26,7 @@ class NoSuchRunError(PipelineError):
 
 
 @dataclass(frozen=True)
-class Line:
+class LogLine:
     """A log line of a worker.
 
     Attributes:
@@ -76,9 +76,9 @@ class LogReader:
         self.storage, self.folder, self.rank = storage, folder, rank
         self._read: dict[str, tuple[str, int]] = {}  # address -> (tag, lines) of what was read
 
-    def new_lines(self) -> list[Line]:
+    def new_lines(self) -> list[LogLine]:
         """Return the lines that no earlier call returned, in order of time."""
-        found: list[Line] = []
+        found: list[LogLine] = []
         for entry in self.storage.list(join(self.folder, layout.LOGS)):
             name = _NAME.fullmatch(entry.uri.rsplit("/", 1)[-1])
             tag, seen = self._read.get(entry.uri, ("", 0))
@@ -93,14 +93,14 @@ class LogReader:
         return sorted(found, key=lambda line: line.time)
 
 
-def parse(data: bytes) -> Iterator[Line]:
+def parse(data: bytes) -> Iterator[LogLine]:
     """Yield the lines of an object."""
     for text in data.decode().splitlines():
         plain = json.loads(text)
-        yield Line(**{name: plain[name] for name in Line.__dataclass_fields__})
+        yield LogLine(**{name: plain[name] for name in LogLine.__dataclass_fields__})
 
 
-def encode(lines: Iterable[Line]) -> bytes:
+def encode(lines: Iterable[LogLine]) -> bytes:
     """Return lines as the bytes of a stored object."""
     return "".join(f"{line.to_json()}\n" for line in lines).encode()
 

@@ -22,7 +22,7 @@ from pipelines.evaluation.data import EvaluationData
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
-from pipelines.evaluation.samples import Request, Subject
+from pipelines.evaluation.samples import SampledModel, SampleSpec
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage
 
@@ -67,8 +67,8 @@ def main(dataset_uri: str, root: str, n: int) -> None:
 
     asked = [f"evaluation.n={n}", "evaluation.seeds=1", "evaluation.batch_size=500", "evaluation.likelihood_images=0"]
     asked += ["evaluation.actors=2", f"storage.root=file://{root}/{n}"]
-    request = Request.of(compose(["+experiment=digits", *asked]))
-    done = evaluate(Subject(model, f"stub-{n}", Sampling.of(steps=1)), request, data, progress=watch)
+    request = SampleSpec.of(compose(["+experiment=digits", *asked]))
+    done = evaluate(SampledModel(model, f"stub-{n}", Sampling.of(steps=1)), request, data, progress=watch)
     assert done.scores.n == n
     print(json.dumps({"n": n, "driver_kib": peak(psutil.Process()), "actor_kib": peaks["actors"]}))
 

@@ -11,10 +11,10 @@ import ray
 
 from pipelines.config import Config
 from pipelines.environment.scratch import scratch_folder
-from pipelines.evaluation.evaluators.base import Encoded, Encoder, Evaluator
+from pipelines.evaluation.evaluators.base import Encoded, Evaluator, FeatureEncoder
 from pipelines.evaluation.evaluators.encoder import check_encoder, open_encoder
 from pipelines.evaluation.evaluators.inception import check_inception, open_inception
-from pipelines.evaluation.evaluators.share import Share, reference_mask, reference_part
+from pipelines.evaluation.evaluators.share import TrainShare, reference_mask, reference_part
 from pipelines.evaluation.evaluators.stored import find, store
 from pipelines.evaluation.evaluators.train import Trainable, Training, train_on_ray
 from pipelines.presentation.errors import ConfigError
@@ -25,9 +25,9 @@ from pipelines.storage import Storage
 
 __all__ = [
     "Encoded",
-    "Encoder",
     "Evaluator",
-    "Share",
+    "FeatureEncoder",
+    "TrainShare",
     "check_evaluator",
     "evaluator_kind",
     "find_evaluator",

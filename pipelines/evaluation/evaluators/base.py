@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pipelines.evaluation.evaluators.share import Share
+from pipelines.evaluation.evaluators.share import TrainShare
 
 PART = 256
 """Images that an encoder has on its device at a time."""
@@ -29,7 +29,7 @@ class Encoded:
     probabilities: Tensor | None
 
 
-class Encoder(Protocol):
+class FeatureEncoder(Protocol):
     """Maps images to features; pickled to Ray tasks, and moved to their device by `to`.
 
     It prepares the images itself (size, channels, scale), so that whoever has them passes them as they are, and takes
@@ -42,7 +42,7 @@ class Encoder(Protocol):
         """Return the features of images uint8 [N, C, H, W], which may be on any device."""
         ...
 
-    def to(self, device: torch.device) -> Encoder:
+    def to(self, device: torch.device) -> FeatureEncoder:
         """Return the encoder with its weights on a device."""
         ...
 
@@ -61,14 +61,14 @@ class Evaluator:
         share: of the train split, on which it was trained; None where it was trained on other data.
     """
 
-    encoder: Encoder
+    encoder: FeatureEncoder
     kind: str
     digest: str
     source: str
     preparation: str
     labels: bool
     accuracy: float | None
-    share: Share | None = None
+    share: TrainShare | None = None
 
     def record(self) -> dict[str, Any]:
         """Return all but the network, as JSON types."""

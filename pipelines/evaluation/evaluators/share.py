@@ -27,7 +27,7 @@ ENOUGH = 1_000
 
 
 @dataclass(frozen=True)
-class Share:
+class TrainShare:
     """Some images of a train split, drawn without replacement by a key: a pure function of the fields.
 
     Attributes:
@@ -59,13 +59,15 @@ class Share:
         return torch.ones(len(positions), dtype=torch.bool) if self.count == self.total else ~self.trained(positions)
 
 
-def default_share(dataset: Dataset) -> Share:
+def default_share(dataset: Dataset) -> TrainShare:
     """Return the share of a dataset that trains its evaluator: half of the train split, `MAX_IMAGES` at most."""
     total = dataset.samples("train")
-    return Share(dataset.digest, total, total if total < ENOUGH else min(total // 2, MAX_IMAGES))
+    return TrainShare(dataset.digest, total, total if total < ENOUGH else min(total // 2, MAX_IMAGES))
 
 
-def reference_mask(share: Share | None, dataset: Dataset, quarantine: Quarantine | None, ordinals: Tensor) -> Tensor:
+def reference_mask(
+    share: TrainShare | None, dataset: Dataset, quarantine: Quarantine | None, ordinals: Tensor
+) -> Tensor:
     """Return which images of the train split belong to the reference, bool [N]; all where an evaluator has no share.
 
     Args:
@@ -79,7 +81,7 @@ def reference_mask(share: Share | None, dataset: Dataset, quarantine: Quarantine
     return share.reference(split_positions(dataset, quarantine, ordinals))
 
 
-def reference_part(share: Share | None, dataset: Dataset, storage: Storage, train: Batch) -> Batch:
+def reference_part(share: TrainShare | None, dataset: Dataset, storage: Storage, train: Batch) -> Batch:
     """Return those images of a whole train split, as `read_split` reads it, that belong to the reference."""
     mask = reference_mask(share, dataset, read_quarantine(dataset.uri, storage), torch.arange(len(train)))
     return train[mask]

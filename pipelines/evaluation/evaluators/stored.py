@@ -19,7 +19,7 @@ from safetensors.torch import load
 from pipelines.config import RegistryConfig
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE
-from pipelines.evaluation.evaluators.share import Share
+from pipelines.evaluation.evaluators.share import TrainShare
 from pipelines.evaluation.evaluators.train import SEED, Trainable, Trained, untrained
 from pipelines.shards.index import Dataset, DatasetError
 from pipelines.signing import Authority, Derived, SignatureError, Trust, said
@@ -135,7 +135,7 @@ def _opened(kind: Trainable, dataset: Dataset, place: Derived, record: dict[str,
         _preparation(dataset, side),
         labels=kind == "classifier",
         accuracy=record["test_accuracy"],
-        share=Share(dataset.digest, record.get("total", total), record.get("trained_on", total)),
+        share=TrainShare(dataset.digest, record.get("total", total), record.get("trained_on", total)),
     )
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from pipelines.config import Config
 from pipelines.evaluation.devices import one_thread, task_device
-from pipelines.evaluation.evaluators.base import Encoder
+from pipelines.evaluation.evaluators.base import FeatureEncoder
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE, Classifier, reduced, train_classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive, train_contrastive
 from pipelines.evaluation.evaluators.matcher import Matcher, matched, train_matcher
-from pipelines.evaluation.evaluators.share import Share, default_share, split_positions
+from pipelines.evaluation.evaluators.share import TrainShare, default_share, split_positions
 from pipelines.evaluation.images import to_levels
 from pipelines.remote.tasks import finished
 from pipelines.shards.captions import Captions, read_captions
@@ -49,7 +49,7 @@ class Trained:
     """
 
     weights: bytes
-    share: Share
+    share: TrainShare
     accuracy: float | None
     text_dim: int = 0
 
@@ -101,7 +101,7 @@ class Training:
                 batches = split_batches(reader, at_a_time(self.dataset))
                 return Trained(_saved(network), share, accuracy(network.to(device), batches))
 
-    def _matcher(self, shared: SharedImages, share: Share, *, device: torch.device, **options: int) -> Trained:
+    def _matcher(self, shared: SharedImages, share: TrainShare, *, device: torch.device, **options: int) -> Trained:
         """Train the matcher of images and captions."""
         assert shared.pooled is not None
         network = train_matcher(shared.images, shared.pooled, device=device, **options)
@@ -167,7 +167,7 @@ class SharedImages:
     pooled: Tensor | None
 
 
-def read_share(reader: ShardReader, share: Share) -> SharedImages:
+def read_share(reader: ShardReader, share: TrainShare) -> SharedImages:
     """Read the images of a share, in shard order, and reduce large ones."""
     count, step = sum(shard.samples for shard in reader.shards), at_a_time(reader.dataset)
     images: list[Tensor] = []
@@ -210,7 +210,7 @@ def matched_captions(network: Matcher, reader: ShardReader, captions: Captions) 
     return float(matched(vectors, own, texts, SEED).double().mean())
 
 
-def accuracy(encoder: Encoder, batches: Iterator[Batch]) -> float:
+def accuracy(encoder: FeatureEncoder, batches: Iterator[Batch]) -> float:
     """Return the share of labelled images that an encoder with the dataset's classes knows, 0..1."""
     right, count = 0, 0
     for batch in batches:

@@ -207,7 +207,7 @@ def as_png(data: bytes) -> bytes:
 
 
 @dataclass(frozen=True)
-class OpenedImage:
+class DecodedImage:
     """A decoded image as it appears on screen.
 
     Attributes:
@@ -219,7 +219,7 @@ class OpenedImage:
     size: tuple[int, int]
 
 
-def open_image(data: bytes, *, reduced_to: int | None = None) -> OpenedImage:
+def open_image(data: bytes, *, reduced_to: int | None = None) -> DecodedImage:
     """Decode an image file, upright.
 
     Args:
@@ -233,7 +233,7 @@ def open_image(data: bytes, *, reduced_to: int | None = None) -> OpenedImage:
     upright, _ = _turn(image)
     if upright.size != image.size and image.size[0] == upright.size[1]:
         size = (size[1], size[0])
-    return OpenedImage(on_white(upright)[0], size)
+    return DecodedImage(on_white(upright)[0], size)
 
 
 def npy(array: NDArray[np.generic]) -> bytes:

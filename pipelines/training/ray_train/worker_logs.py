@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 
 from pipelines.presentation.errors import PipelineError
 from pipelines.storage import Storage
-from pipelines.training.log_lines import Line, encode, log_address
+from pipelines.training.log_lines import LogLine, encode, log_address
 
 OURS = ("pipelines", "ddpm")
 TOGETHER_S = 0.2
@@ -55,7 +55,7 @@ class WorkerLog(logging.Handler):
         super().__init__(logging.WARNING)
         self.rank, self.post = rank, post
         self.file = _StoredLog(storage, address)
-        self.waiting: deque[tuple[Line, bool]] = deque()
+        self.waiting: deque[tuple[LogLine, bool]] = deque()
         self.left_out = 0
         self._wake, self._ending = threading.Event(), threading.Event()
         self._threads = [
@@ -82,7 +82,7 @@ class WorkerLog(logging.Handler):
             half = MESSAGE_CHARACTERS // 2
             message = f"{message[:half]}\n…\n{message[-half:]}"
         ours = record.name.split(".")[0] in OURS
-        line = Line(record.created, record.levelname, self.rank, record.name, message)
+        line = LogLine(record.created, record.levelname, self.rank, record.name, message)
         self.waiting.append((line, ours or record.levelno >= logging.ERROR))
         self._wake.set()
 
@@ -105,7 +105,7 @@ class WorkerLog(logging.Handler):
             taken = [self.waiting.popleft() for _ in range(len(self.waiting))]
             if self.left_out:
                 text, self.left_out = f"{self.left_out:,} further lines came too fast and are left out", 0
-                taken.append((Line(time.time(), "WARNING", self.rank, __name__, text), True))
+                taken.append((LogLine(time.time(), "WARNING", self.rank, __name__, text), True))
             self.file.add([line for line, _ in taken])
             shown = [(line.rank, line.message[:SHOWN_CHARACTERS]) for line, show in taken if show]
             if shown:
@@ -130,7 +130,7 @@ class _StoredLog:
         self._stored: dict[int, int] = {}  # bytes of each
         self._lock = threading.Lock()
 
-    def add(self, lines: Sequence[Line]) -> None:
+    def add(self, lines: Sequence[LogLine]) -> None:
         """Append lines; a new part begins where the last one is full."""
         with self._lock:
             for line in lines:

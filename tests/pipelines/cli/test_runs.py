@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.cli import main
 from pipelines.storage import Storage
-from pipelines.training.log_lines import Line, encode, log_address
+from pipelines.training.log_lines import LogLine, encode, log_address
 
 
 def ddpm(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -25,7 +25,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("DDPM_HOME", str(tmp_path / "home"))
     folder = f"file://{tmp_path}/runs/first"
     for rank, at in ((0, 2.0), (1, 1.0)):
-        said = Line(at, "WARNING", rank, "pipelines.x", f"rank {rank} speaks")
+        said = LogLine(at, "WARNING", rank, "pipelines.x", f"rank {rank} speaks")
         Storage().write(log_address(folder, 1, rank, "a", 0), encode([said]))
     return ["storage=file", f"storage.root=file://{tmp_path}"]
 

@@ -10,7 +10,7 @@ from ddpm.quality import FeatureMoments
 from pipelines.evaluation.compare import NEAREST, Comparison
 from pipelines.evaluation.real import RealRows
 from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.samples import Drawn, Plan
+from pipelines.evaluation.samples import DrawnRows, SamplePlan
 
 WIDTH = 4
 UNLABELLED = SimpleNamespace(labels=False, accuracy=None)
@@ -34,8 +34,8 @@ def comparison(folder, samples: int, test: int, train: int = 40) -> Comparison:
     real = SimpleNamespace(**{name: SimpleNamespace(moments=found) for name, found in moments.items()})
     finite = Rows(folder / "finite", (), np.bool_)
     finite.write(0, np.ones(samples, bool))
-    drawn = Drawn(rows("samples", samples), Rows(folder / "pixels", (1, 2, 2), np.uint8), finite)
-    plan = Plan("d", Sampling.of(), samples, (1,), (), 8, "file:///none")
+    drawn = DrawnRows(rows("samples", samples), Rows(folder / "pixels", (1, 2, 2), np.uint8), finite)
+    plan = SamplePlan("d", Sampling.of(), samples, (1,), (), 8, "file:///none")
     reference = torch.from_numpy(splits["train"].features.read(0, train))
     noise = torch.randn(20, WIDTH, generator=torch.Generator().manual_seed(0)) + 9
     return Comparison(plan, drawn, real, splits["train"], splits["test"], reference, noise)

@@ -7,7 +7,7 @@ from pipelines.evaluation import copies
 from pipelines.evaluation.copies import look_for_copies
 from pipelines.evaluation.real import RealRows
 from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.samples import Drawn
+from pipelines.evaluation.samples import DrawnRows
 
 
 def rows(folder, name, content) -> Rows:
@@ -31,9 +31,9 @@ def pictures():
     return np.random.default_rng(0).integers(0, 256, (160, 1, 4, 4), dtype=np.uint8)
 
 
-def drawn(folder, pictures) -> Drawn:
+def drawn(folder, pictures) -> DrawnRows:
     found = split(folder, pictures)
-    return Drawn(found.features, found.pixels, found.reference)
+    return DrawnRows(found.features, found.pixels, found.reference)
 
 
 def test_copies_of_training_images_are_named(tmp_path, pictures):

@@ -15,7 +15,7 @@ from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.matcher import Matcher
 from pipelines.evaluation.prompts import PromptRows, Prompts, wilson
 from pipelines.evaluation.rows import Rows
-from pipelines.evaluation.samples import Plan
+from pipelines.evaluation.samples import SamplePlan
 from pipelines.shards.captions import Captions
 from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage
@@ -46,7 +46,7 @@ def test_samples_are_drawn_from_all_captions_in_turn_in_an_order_of_the_seed():
 
 
 def test_a_plan_with_prompts_has_their_classes_and_another_folder_for_other_captions():
-    plan = Plan("digest", Sampling.of(steps=4), 25, (1, 2), (5, 5), 8, "file:///evaluations")
+    plan = SamplePlan("digest", Sampling.of(steps=4), 25, (1, 2), (5, 5), 8, "file:///evaluations")
     labels = (0, 1) * 5
     asked = replace(plan, prompts=replace(ROWS, labels=labels))
     assert asked.labels(1).tolist() == [labels[row] for row in ROWS.rows(25, 1)]
@@ -66,7 +66,7 @@ def judge(accuracy=0.9):
 def test_the_accuracy_is_the_share_of_samples_whose_own_caption_matches_best(tmp_path):
     found = some_captions([*captions(), *captions()])
     prompts = Prompts(found, found, False, judge())
-    plan = Plan("digest", Sampling.of(steps=4), 60, (1,), (), 8, "file:///x", prompts.plan)
+    plan = SamplePlan("digest", Sampling.of(steps=4), 60, (1,), (), 8, "file:///x", prompts.plan)
     rows, (first, numbers) = plan.rows(1), found.different
     with torch.no_grad():
         vectors = prompts.matcher.encoder.texts(found.pooled[first])[numbers[torch.from_numpy(rows)]]

@@ -11,13 +11,13 @@ from ddpm.model import load_model
 from pipelines.config import compose
 from pipelines.evaluation.actors import Drawer
 from pipelines.evaluation.evaluators.classifier import Classifier
-from pipelines.evaluation.samples import Plan, SampleFiles, balanced_labels
+from pipelines.evaluation.samples import SampleFiles, SamplePlan, balanced_labels
 from pipelines.signing import Authority
 from pipelines.storage import Storage
 from tests.pipelines.signing.authority import write_key
 from tests.pipelines.test_earlier_release import EARLIER
 
-PLAN = Plan("digest", Sampling.of(steps=4), 100, (1, 2), (30, 10), 32, "file:///evaluations")
+PLAN = SamplePlan("digest", Sampling.of(steps=4), 100, (1, 2), (30, 10), 32, "file:///evaluations")
 
 
 @pytest.mark.parametrize("n", [1, 7, 100, 999])
@@ -66,7 +66,7 @@ def drawing(tmp_path):
     torch.manual_seed(0)
     evaluator = SimpleNamespace(digest="e" * 32, encoder=Classifier(1, 8, 10).eval())
     actor = Drawer(load_model(EARLIER / "version" / "model"), None, evaluator, Storage())
-    plan = Plan("digest", Sampling.of(steps=2), 30, (1,), (3,) * 10, 30, f"file://{tmp_path}")
+    plan = SamplePlan("digest", Sampling.of(steps=2), 30, (1,), (3,) * 10, 30, f"file://{tmp_path}")
     (unit,) = plan.units()
     return SimpleNamespace(actor=actor, plan=plan, unit=unit, folder=tmp_path)
 

@@ -25,7 +25,7 @@ from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.evaluation.images import unpack_samples
-from pipelines.evaluation.samples import Plan
+from pipelines.evaluation.samples import SamplePlan
 from pipelines.inference.pictures import picture
 from pipelines.inference.request import SampleRequest
 from pipelines.registry.probe import draw_probe
@@ -50,7 +50,7 @@ SETTINGS = [
 def judged(model, settings, tmp_path):
     """By evaluations and the gate; (pictures, their labels)."""
     evaluator = SimpleNamespace(digest="e" * 32, encoder=Classifier(1, 8, 10).eval())
-    plan = Plan("digest", settings, COUNT, (SEED,), (5,) * 10, COUNT, f"file://{tmp_path}")
+    plan = SamplePlan("digest", settings, COUNT, (SEED,), (5,) * 10, COUNT, f"file://{tmp_path}")
     (unit,) = plan.units()
     Drawer(model, None, evaluator, Storage()).draw(unit, plan, {})
     images, finite = unpack_samples(Storage().read(f"{plan.folder}/{unit.path(unit.shard)}"), 1)

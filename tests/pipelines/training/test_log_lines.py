@@ -7,13 +7,13 @@ import time
 import pytest
 
 from pipelines.storage import Storage
-from pipelines.training.log_lines import Line, LogReader, NoSuchRunError, encode, has_ended, last_write, log_address
+from pipelines.training.log_lines import LogLine, LogReader, NoSuchRunError, encode, has_ended, last_write, log_address
 
 STORAGE = Storage()
 
 
-def line(at: float, message: str, rank: int = 0) -> Line:
-    return Line(at, "WARNING", rank, "pipelines.x", message)
+def line(at: float, message: str, rank: int = 0) -> LogLine:
+    return LogLine(at, "WARNING", rank, "pipelines.x", message)
 
 
 def test_lines_of_several_rows_and_any_characters_are_read_as_they_were_written(tmp_path):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.evaluation.evaluators import share as shares
-from pipelines.evaluation.evaluators.share import Share, default_share, reference_mask, split_positions
+from pipelines.evaluation.evaluators.share import TrainShare, default_share, reference_mask, split_positions
 from pipelines.shards.index import ShardInfo, make_dataset
 from pipelines.shards.quarantine import Problem, make_quarantine
 
@@ -18,7 +18,7 @@ def dataset_of(*counts):
 
 @given(st.integers(1, 3000), st.data())
 def test_a_share_has_its_number_of_images_and_the_reference_has_the_others(total, data):
-    share = Share("digest", total, data.draw(st.integers(1, total)))
+    share = TrainShare("digest", total, data.draw(st.integers(1, total)))
     positions = torch.arange(total)
     mine, reference = share.trained(positions), share.reference(positions)
     assert int(mine.sum()) == share.count
@@ -26,7 +26,7 @@ def test_a_share_has_its_number_of_images_and_the_reference_has_the_others(total
 
 
 def test_a_share_is_a_function_of_the_dataset_and_the_position_alone():
-    share, other = Share("one", 1000, 500), Share("other", 1000, 500)
+    share, other = TrainShare("one", 1000, 500), TrainShare("other", 1000, 500)
     positions = torch.arange(1000)
     some = torch.tensor([999, 3, 3, 512])
     assert torch.equal(share.trained(positions)[some], share.trained(some))
@@ -59,7 +59,7 @@ def test_a_quarantine_does_not_change_who_trained_the_evaluator(problems):
         if (excluded := left_out.get(f"train-{shard}.tar", {})) is not None and index not in excluded
     ]
     assert split_positions(dataset, quarantine, torch.arange(len(kept))).tolist() == kept
-    share = Share(dataset.digest, 22, 11)
+    share = TrainShare(dataset.digest, 22, 11)
     whole = share.reference(torch.arange(22))
     assert torch.equal(reference_mask(share, dataset, quarantine, torch.arange(len(kept))), whole[kept])
 

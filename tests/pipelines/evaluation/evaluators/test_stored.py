@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from pipelines.config import compose
 from pipelines.evaluation.evaluators import stored
-from pipelines.evaluation.evaluators.share import Share
+from pipelines.evaluation.evaluators.share import TrainShare
 from pipelines.evaluation.evaluators.train import Trained, untrained
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.storage import Storage
@@ -31,7 +31,7 @@ def trained(dataset, seed, kind="classifier"):
     torch.manual_seed(seed)
     total = dataset.samples("train")
     weights = save(dict(untrained(kind, dataset, dataset.image_size).state_dict()))
-    return Trained(weights, Share(dataset.digest, total, total // 2), 0.5 if kind == "classifier" else None)
+    return Trained(weights, TrainShare(dataset.digest, total, total // 2), 0.5 if kind == "classifier" else None)
 
 
 def registry(*overrides):

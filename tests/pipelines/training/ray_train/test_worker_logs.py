@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.storage import Storage, TransientStorageError
-from pipelines.training.log_lines import Line, LogReader, log_address
+from pipelines.training.log_lines import LogLine, LogReader, log_address
 from pipelines.training.ray_train import worker_logs
 from pipelines.training.ray_train.mailboxes import HEARD_LINES, Monitor
 from pipelines.training.ray_train.worker_logs import LogDeduplicator, recorded
@@ -46,7 +46,7 @@ def run(folder: str, handle: Handle, rank: int = 0, attempt: str = "aa", storage
     return recorded(storage or Storage(), folder, handle, epoch=3, rank=rank, attempt=attempt)
 
 
-def stored(folder: str, rank: int | None = None) -> list[Line]:
+def stored(folder: str, rank: int | None = None) -> list[LogLine]:
     return LogReader(Storage(), folder, rank).new_lines()
 
 
@@ -166,7 +166,7 @@ def test_a_thread_that_comes_late_leaves_no_part_too_many(folder, monkeypatch):
     log = worker_logs._StoredLog(Storage(), lambda part: log_address(folder, 3, 0, "aa", part))
     number = 0
     for count in (2, 1, 7, 3, 9):
-        log.add([Line(float(number + i), "WARNING", 0, "pipelines", f"{number + i}") for i in range(count)])
+        log.add([LogLine(float(number + i), "WARNING", 0, "pipelines", f"{number + i}") for i in range(count)])
         number += count
         log.write()
         kept = [int(line.message) for line in stored(folder)]
