@@ -45,7 +45,7 @@ _NEUTRAL: dict[str, Any] = {
     "weights": None,
 }
 OF_ALL_KINDS: tuple[Any, ...] = (Clipping, Arithmetic)
-"""What every kind of sampler and guidance has."""
+"""Settings that every kind of sampler and guidance has."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ AWS_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKE
 SETTINGS = {"tracking.uri": "mlflow", "storage.endpoint_url": "s3", "cluster.address": "ray"}
 """Fields of the configuration that hold an address, and the service that is there."""
 TITLES = {"mlflow": "MLflow", "s3": "S3", "ray": "Ray"}
-"""What services are called in messages."""
+"""Names of the services in messages."""
 ADDRESS_VARIABLES = {
     "MLFLOW_TRACKING_URI": "mlflow",
     "AWS_ENDPOINT_URL": "s3",

@@ -170,7 +170,7 @@ class _SamplingActor(PooledActor):
 
 
 class Drawer:
-    """What draws and judges samples of one model, loaded in this process.
+    """Draws samples of one model and computes their features, in this process.
 
     Args:
         prompts: captions that are drawn from, with what judges them; None without prompts.

@@ -27,7 +27,7 @@ LEAST = 20
 
 @dataclass(frozen=True)
 class Copies:
-    """What was found of copies of training images.
+    """The result of looking for copies of training images.
 
     Attributes:
         pixels: by the distance of pixels, up to mirroring and a shift by a pixel.

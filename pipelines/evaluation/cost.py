@@ -1,4 +1,4 @@
-"""What drawing an image costs, in network evaluations."""
+"""The cost of drawing an image, in network evaluations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What samples of models are judged by: a dataset, its evaluator, and what that says of the real images."""
+"""The reference for samples of models: a dataset, its evaluator, and the features of its real images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _connected() -> None:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What judges samples of the models of a dataset: each part is opened and verified when it is first asked for.
+    """The reference for samples of the models of a dataset; each part is opened and verified on first use.
 
     What nobody has made yet is made then: an evaluator is trained, and the real images are encoded.
 
@@ -80,7 +80,7 @@ class EvaluationData:
 
     @cached_property
     def real(self) -> Real:
-        """What the evaluator says of the real images."""
+        """The evaluator's features and predictions of the real images."""
         evaluator = self.evaluator
         self.connect()
         return open_real(self.dataset, evaluator, self.config, progress=self.progress, notice=self.notice)

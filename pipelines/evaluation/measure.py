@@ -25,7 +25,7 @@ from pipelines.signing import Authority
 
 @dataclass(frozen=True)
 class Measures:
-    """What samples of a model say, with the influence of every sample.
+    """Scores of samples of a model, with the influence of every sample.
 
     Attributes:
         measure: "frechet_distance" or "kid".
@@ -47,7 +47,7 @@ class Measures:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredSamples(Measures):
-    """What samples of a model say, and the samples.
+    """Scores of samples of a model, and the samples.
 
     Attributes:
         features: of the samples [N, D].

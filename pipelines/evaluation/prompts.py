@@ -1,4 +1,4 @@
-"""What a model on text is asked for in an evaluation, and whether its samples are that.
+"""The prompts of an evaluation of a model on text, and whether its samples match them.
 
 Samples are drawn from the captions of real test images, and a network that was trained on images and captions of the
 train split says whether a sample's own caption is the best match among several different ones.

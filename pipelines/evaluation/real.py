@@ -1,4 +1,4 @@
-"""What an evaluator says of the real images of a dataset, computed once and stored beside it.
+"""Features of the real images of a dataset, computed once per evaluator and stored beside the dataset.
 
 Every evaluation of any model compares with the same real images. They are read once for each evaluator, as a stream, in
 Ray tasks; what is stored is enough for every score, so that a second evaluation reads no real image.
@@ -62,7 +62,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class RealSplit:
-    """What is known of the images of one split.
+    """Features and predictions of the images of one split.
 
     Attributes:
         count: number of its images.
@@ -293,7 +293,7 @@ def _compute(
 
 @dataclass(frozen=True)
 class _Part:
-    """What a task returns of the images that it encoded.
+    """The result of a task that encodes images.
 
     Attributes:
         moments: None where none of them is a reference.

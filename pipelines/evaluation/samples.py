@@ -35,7 +35,7 @@ RECORD_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """What is asked of samples: how many, and with what they are drawn.
+    """How many samples of a model are drawn, and how: seeds, batches and actors.
 
     Attributes:
         n: samples of each noise seed; as many as the test split has, where None.
@@ -201,7 +201,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class DrawnUnit:
-    """What an actor gives of a unit.
+    """The answer of an actor for one unit of work.
 
     Attributes:
         rows: of its samples, see `DrawnRows`.

@@ -35,7 +35,7 @@ from pipelines.storage import Storage, layout
 from pipelines.tracking import Tracker
 
 BOUND = "the tighter bound"
-"""What decides the bound of scores, beside the request."""
+"""The settings that decide the bound of scores, beside the request."""
 
 
 class _NotMadeError(PipelineError):

@@ -1,4 +1,4 @@
-"""What a stage is: a value that says what it needs, where its result lies, whether that is there, and how it is made.
+"""A stage of the flow: a value that says what it needs, where its result is, whether it exists, and how to make it.
 
 This module imports nothing that takes long, so that whoever only asks for the graph gets it at once.
 """
@@ -109,7 +109,7 @@ class Site:
 
 @dataclass(frozen=True)
 class StageStatus(Generic[T]):
-    """What storage, MLflow and the registry say of the result of a stage.
+    """The state of a stage's result in storage, MLflow and the registry.
 
     Attributes:
         result: None where it is not there, or is that of another input or of other settings.

@@ -47,7 +47,7 @@ class FlowResult:
 
 @dataclass(frozen=True)
 class StagePreview:
-    """What a walk would do with a stage.
+    """What would happen to a stage if the flow ran now.
 
     Attributes:
         name: of the stage.

@@ -1,4 +1,4 @@
-"""What is stored and recorded of runs: their list, the removal of one, and of what nothing names any more."""
+"""Stored runs and their records: list them, remove one, and collect what nothing refers to any more."""
 
 from pipelines.housekeeping.folders import Folder, folders
 from pipelines.housekeeping.garbage import GRACE_S, GarbageVerdict, Stored, collect, find_garbage, judge

@@ -1,4 +1,4 @@
-"""What nothing names, and may be deleted: what runs and versions rest on, directly or not, stays.
+"""Folders that nothing refers to and that may be deleted; what runs and versions need, directly or not, stays.
 
 Things are named by what they are, such as a digest or a run and the images that it had seen, never by an address, which
 changes with the spelling of the storage root. Whatever is not certain is kept, and whatever was written lately: its

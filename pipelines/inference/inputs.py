@@ -23,7 +23,7 @@ T = TypeVar("T")
 DRAWN = ("box:", "half:")
 """How a mask starts that is no picture."""
 MASKS = "; give a picture, box:X,Y,WIDTH,HEIGHT or half:SIDE"
-"""What else a mask may be, behind what is wrong with one."""
+"""The forms of a mask, named at the end of an error about one."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class PictureRow:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a request gave.
+    """The pictures of a request, and where each comes from.
 
     Attributes:
         pixels: uint8 [N, H, W, C], row by row.

@@ -41,7 +41,7 @@ class RequestError(PipelineError, ValueError):
 
 
 class Request(pydantic.BaseModel):
-    """What all requests have in common.
+    """The fields that all requests have in common.
 
     Pictures have rows and columns. A column is a class, a prompt or a given image; a list with one entry serves all
     columns. A row is another draw of the noise. With one `seed` the pictures are numbered row by row and each has its

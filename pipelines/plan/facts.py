@@ -220,7 +220,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class UserOverrides:
-    """What the user has set, which the plan leaves as it is.
+    """The settings that the user has given, which a plan does not change.
 
     Attributes:
         settings: field or group -> value.

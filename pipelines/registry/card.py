@@ -47,7 +47,7 @@ PICTURES = {
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of a version beside what travels with it; each part may be gone by now.
+    """Facts about a version that do not travel with it; each of them may be gone by now.
 
     Attributes:
         dataset: that it was scored on; None where it cannot be read.

@@ -1,4 +1,4 @@
-"""What can be told of a version by looking at its files: who signed it, and whether all is as the evidence says."""
+"""Checks of a version by its files alone: who signed it, and whether they are as the evidence says."""
 
 from __future__ import annotations
 

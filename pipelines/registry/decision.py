@@ -37,7 +37,7 @@ NAMES = {"frechet_distance": "Frechet distance", "kid": "kernel distance"}
 
 @dataclass(frozen=True)
 class Decision:
-    """What a comparison comes to.
+    """The outcome of a comparison.
 
     Attributes:
         passed: whether the version may take the alias.

@@ -1,4 +1,4 @@
-"""What MLflow puts around a signed model: the code, and the files that say how it is loaded and what it needs.
+"""The files that MLflow puts around a signed model: its code, how it is loaded, and what it requires.
 
 None of it is signed, because MLflow writes it afterwards. All of it decides what a version does when it is served, so
 all of it is compared with the evidence, which is signed.

@@ -1,4 +1,4 @@
-"""What is known of a registered version, in a file inside its signed folder; its tags are copies that people read."""
+"""The evidence of a registered version, a file inside its signed folder; its tags are copies for people."""
 
 from __future__ import annotations
 

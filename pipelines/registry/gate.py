@@ -316,13 +316,13 @@ class Gate:
                 return replace(verdict, passed=True, reason=reason)
             refused = _refused(verdict, [*verdict.rows, *unlike])
             command = " ".join(["ddpm register", name, *_other_settings(candidate, champion)])
-            mend = f"first `{command}`, which scores it anew, and promote the version that this makes"
+            remedy = f"first `{command}`, which scores it anew, and promote the version that this makes"
             if present is None:
                 back = f"`ddpm promote models:/{self.model} --alias {self.alias} --rollback`"
-                mend = (
+                remedy = (
                     f"nobody who is trusted has signed what {name} serves: trust its signer, or give it back by {back}"
                 )
-            return replace(refused, reason=f"{refused.reason}; {mend}")
+            return replace(refused, reason=f"{refused.reason}; {remedy}")
         assert champion.evidence is not None
         data = open_data(candidate.evidence, self.config, self.display, self.connect)
         against = champion.evidence.served_digest

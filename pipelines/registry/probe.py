@@ -28,7 +28,7 @@ TOKENS = 4
 """Length of the texts that those of a model on text are asked for."""
 SEED = 0
 SAME_MACHINE = ("device", "torch", "capability", "processor", "threads")
-"""What has to be as recorded for two drawings to be equal; elsewhere sums are added in another order."""
+"""Parts of the environment that must be as recorded for two drawings to be equal; others add sums in another order."""
 TOLERANCE = 1
 """Grey levels by which a pixel may differ elsewhere."""
 SHARE = 1e-3

@@ -31,7 +31,7 @@ PATIENCE_S = 10.0
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found about a version.
+    """The findings about a version.
 
     Attributes:
         model: the reference that it was asked for by.

@@ -48,7 +48,7 @@ MOST_GRIDS = 24
 CURVES = ("train/loss", "updates/grad_norm", "train/images_per_s")
 DISTANCE, ENDS = "eval/frechet_distance", ("low", "high")
 ACCURACY = "test/accuracy_tLEVEL".removesuffix("LEVEL")
-"""What the names of the accuracies of a classifier of noisy images begin with."""
+"""Prefix of the names of the accuracies of a classifier of noisy images."""
 NAMES = 12
 """Classes whose names are shown."""
 SETTINGS = {

@@ -1,4 +1,4 @@
-"""What judges the trials of a study: all of them on the same noise, labels and captions.
+"""Judges of the trials of a study, which all use the same noise, labels and captions.
 
 Trials of sampling settings are drawn from one model, those of trainings from the average of their weights, at given
 numbers of images and within the training.
@@ -39,7 +39,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Reference:
-    """What the evaluator says of the real images that trials are compared with.
+    """Features of the real images with which trials are compared.
 
     Attributes:
         moments: of the features of the train images.

@@ -53,7 +53,7 @@ MEASURED = ("frechet_distance", "bits_per_dim", "evaluations")
 SCORED = ("frechet_distance", "evaluations", "class_accuracy", "precision", "recall")
 """Scores that the table of the confirmation has beside the one that decides."""
 NONE = "\u2014"
-"""What stands for a figure that there is not."""
+"""Shown in place of a figure that does not exist."""
 HOLM = (
     "All settings are compared with the default on the same noise; z is the paired difference in its standard errors, "
     "p one-sided. Holm's method keeps the chance that any of them is called better at 2.5 % where none is. The "

@@ -27,7 +27,7 @@ DISTRIBUTIONS = {"uniform", "log", "int", "choice"}
 
 
 class Parameter(ConfigSection):
-    """What values a parameter can take, by exactly one distribution of Optuna's, and when it exists.
+    """The values that a parameter can take, by exactly one of Optuna's distributions, and when it exists.
 
     Attributes:
         uniform: ends of a range of real numbers, distributed uniformly.

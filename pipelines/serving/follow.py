@@ -23,7 +23,7 @@ LONGEST_PAUSE = 64
 
 @dataclass
 class Follower(Generic[T]):
-    """What is served by an alias, and how it is kept up to date.
+    """The version that an alias names, kept up to date.
 
     Attributes:
         current: what is served now.

@@ -1,4 +1,4 @@
-"""What the page sends and shows: the body of a request from what a form holds, and pictures as HTML.
+"""The page's requests and answers: the body of a request from the fields of a form, and pictures as HTML.
 
 Nothing here knows the page's library, so that everything the page decides can be tested without a browser.
 """

@@ -1,4 +1,4 @@
-"""What a server refuses before it draws: each refusal is a status of HTTP and a message that says what is allowed."""
+"""Limits that a server checks before it draws; a refusal is an HTTP status and a message that says what is allowed."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Token:
 
     @property
     def digest(self) -> str:
-        """What a server has to know to tell the token from others; Ray may show it."""
+        """Digest by which a server recognises the token; Ray may show it."""
         return digest_of(self.text)
 
 

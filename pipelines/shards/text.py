@@ -14,7 +14,7 @@ from ddpm.conditioning import Conditioning
 from ddpm.model import check_text_encoder, tensors_digest
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
-"""What `sentence-transformers` raises for folders that are not as they should be."""
+"""Errors that `sentence-transformers` raises for damaged or foreign folders."""
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
 

@@ -26,7 +26,7 @@ INGEST_KEY = "ingest-key"
 """Digest of everything that an ingest of `ddpm flow` was made from."""
 EVALUATORS, FEATURES = "evaluator", "features"
 BESIDE_DATA = (EVALUATORS, FEATURES)
-"""What evaluations write below a dataset, wherever it is."""
+"""Folder of evaluations below a dataset, wherever the dataset is."""
 EVALUATOR, EARLIER_EVALUATOR_WEIGHTS = "evaluator.json", "evaluator.safetensors"
 REAL, REAL_MOMENTS, REAL_HELD_OUT = "real.json", "moments.safetensors", "held-out.safetensors"
 """Files of a folder of features of the real images."""

@@ -1,4 +1,4 @@
-"""What judges images: an encoder, which maps them to features, and the record of which one it is."""
+"""An evaluator: an encoder, which maps images to features, and a record that identifies it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PART = 256
 
 @dataclass(frozen=True)
 class Encoded:
-    """What an encoder says of images.
+    """The output of an encoder for a batch of images.
 
     Attributes:
         features: float32 [N, width], on the CPU.

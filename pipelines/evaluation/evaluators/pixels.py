@@ -1,4 +1,4 @@
-"""What prepares images for networks that were trained on other ones: channels, size and scale."""
+"""Preparation of images for networks that were trained on other images: channels, size and scale."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Preparation:
 
     @property
     def words(self) -> str:
-        """What it does, in words."""
+        """A description of the preparation, for a person."""
         channels = "grey repeated to three channels; " if len(self.mean) == 3 else ""
         mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         return (

@@ -56,7 +56,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Training:
-    """What trains an evaluator; picklable, for a Ray task.
+    """The training of an evaluator; picklable, for a Ray task.
 
     Attributes:
         kind: of the evaluator.

@@ -116,7 +116,7 @@ def _csv(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
             else:
                 yield where, {column: value for column, value in values.items() if value != ""}
     except csv.Error as error:
-        raise DatasetError(f"{name}, after line {reader.line_num}: {error}: mend the quotes there") from error
+        raise DatasetError(f"{name}, after line {reader.line_num}: {error}: correct the quotes there") from error
 
 
 def _jsonl(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:

@@ -116,7 +116,7 @@ class InMemory:
 
 
 WINDOWS = 0
-"""What the programs of Windows and DOS say of themselves in the entries of a zip."""
+"""Code of Windows and DOS programs as the creator of a zip entry."""
 LARGEST = 1 << 30
 """Bytes of a file in a zip, which is read into memory."""
 

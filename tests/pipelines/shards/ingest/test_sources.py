@@ -447,7 +447,7 @@ def test_a_zip_with_anything_in_front_is_read(tmp_path):
         ({"l.csv": "path\na.png\n".encode("utf-16")}, "l.csv", "l.csv is not UTF-8 .byte 0.: save it as UTF-8"),
         ({"l.csv": "path,text\na.png," + "x" * 200_000}, "l.csv", "l.csv, after line 1: field larger than field limit"),
         ({"l.csv": b"path\n\xff\xfe\n"}, "l.csv", "l.csv is not UTF-8 .byte 5.: save it as UTF-8"),
-        ({"l.csv": 'path\n"a"b.png\n'}, "l.csv", "l.csv, after line 1: .* mend the quotes"),
+        ({"l.csv": 'path\n"a"b.png\n'}, "l.csv", "l.csv, after line 1: .* correct the quotes"),
         (
             {"l.csv": "path,label\na,0\nb,5000000\n"},
             "l.csv",
