@@ -225,7 +225,7 @@ def guard(
     else:
         with suppress(KeyboardInterrupt):
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-            say(f"aliases in MLflow at {uri}, by the verdicts at {logs.folder}; Ctrl-C ends it")
+            say(f"aliases in MLflow at {uri}, by the verdicts at {logs.folder}; Ctrl-C stops it")
             watch(guarding, every)
     say(f"{len(guarding.corrections)} corrections; guarded: {', '.join(map('/'.join, sorted(guarding.guarded)))}")
     answer_json(

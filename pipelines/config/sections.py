@@ -161,7 +161,9 @@ class ClusterConfig(ConfigSection):
     preemption_grace_s: NonNegativeFloat = Field(
         0, description="seconds that the other workers continue after a preemption is due, to finish an upload"
     )
-    patience_s: PositiveFloat = Field(300, description="seconds to wait for missing nodes")
+    patience_s: PositiveFloat = Field(
+        300, description="seconds to wait for missing nodes, or for a trial that does not answer"
+    )
     step_timeout_s: NonNegativeFloat | None = Field(
         1800,
         description="seconds without progress after which the workers are restarted; set it longer than an outage of "

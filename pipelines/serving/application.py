@@ -31,7 +31,6 @@ from pipelines.serving.http import make_app
 from pipelines.serving.limits import Limits, RefusedRequest
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.served import Served, load
-from pipelines.storage import Storage
 
 logger = logging.getLogger("ray.serve")
 CONNECTIONS = 10_000
@@ -232,7 +231,6 @@ def build(served: Sequence[str], config: Config, token_digest: str | None) -> An
         served: MODEL references, the default one first.
         token_digest: of the bearer token; None for none.
     """
-    storage = Storage.of(config)
     serving = config.serving
     replica = serve.deployment(
         ModelReplica,
@@ -244,8 +242,7 @@ def build(served: Sequence[str], config: Config, token_digest: str | None) -> An
         **scale(serving),
     )
     handles = {
-        reference: replica.options(name=f"model-{i}").bind(reference, config, storage)
-        for i, reference in enumerate(served)
+        reference: replica.options(name=f"model-{i}").bind(reference, config) for i, reference in enumerate(served)
     }
     front = serve.deployment(
         serve.ingress()(Front),

@@ -96,7 +96,7 @@ class Terminal:
                 ["bash", "-c", f"exec {command}"], cwd=self.folder, env=self.environment, stderr=log, text=True
             )
         deadline = time.monotonic() + 180
-        while "Ctrl-C ends it" not in path.read_text():
+        while "Ctrl-C" not in path.read_text():
             assert self.server.poll() is None, path.read_text()
             assert time.monotonic() < deadline, path.read_text()
             time.sleep(0.5)
