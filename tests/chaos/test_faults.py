@@ -43,7 +43,7 @@ from pipelines.checkpoints import (
     take_over,
 )
 from pipelines.checkpoints.references import model_spec
-from pipelines.config import compose
+from pipelines.config import Config, compose
 from pipelines.evaluation.evaluators import open_evaluator
 from pipelines.presentation.errors import PipelineError
 from pipelines.shards.audit.check import check
@@ -243,7 +243,7 @@ def in_evaluation(attempt: Attempt) -> tuple[int, int]:
     for split in ("train", "test"):
         with opened_split(dataset, split, attempt.storage, str(attempt.folder / "cache"), 1.0) as reader:
             read += len(read_split(reader))
-    evaluator = open_evaluator(CONFIG, dataset)
+    evaluator = open_evaluator(stored_at(attempt.storage), dataset)
     assert evaluator.digest == attempt.services.evaluator_digest
     return PICTURES - read, PICTURES
 
@@ -355,6 +355,13 @@ def log_model(tracker: Tracker, folder: Path) -> str:
     return tracking.log_pyfunc(tracker, pyfunc, 0)
 
 
+def stored_at(storage: Storage) -> Config:
+    """Return a configuration with this storage."""
+    found = {"endpoint_url": storage.endpoint_url, "credentials_file": storage.credentials_file}
+    section = CONFIG.storage.model_copy(update={**found, "region": storage.region})
+    return CONFIG.model_copy(update={"storage": section})
+
+
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     home = tmp_path_factory.mktemp("home") / ".ddpm"
@@ -374,7 +381,8 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
         tracker, _ = tracking.open_run(str(state.tracking_uri), "faults", "model", {})
         model_id = log_model(tracker, tmp_path_factory.mktemp("model"))
         data = CONFIG.data.model_copy(update={"cache_dir": str(folder / "cache")})
-        evaluator = open_evaluator(CONFIG.model_copy(update={"data": data}), dataset)
+        found = stored_at(s3)
+        evaluator = open_evaluator(found.model_copy(update={"data": data}), dataset)
         checkpoint = folder / "checkpoint"
         yield Services(
             *(state, s3, folder / "pictures", dataset, same, checkpoint, checkpoint_state, tracker, model_id),

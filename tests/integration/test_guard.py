@@ -23,8 +23,8 @@ from tests.integration.conftest import Shell
 
 pytestmark = pytest.mark.integration
 
-WITHIN_S = 15.0
-"""How soon an alias is back, however busy the machine is."""
+WITHIN_S = 60.0
+"""How soon an alias is back, however busy the machine is; the guard itself looks every two seconds."""
 READY = "aliases in MLflow at"
 
 
