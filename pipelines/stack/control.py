@@ -12,7 +12,7 @@ from pipelines.environment.loopback import bypass_proxies
 from pipelines.presentation.progress import StageNotice, no_stage_notice
 from pipelines.stack.home import StackError, default_home, ensure_credentials, locked
 from pipelines.stack.private import choose_private, credentials_file, read_private
-from pipelines.stack.processes import StartedService, alive_services, end, read_services, write_services
+from pipelines.stack.processes import StartedService, alive_services, end, read_services, taken_ports, write_services
 from pipelines.stack.services import (
     BUCKET,
     SERVICES,
@@ -24,6 +24,8 @@ from pipelines.stack.services import (
     await_healthy,
 )
 
+START_ATTEMPTS = 4
+"""How often a service is started that ends because another program has taken one of its ports in the meantime."""
 PATIENCE_S = 30.0
 """Seconds for which a running service is tried before it is restarted; a restart of Ray would end a training."""
 
@@ -75,7 +77,8 @@ def up(
     Args:
         services: of "s3", "mlflow" (which brings "s3"), "ray", and those of `ORCHESTRATOR`.
         private: whether other users of this machine are kept out; None for the last choice, at first False.
-        notice: called with the service and its phase: "starting", "healthy", "slow to answer" or "already running".
+        notice: called with the service and its phase: "starting", "port taken, starting again", "healthy",
+            "slow to answer" or "already running".
 
     Raises:
         StackError: a service does not start, in which case those started by this call are stopped; or the stack runs
@@ -121,9 +124,17 @@ def up(
             if name in running:
                 end(running.pop(name))
             notice(name, "starting")
-            started[name] = service = STARTERS[name](home, running)
-            record()  # if this process is killed, `down` and the next `up` know about it
-            await_healthy(name, service, home, timeout_s)
+            for attempts_left in reversed(range(START_ATTEMPTS)):
+                started[name] = service = STARTERS[name](home, running)
+                record()  # if this process is killed, `down` and the next `up` know about it
+                try:
+                    await_healthy(name, service, home, timeout_s)
+                    break
+                except StackError:
+                    end(service)
+                    if not attempts_left or not taken_ports(home, name):
+                        raise
+                    notice(name, "port taken, starting again")
             running[name] = service
             notice(name, "healthy")
 

@@ -136,12 +136,12 @@ def alive_services(home: Path) -> dict[str, StartedService]:
 def choose_ports(home: Path, service: str, names: list[str]) -> dict[str, int]:
     """Return a port for each name: the recorded ones, so that addresses stay the same, or new ones where one is taken.
 
-    New ports lie below the range from which the system takes ports of outgoing connections.
+    New ports lie below the range from which the system takes ports of outgoing connections. Until the service listens,
+    another program may take one: `taken_ports` tells.
     """
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
-        recorded = json.loads((home / f"ports-{service}.json").read_text())
-        if all(_is_free(recorded[name]) for name in names):
-            return {name: recorded[name] for name in names}
+    recorded = _read_ports(home, service)
+    if set(names) <= set(recorded) and not taken_ports(home, service):
+        return {name: recorded[name] for name in names}
     found: set[int] = set()
     while len(found) < len(names):
         port = 20000 + secrets.randbelow(10000)
@@ -150,6 +150,19 @@ def choose_ports(home: Path, service: str, names: list[str]) -> dict[str, int]:
     ports = dict(zip(names, found, strict=True))
     write_private(home / f"ports-{service}.json", json.dumps(ports))
     return ports
+
+
+def taken_ports(home: Path, service: str) -> list[int]:
+    """Return the ports recorded for a service on which something listens."""
+    return sorted(port for port in _read_ports(home, service).values() if not _is_free(port))
+
+
+def _read_ports(home: Path, service: str) -> dict[str, int]:
+    """Return the ports recorded for a service, by name; none where the record is missing or damaged."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        ports: dict[str, int] = json.loads((home / f"ports-{service}.json").read_text())
+        return ports
+    return {}
 
 
 def _is_free(port: int) -> bool:

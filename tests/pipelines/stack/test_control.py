@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 
@@ -6,7 +7,7 @@ import pytest
 
 from pipelines import stack
 from pipelines.stack import control, services
-from pipelines.stack.processes import StartedService, read_services
+from pipelines.stack.processes import StartedService, choose_ports, launch, read_services
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
@@ -114,3 +115,27 @@ def test_the_status_of_a_service_gives_it_time_to_answer(tmp_path, sleeping, mon
     monkeypatch.setattr(services, "_url_answers", lambda url, home, timeout_s: timeout_s > 3)
     assert [service.healthy for service in stack.status(tmp_path)] == [True, False, False]
     assert stack.down(tmp_path) == ["s3"]
+
+
+def test_a_service_whose_port_another_program_took_before_it_listened_is_started_again_on_another_one(
+    tmp_path, monkeypatch
+):
+    taken, told = [], []
+
+    def start(home, running):
+        port = choose_ports(home, "s3", ["port"])["port"]
+        if len(taken) < 2:
+            taken.append(socket.create_server(("127.0.0.1", port)))
+        url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+        return launch("s3", command, home, {}, url, url, (url,))
+
+    monkeypatch.setattr(control, "STARTERS", {"s3": start})
+    try:
+        state = stack.up(tmp_path, ["s3"], notice=lambda _, phase: told.append(phase))
+        assert told == ["starting", *["port taken, starting again"] * 2, "healthy"]
+        assert state.s3_endpoint not in [f"http://127.0.0.1:{other.getsockname()[1]}" for other in taken]
+    finally:
+        stack.down(tmp_path)
+        for other in taken:
+            other.close()
