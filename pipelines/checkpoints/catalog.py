@@ -107,8 +107,7 @@ def newest_checkpoint(config: Config) -> CheckpointState | None:
     Raises:
         ModelError: there were checkpoints, and none of them is complete.
     """
-    storage = Storage.of(config)
-    found = _usable(storage, run_folder(config))
+    found = _usable(Storage.of(config), run_folder(config))
     return found.complete[0][1] if found.complete else None
 
 

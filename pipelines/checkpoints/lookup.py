@@ -201,6 +201,11 @@ def check_exists(reference: str, tracking_uri: str | None) -> None:
 
 
 def needs_server(tracking_uri: str | None, reference: str) -> str:
+    """Return the address of the MLflow server that a reference is looked up in.
+
+    Raises:
+        ModelError: there is none.
+    """
     if tracking_uri is None:
         raise ModelError(
             f"{reference} needs an MLflow server: set tracking.uri or MLFLOW_TRACKING_URI, or run `ddpm up`"
@@ -209,6 +214,11 @@ def needs_server(tracking_uri: str | None, reference: str) -> str:
 
 
 def model_folder(reference: str) -> Path:
+    """Return the folder that a reference names.
+
+    Raises:
+        ModelError: it names none, nor anything else that a model can be named by.
+    """
     folder = Path(reference.removeprefix("file://"))
     if not folder.is_dir():
         raise ModelError(

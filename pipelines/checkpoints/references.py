@@ -180,9 +180,8 @@ def initial_model(config: Config, tracking_uri: str | None) -> InitialModel:
         ModelError: the model does not exist, or has another network or parameterization; the message names every field
             that differs.
     """
-    storage = Storage.of(config)
     assert config.init_from is not None
-    model = resolve(config.init_from, tracking_uri=tracking_uri, storage=storage).model
+    model = resolve(config.init_from, tracking_uri=tracking_uri, storage=Storage.of(config)).model
     weights: dict[str, Tensor] = dict(model.network.state_dict())
     digest = tensors_digest(weights)
     wanted, there = network_config(config), model.spec.network

@@ -60,8 +60,7 @@ class EvaluationData:
         Raises:
             DatasetError: there is none.
         """
-        storage = Storage.of(config)
-        return cls(read_dataset(uri, storage), config, connect, notice, progress)
+        return cls(read_dataset(uri, Storage.of(config)), config, connect, notice, progress)
 
     @cached_property
     def stream(self) -> str:

@@ -196,14 +196,12 @@ def find_scores(
         DatasetError, ConfigError: the data cannot be used to score the model.
     """
 
-    storage = Storage.of(config)
-
     def nothing_is_made() -> None:
         raise _NotMadeError("the evaluator of the dataset was not trained yet")
 
     uri = spec.lineage.get("dataset_uri", config.data.uri)
     data = EvaluationData.of(uri, config, connect=nothing_is_made)
-    guides = references.guided(Model(spec, nn.Module()), settings, config.tracking.uri, storage)
+    guides = references.guided(Model(spec, nn.Module()), settings, config.tracking.uri, Storage.of(config))
     try:
         return _Asked.of(guides, model_digest, settings, data).found(tracker, Trust.of(config.registry))
     except _NotMadeError:

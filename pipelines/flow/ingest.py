@@ -171,9 +171,8 @@ def ingest_key(config: Config) -> str:
 
     The versions of this code and of Pillow are left out: an upgrade must not rewrite a dataset that runs train on.
     """
-    storage = Storage.of(config)
     data = config.data
     assert data.source is not None
     settings = data.model_dump(mode="json", include=set(INGEST_SETTINGS))
-    content = [source_digest(data.source, storage), settings]
+    content = [source_digest(data.source, Storage.of(config)), settings]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -76,12 +76,11 @@ class MakeEvaluator(Stage[Evaluator]):
     def run(self, site: Site, given: Results) -> Evaluator:
         """Train the evaluator in a Ray task, and store it."""
         assert given.dataset is not None
-        config = self.config
         return open_evaluator(
-            config,
+            self.config,
             given.dataset,
             lambda text: site.display.stage(self.name, text),
-            connect=lambda: connect_ray(config),
+            connect=lambda: connect_ray(self.config),
         )
 
 

@@ -39,9 +39,8 @@ def list_runs(config: Config) -> list[RunSummary]:
     Raises:
         TrackingError, StorageError: a service does not answer.
     """
-    storage = Storage.of(config)
     records = tracking.list_runs(config.tracking.server)
-    stored = folders_at(storage, join(config.storage.root, layout.RUNS))
+    stored = folders_at(Storage.of(config), join(config.storage.root, layout.RUNS))
     return summaries(records, stored, config.tracking.experiment, time.time())
 
 

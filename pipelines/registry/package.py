@@ -255,7 +255,6 @@ def register_once(
         scores: of the model; the version serves the settings in them.
         dataset_uri: of the data that it was scored on.
     """
-    storage = Storage.of(config)
     tracker, name = run_of(resolved), config.registry.model
     version = find_version(tracker.uri, name, scores, digest_of(resolved))
     if version is not None and is_candidate(tracker.uri, version):
@@ -263,7 +262,9 @@ def register_once(
         return version
     display.stage("register", f"as {name}")
     if version is None:
-        model = references.guided(resolved.model, Sampling.from_json(scores.sampling), config.tracking.uri, storage)
+        model = references.guided(
+            resolved.model, Sampling.from_json(scores.sampling), config.tracking.uri, Storage.of(config)
+        )
         version = register(replace(resolved, model=model), name, scores, dataset_uri, Signer.of(config.registry))
     page = links.version_page(name, version.version)
     where = f"as [{name} version {version.version}]({page}), which has its evidence and the gate's verdict."

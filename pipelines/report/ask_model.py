@@ -144,10 +144,11 @@ def inpainting(model: Model, data: Data, seed: int = 0) -> Picture:
 
 def _resolve(facts: Facts, subject: ReportSubject, config: Config) -> Resolved:
     """Return the model that is shown."""
-    storage = Storage.of(config)
     asked = subject.reference.startswith("models:/")
     reference = subject.reference if asked else f"runs:/{subject.tracker.run_id}/{facts.images_seen}"
-    return references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage, device=str(task_device()))
+    return references.resolve(
+        reference, tracking_uri=config.tracking.uri, storage=Storage.of(config), device=str(task_device())
+    )
 
 
 def _short(sampling: Sampling) -> Sampling:

@@ -170,9 +170,8 @@ def search_steps(
         ConfigError: the steps of such a sampler or model cannot be chosen.
         ModelError: there is no such model.
     """
-    storage = Storage.of(config)
     resolved = references.resolve(
-        reference, tracking_uri=config.tracking.uri, storage=storage, device=str(task_device())
+        reference, tracking_uri=config.tracking.uri, storage=Storage.of(config), device=str(task_device())
     )
     try:
         settings = _settings(resolved, changes)
@@ -206,13 +205,12 @@ def _settings(resolved: Resolved, changes: dict[str, Any]) -> Sampling:
 
 def _captions(resolved: Resolved, config: Config, notice: StageNotice, seed: int) -> Captions | None:
     """Return the captions of the test split of a model's data in a seeded order, for a model on text."""
-    storage = Storage.of(config)
     spec = resolved.model.spec
     if can_inpaint(spec):
         raise ValueError("a model that sees known pixels has no trajectories without them: name one without inpainting")
     if not spec.network.text_dim:
         return None
-    dataset = read_dataset(spec.lineage.get("dataset_uri", config.data.uri), storage)
+    dataset = read_dataset(spec.lineage.get("dataset_uri", config.data.uri), Storage.of(config))
     found = open_captions(spec.network.text_dim, dataset, config, lambda text: notice("steps", text))
     return None if found is None else found[0].shuffled(seed)
 
@@ -228,7 +226,6 @@ def _conditions(model: Model, ids: Tensor, captions: Captions | None) -> Conditi
 
 def _store(found: FoundSteps, config: Config, name: str, reference: str) -> dict[str, Any]:
     """Write what was found into the folder of the study and an MLflow run, and return it as JSON types."""
-    storage = Storage.of(config)
     note = f"Time steps that were {LEARNED if LEARNED in found.distances else CHOSEN} for {reference}."
     tracker = open_study_run(config, name, "steps", note)
     plain = {
@@ -238,7 +235,7 @@ def _store(found: FoundSteps, config: Config, name: str, reference: str) -> dict
         "sampling": found.settings.to_json(),
         "distances": found.distances,
     }
-    storage.write(join(StudyStore.of(config, name).uri, layout.STEPS), json.dumps(plain, indent=1).encode())
+    Storage.of(config).write(join(StudyStore.of(config, name).uri, layout.STEPS), json.dumps(plain, indent=1).encode())
     with tracking.recording("has not got the steps"):
         tracker.text(tracking.to_json(found.settings.to_json()), layout.BEST_SAMPLING)
         tracker.text("\n".join(sampling_overrides(found.settings)), layout.BEST_OVERRIDES)

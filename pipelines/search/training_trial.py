@@ -210,8 +210,7 @@ def trial_seconds(record: TrialRecord, sessions: Sequence[Session]) -> dict[str,
 
 def trial_sessions(record: TrialRecord, config: Config, name: str) -> Sequence[Session]:
     """Return the ledger of a trial's run in the study of this name."""
-    storage = Storage.of(config)
-    return read_sessions(storage, layout.run_folder(config.storage.root, f"{name}-{record.trial}"))
+    return read_sessions(Storage.of(config), layout.run_folder(config.storage.root, f"{name}-{record.trial}"))
 
 
 def median_seconds(records: Sequence[TrialRecord], config: Config, name: str) -> dict[str, float]:

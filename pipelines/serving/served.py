@@ -212,9 +212,10 @@ def load(reference: str, config: Config, executor: Executor) -> Served:
     Raises:
         ModelError: the model does not exist, or draws something that is not a number.
     """
-    storage = Storage.of(config)
     device = str(task_device())
-    resolved = references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage, device=device)
+    resolved = references.resolve(
+        reference, tracking_uri=config.tracking.uri, storage=Storage.of(config), device=device
+    )
     serving, model = config.serving, resolved.model
 
     def draw(drawing: Drawing) -> Drawn:

@@ -113,10 +113,9 @@ def encoder_lineage(config: Config) -> dict[str, Any]:
         `text_encoder`, by which the model can be given prompts, and `text_encoder_digest` of its weights, by which
         another one is told from it, where that is known.
     """
-    storage = Storage.of(config)
     if config.model.text_dim == 0:
         return {}
-    recorded = recorded_encoder(config.data.uri, storage)
+    recorded = recorded_encoder(config.data.uri, Storage.of(config))
     there = recorded.name is not None and (local_encoder(recorded.name) is not None or not is_path(recorded.name))
     name = recorded.name if there else config.data.text_encoder or recorded.name
     return {"text_encoder": name, **({"text_encoder_digest": recorded.digest} if recorded.digest else {})}

@@ -46,12 +46,11 @@ def find_training_run(config: Config, patience_s: float = FIRST_ANSWER_S) -> Tra
         TrackingError: no MLflow server answers.
         TrainingError: the MLflow run of its name is that of a run in another folder.
     """
-    storage = Storage.of(config)
     uri, folder = _uri(config), checkpoints.run_folder(config)
     found = tracking.runs_of(uri, config.tracking.experiment, config.name, patience_s)
     if not found:
         return None
-    own = read_run_id(storage, folder)
+    own = read_run_id(Storage.of(config), folder)
     ours = [tracker for tracker, run_id in found if run_id is not None and run_id == own]
     ours += [t for t, run_id in found if run_id is None and _is_of(t, config)]
     if ours:

@@ -62,9 +62,8 @@ def score_on_ray(config: Config, tracker: Tracker) -> Evaluate:
 def evaluation_data(published: Published, config: Config) -> EvaluationData:
     """Return the opened evaluators and reference data for a published checkpoint."""
     # One at a time: more would take the cores of workers that start again.
-    storage = Storage.of(config)
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"actors": 1})})
-    spec = checkpoints.published_spec(published, storage)
+    spec = checkpoints.published_spec(published, Storage.of(config))
     return EvaluationData.of(spec.lineage.get("dataset_uri", config.data.uri), config).opened(spec)
 
 

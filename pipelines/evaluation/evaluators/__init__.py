@@ -144,8 +144,7 @@ def open_matcher(
 
     Its encoder is a `Matcher`, and its accuracy the share of real test images whose own caption matches best.
     """
-    storage = Storage.of(config)
-    found = find("captions", dataset, storage, config.registry)
+    found = find("captions", dataset, Storage.of(config), config.registry)
     return _train("captions", config, dataset, notice, connect) if found is None else found
 
 
@@ -157,14 +156,13 @@ def _train(
     connect: Callable[[], object],
 ) -> Evaluator:
     """Train an evaluator on the dataset, and store it beside it."""
-    storage = Storage.of(config)
     connect()
     check_signing(config.registry)
     notice(f"training the evaluator ({kind}) on real images, once for this dataset")
     training = Training.of(config, kind, dataset)
     use_gpu = config.cluster.gpus_per_worker > 0
     trained = train_on_ray(training, use_gpu=use_gpu) if ray.is_initialized() else training()
-    return store(kind, trained, dataset, storage, config.registry)
+    return store(kind, trained, dataset, Storage.of(config), config.registry)
 
 
 @contextmanager

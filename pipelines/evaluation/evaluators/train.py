@@ -77,9 +77,8 @@ class Training:
     @classmethod
     def of(cls, config: Config, kind: Trainable, dataset: Dataset) -> Training:
         """Return the training of an evaluator with the shard cache of a configuration."""
-        storage = Storage.of(config)
         data, passes = config.data, config.evaluation.evaluator_passes
-        return cls(kind, dataset, storage, data.cache_dir, data.cache_gib, passes)
+        return cls(kind, dataset, Storage.of(config), data.cache_dir, data.cache_gib, passes)
 
     def __call__(self) -> Trained:
         """Read the share, train, and measure the accuracy, on the device that Ray has assigned and one thread."""

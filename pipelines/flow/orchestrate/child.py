@@ -105,10 +105,9 @@ def run_stage(
     from pipelines.flow.walk import walk
     from pipelines.storage import Storage
 
-    storage = Storage.of(config)
     if stage != INGEST.name:
         config = for_data(config)
-    site = Site(storage, code_lineage(), display)
+    site = Site(Storage.of(config), code_lineage(), display)
     if launch:
         from pipelines.flow.orchestrate.on_kubernetes import walk_on_kubernetes
 

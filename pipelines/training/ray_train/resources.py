@@ -24,13 +24,12 @@ def connect_ray(config: Config) -> None:
         TrainingError: no cluster answers.
     """
     # How often Ray Train's controller polls its workers: a failure is noticed that much later.
-    storage = Storage.of(config)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     group_start_s()
     if ray.is_initialized():
         return
     environment = {
-        **storage.environment(),
+        **Storage.of(config).environment(),
         **tracking.environment(),
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning barriers ruin a step beside any busy process
         "OMP_NUM_THREADS": str(config.cluster.threads_per_worker),
