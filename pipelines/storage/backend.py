@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import BinaryIO, ClassVar, Protocol
+
+STREAMED = 2**20
+"""Bytes of a stream that are read and written at once."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,9 @@ class Backend(Protocol):
         Raises:
             ConflictError: something else is stored.
         """
+
+    def upload_stream(self, stream: BinaryIO, uri: str) -> None:
+        """Store what a stream gives until its end, without holding all of it in memory."""
 
     def upload(self, path: Path, uri: str) -> None:
         """Store a file."""

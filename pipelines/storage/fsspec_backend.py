@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
-from pipelines.storage.backend import Connection, Entry
+from pipelines.storage.backend import STREAMED, Connection, Entry
 from pipelines.storage.errors import (
     ConflictError,
     NotFoundError,
@@ -115,6 +116,16 @@ class FsspecBackend:
             raise ConflictError(f"{uri}: another writer was faster")
         self.write(uri, data)
         return hashlib.sha256(data).hexdigest()
+
+    def upload_stream(self, stream: BinaryIO, uri: str) -> None:
+        """Store what a stream gives."""
+
+        def write(fs: Any, target: str) -> None:
+            with fs.open(target, "wb") as file:
+                shutil.copyfileobj(stream, file, STREAMED)
+
+        with _reporting(uri):
+            _replace(uri, write)
 
     def upload(self, path: Path, uri: str) -> None:
         """Store a file."""

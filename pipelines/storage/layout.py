@@ -43,6 +43,8 @@ UNSENT = "unsent.zip"
 # Below a checkpoint or another model folder; `ddpm.model` writes the first two.
 MODEL, WEIGHTS = "model.json", "model.safetensors"
 TRAINING_STATE, TRAINING_TENSORS, POWER_EMA = "state.json", "training.safetensors", "power_ema.safetensors"
+PARTS_INDEX = "parts.json"
+"""Which rows of which tensor are where in the parts of a sharded checkpoint."""
 EVIDENCE, PROBE = "evidence.json", "probe.safetensors"
 
 # Below a sample set in `EVALUATIONS`.
@@ -127,3 +129,8 @@ def log_part(epoch: int, rank: int, attempt: str, part: int) -> str:
 def mlflow_artifacts(bucket: str) -> str:
     """Return the address below which the local MLflow server keeps artifacts."""
     return f"s3://{bucket}/{MLFLOW}"
+
+
+def part_file(rank: int) -> str:
+    """Return the name of the part of a sharded checkpoint that a rank writes."""
+    return f"part-{rank:05d}.safetensors"

@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import BinaryIO, ClassVar
 
-from pipelines.storage.backend import Connection, Entry
+from pipelines.storage.backend import STREAMED, Connection, Entry
 from pipelines.storage.errors import ConflictError, TransientStorageError, reporting_os_errors
 
 LOCK = ".lock"
@@ -81,6 +81,16 @@ class LocalBackend:
                     raise ConflictError(f"{uri}: another writer was faster")
                 _replace(path, lambda temporary: temporary.write_bytes(data))
         return _digest(data)
+
+    def upload_stream(self, stream: BinaryIO, uri: str) -> None:
+        """Replace a file by what a stream gives."""
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:
+                shutil.copyfileobj(stream, file, STREAMED)
+
+        with reporting_os_errors(uri):
+            _replace(local_path(uri), write)
 
     def upload(self, path: Path, uri: str) -> None:
         """Replace a file by a copy of another."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 from pipelines.storage.backend import Connection, Entry
 from pipelines.storage.errors import ConflictError, StorageError
@@ -81,6 +81,12 @@ class S3Backend:
                 if error.response["Error"]["Code"] in _CONFLICTS or (tag and _is_absent(error)):
                     raise ConflictError(f"{uri}: another writer was faster") from error
                 raise
+
+    def upload_stream(self, stream: BinaryIO, uri: str) -> None:
+        """Store what a stream gives, in parts, a few of which are in memory at a time."""
+        bucket, key = split_s3(uri)
+        with self.client.calls(uri, "write") as client:
+            client.upload_fileobj(stream, bucket, key)
 
     def upload(self, path: Path, uri: str) -> None:
         """Store a file, in parts where it is large."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 from pipelines.config import Config
 from pipelines.environment.scratch import scratch_folder
@@ -166,6 +167,15 @@ class Storage(Connection):
                 if time.monotonic() > deadline:
                     raise
             time.sleep(random.uniform(0, 0.1))
+
+    def upload_stream(self, start: Callable[[], BinaryIO], uri: str, *, patience_s: float = PATIENCE_S) -> None:
+        """Store what a stream gives until its end in one step, without holding all of it in memory.
+
+        Args:
+            start: returns the stream from its beginning; called again for every try.
+        """
+        backend = self._backend(uri)
+        retry(lambda: backend.upload_stream(start(), uri), patience_s)
 
     def upload(self, path: Path, uri: str, *, patience_s: float = PATIENCE_S) -> None:
         """Store a file in one step; large files are uploaded in parts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import shutil
@@ -139,6 +140,8 @@ def test_files_go_up_and_down_and_across(root, tmp_path):
     STORAGE.copy(f"file://{tmp_path}/here/z", join(root, "x"))
     STORAGE.download(join(root, "x"), tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == data
+    STORAGE.upload_stream(lambda: io.BytesIO(data), join(root, "deep/y"))
+    assert STORAGE.read(join(root, "deep/y")) == data
     assert len(STORAGE.list(root)) == 2
     with pytest.raises(StorageError):
         STORAGE.upload(tmp_path / "missing", join(root, "x"))

@@ -84,6 +84,7 @@ def test_addresses_are_those_of_every_release() -> None:
     assert layout.index_name("train/000001.tar") == "train/000001.index.json"
     assert layout.progress_name("train/000001.tar") == "ingest-progress/train/000001.json"
     assert layout.numbered(1280) == "000000001280.json"
+    assert layout.part_file(3) == "part-00003.safetensors"
     assert layout.mlflow_artifacts("ddpm") == "s3://ddpm/mlflow"
     assert {
         *(".ddpm-", "dataset.json", "quarantine.json", "ingest-report.json", ".index.json", "ingest-progress"),
@@ -91,7 +92,7 @@ def test_addresses_are_those_of_every_release() -> None:
         *("held-out.safetensors", "run.json", "checkpoints.json", "goodput.json", "unsent.zip", "model.json"),
         *("model.safetensors", "state.json", "training.safetensors", "power_ema.safetensors", "evidence.json"),
         *("probe.safetensors", "record.json", "study.json", "confirmation.json", "study.html", "steps.json"),
-        *("best/sampling.json", "best/overrides.txt"),
+        *("best/sampling.json", "best/overrides.txt", "parts.json"),
     } == FILES
     assert {
         *("datasets", "runs", "studies", "evaluations", "registry", "plans", "evaluator", "features", "published"),

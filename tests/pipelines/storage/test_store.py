@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import shutil
 import socket
@@ -17,6 +18,7 @@ from pipelines.storage import (
     is_local,
     join,
 )
+from pipelines.storage.local import LocalBackend
 from pipelines.storage.retry import retry
 from pipelines.storage.s3 import split_s3
 
@@ -224,3 +226,40 @@ def test_a_deleted_folder_leaves_nothing_behind(tmp_path):
     for _ in range(2):
         STORAGE.delete_folder(f"file://{tmp_path}/store")
         assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_stream_is_stored_whole_and_begun_again_for_every_try(tmp_path, monkeypatch):
+    uri, data = f"file://{tmp_path}/a/b", os.urandom(3 * 2**20 + 1)
+    started = []
+
+    def start():
+        started.append(io.BytesIO(data))
+        return started[-1]
+
+    STORAGE.upload_stream(start, uri)
+    assert STORAGE.read(uri) == data
+    upload = LocalBackend.upload_stream
+
+    def breaks_once(self, stream, uri):
+        if len(started) == 2:
+            stream.read(100)
+            raise TransientStorageError(f"{uri}: gone for a moment")
+        upload(self, stream, uri)
+
+    monkeypatch.setattr(LocalBackend, "upload_stream", breaks_once)
+    STORAGE.upload_stream(start, uri)
+    assert len(started) == 3
+    assert STORAGE.read(uri) == data
+
+
+def test_a_stream_that_breaks_leaves_the_old_bytes_and_no_debris(tmp_path):
+    class Breaks(io.RawIOBase):
+        def read(self, size=-1):
+            raise OSError("torn")
+
+    uri = f"file://{tmp_path}/x"
+    STORAGE.write(uri, b"old")
+    with pytest.raises(StorageError, match="torn"):
+        STORAGE.upload_stream(Breaks, uri)
+    assert STORAGE.read(uri) == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
