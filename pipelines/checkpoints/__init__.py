@@ -1,24 +1,27 @@
-"""Checkpoints: their files (`files`), the list of a run's (`catalog`), the published copies (`published`), and which of
-them stay (`retention`)."""
+"""Checkpoints: their files, whole (`files`) or in parts (`parts`, `sharded`), the list of a run's (`catalog`), the
+published copies (`published`), and which of them stay (`retention`)."""
 
 from pipelines.checkpoints.catalog import (
     CheckpointList,
     Listed,
+    Resumable,
     checkpoint_name,
     complete_checkpoints,
     enter_checkpoint,
     epoch_of,
-    fetch_newest,
+    fetch_checkpoint,
     newest_checkpoint,
     newest_lineage,
+    resumable_checkpoints,
     run_folder,
     sweep,
     take_over,
 )
+from pipelines.checkpoints.errors import ModelError
 from pipelines.checkpoints.files import (
     Checkpoint,
     CheckpointState,
-    ModelError,
+    check_file,
     check_resumable,
     load_checkpoint,
     load_tensors,
@@ -48,13 +51,15 @@ __all__ = [
     "Listed",
     "ModelError",
     "Published",
+    "Resumable",
     "best_published",
+    "check_file",
     "check_resumable",
     "checkpoint_name",
     "complete_checkpoints",
     "enter_checkpoint",
     "epoch_of",
-    "fetch_newest",
+    "fetch_checkpoint",
     "fetch_published",
     "list_published",
     "load_checkpoint",
@@ -69,6 +74,7 @@ __all__ = [
     "reconstruct_average",
     "record_published",
     "record_scores",
+    "resumable_checkpoints",
     "retire",
     "run_folder",
     "save_checkpoint",

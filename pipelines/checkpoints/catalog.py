@@ -14,16 +14,18 @@ import re
 import shutil
 import uuid
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pipelines.checkpoints.files import CheckpointState, ModelError, verify_checkpoint
+from pipelines.checkpoints.errors import ModelError
+from pipelines.checkpoints.files import CheckpointState, verify_checkpoint
 from pipelines.config import Config
 from pipelines.storage import Entry, Fence, NotFoundError, Storage, StorageError, fenced, join, layout
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LIST_VERSION = 1
 GRACE_S = 3600.0
@@ -75,6 +77,45 @@ class CheckpointList:
             return None
 
 
+@dataclass(frozen=True)
+class Resumable:
+    """The checkpoints in a run's folder that the run can go on from.
+
+    Attributes:
+        folder: its address.
+        complete: the complete ones, newest first.
+        problems: name -> what is wrong, for those with a `state.json` that are not, or that are listed and gone.
+    """
+
+    folder: str
+    complete: list[tuple[Listed, CheckpointState]]
+    problems: dict[str, str]
+
+    def load_newest(self, load: Callable[[str, CheckpointState], T]) -> tuple[T | None, dict[str, str]]:
+        """Load the newest checkpoint that is whole.
+
+        Args:
+            load: gets the address and the state of a checkpoint, and raises a `ModelError` or `NotFoundError` where
+                not every byte of it is as it was written.
+
+        Returns:
+            (what `load` returns, None where the run has never had a checkpoint; what is wrong with newer ones, by
+            name).
+
+        Raises:
+            ModelError: there were checkpoints, and none of them is whole.
+        """
+        damaged = dict(self.problems)
+        for listed, state in self.complete:
+            try:
+                return load(join(self.folder, listed.name), state), damaged
+            except (ModelError, NotFoundError) as error:
+                damaged[listed.name] = str(error)
+        if self.complete:
+            raise _none_whole(self.folder, damaged)
+        return None, {}
+
+
 def run_folder(config: Config) -> str:
     """Return the folder of a run: its checkpoints and their list, published copies, and the goodput ledger."""
     return layout.run_folder(config.storage.root, config.name)
@@ -95,7 +136,7 @@ def complete_checkpoints(storage: Storage, folder: str) -> list[tuple[Listed, Ch
     """Return the complete checkpoints directly below an address and their states, newest first.
 
     One is complete if it has a `state.json` of a readable version and all files listed there, with the right sizes;
-    folders of interrupted writes are skipped. `fetch_newest`, which reads every byte, checks the digests. A checkpoint
+    folders of interrupted writes are skipped. Digests are checked by whoever reads the bytes. A checkpoint
     of a later driver is newer, whatever it has seen.
     """
     return _examine(storage, folder, _folders(storage.list(folder), folder)).complete
@@ -107,7 +148,7 @@ def newest_checkpoint(config: Config) -> CheckpointState | None:
     Raises:
         ModelError: there were checkpoints, and none of them is complete.
     """
-    found = _usable(Storage.of(config), run_folder(config))
+    found = resumable_checkpoints(Storage.of(config), run_folder(config))
     return found.complete[0][1] if found.complete else None
 
 
@@ -115,36 +156,32 @@ def newest_lineage(config: Config) -> dict[str, Any]:
     """Return the lineage that the newest complete checkpoint of a run has stored; empty where there is none."""
     storage = Storage.of(config)
     folder = run_folder(config)
-    found = _usable(storage, folder).complete
+    found = resumable_checkpoints(storage, folder).complete
     if not found:
         return {}
     stored = json.loads(storage.read(join(folder, found[0][0].name, layout.MODEL)))
     return dict(stored["lineage"])
 
 
-def fetch_newest(storage: Storage, folder: str, target: Path) -> tuple[CheckpointState | None, frozenset[str]]:
-    """Download the newest whole checkpoint of a run.
+def fetch_checkpoint(storage: Storage, address: str, target: Path) -> CheckpointState:
+    """Download the files of a checkpoint that its `state.json` names, and no others, and return its state.
 
-    Returns:
-        (its state, None where the run has never had a checkpoint; the names of newer ones that are damaged).
+    Args:
+        target: a folder, which is emptied first.
 
     Raises:
-        ModelError: there were checkpoints, and none of them is whole.
+        ModelError, NotFoundError: it is not complete, or damaged.
     """
-    found = _usable(storage, folder)
-    damaged = dict(found.problems)
-    for listed, _ in found.complete:
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir(parents=True)
-        try:
-            _download(storage, join(folder, listed.name), target)
-            return verify_checkpoint(target), frozenset(damaged)
-        except (ModelError, NotFoundError) as error:
-            damaged[listed.name] = str(error).removeprefix(f"{target}/")
-            logger.warning("%s: %s; an older checkpoint is used", listed.name, damaged[listed.name])
-    if found.complete:
-        raise _none_whole(folder, damaged)
-    return None, frozenset()
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    text = storage.read(join(address, layout.TRAINING_STATE))
+    for name in CheckpointState.from_json(text, address).files:
+        storage.download(join(address, name), target / name)
+    (target / layout.TRAINING_STATE).write_bytes(text)
+    try:
+        return verify_checkpoint(target)
+    except ModelError as error:
+        raise ModelError(str(error).removeprefix(f"{target}/")) from error
 
 
 def enter_checkpoint(
@@ -254,20 +291,7 @@ def _folders(entries: Iterable[Entry], folder: str) -> dict[str, list[Entry]]:
     return found
 
 
-@dataclass(frozen=True)
-class _Examined:
-    """The contents of a run's checkpoint folders.
-
-    Attributes:
-        complete: the complete ones, newest first.
-        problems: name -> what is wrong, for those with a `state.json` that are not.
-    """
-
-    complete: list[tuple[Listed, CheckpointState]]
-    problems: dict[str, str]
-
-
-def _examine(storage: Storage, folder: str, folders: Mapping[str, list[Entry]]) -> _Examined:
+def _examine(storage: Storage, folder: str, folders: Mapping[str, list[Entry]]) -> Resumable:
     complete, problems = [], {}
     for name, files in folders.items():
         uri = join(folder, name)
@@ -286,10 +310,10 @@ def _examine(storage: Storage, folder: str, folders: Mapping[str, list[Entry]]) 
             problems[name] = f"{', '.join(missing)} is missing or cut short"
         else:
             complete.append((Listed(epoch_of(name), state.images_seen, name), state))
-    return _Examined(sorted(complete, key=lambda pair: pair[0], reverse=True), problems)
+    return Resumable(folder, sorted(complete, key=lambda pair: pair[0], reverse=True), problems)
 
 
-def _usable(storage: Storage, folder: str) -> _Examined:
+def resumable_checkpoints(storage: Storage, folder: str) -> Resumable:
     """Return the checkpoints that a run can resume from; listed ones that are gone are among the problems.
 
     Raises:
@@ -308,8 +332,6 @@ def _usable(storage: Storage, folder: str) -> _Examined:
     found.problems.update(dict.fromkeys(gone, f"{layout.TRAINING_STATE} is missing"))
     if found.problems and not found.complete:
         raise _none_whole(folder, found.problems)
-    for name, problem in found.problems.items():
-        logger.warning("%s: %s; an older checkpoint is used", join(folder, name), problem)
     return found
 
 
@@ -319,19 +341,6 @@ def _none_whole(folder: str, problems: Mapping[str, str]) -> ModelError:
         f"no checkpoint in {folder} is whole:\n  {named}\n"
         "Bring their files back, or use another name=…, or start anew after `ddpm rm NAME`"
     )
-
-
-def _download(storage: Storage, address: str, folder: Path) -> None:
-    """Download the files of a checkpoint that its `state.json` names, and no others.
-
-    Raises:
-        ModelError, NotFoundError: it is not complete.
-    """
-    text = storage.read(join(address, layout.TRAINING_STATE))
-    state = CheckpointState.from_json(text, address)
-    for name in state.files:
-        storage.download(join(address, name), folder / name)
-    (folder / layout.TRAINING_STATE).write_bytes(text)
 
 
 def delete_checkpoint(storage: Storage, folder: str) -> None:

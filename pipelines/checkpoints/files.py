@@ -1,9 +1,11 @@
 """Checkpoint files: saving, loading, and whether a run may continue from one.
 
-A checkpoint is a folder with `model.json` and `model.safetensors` (the averaged weights used for sampling, so that it
-is a model folder), `power_ema.safetensors` (averages for post-hoc reconstruction, if the run tracks them),
-`training.safetensors` (raw weights, optimizer state, timestep history) and `state.json`, which has the sizes and
-digests of the other files and is written last, so that a folder with it is complete.
+A checkpoint of a network that every worker has whole is a folder with `model.json` and `model.safetensors` (the
+averaged weights used for sampling, so that it is a model folder), `power_ema.safetensors` (averages for post-hoc
+reconstruction, if the run tracks them), `training.safetensors` (raw weights, optimizer state, timestep history) and
+`state.json`, which has the sizes and digests of the other files and is written last, so that a folder with it is
+complete. A network that is sharded over the workers has a sharded checkpoint: in place of the safetensors files there
+is a part of each worker (`parts`).
 """
 
 from __future__ import annotations
@@ -19,19 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm.model import ModelSpec, save_model
+from pipelines.checkpoints.errors import ModelError
+from pipelines.checkpoints.sharded import read_index, read_tensors
 from pipelines.config import FORMER_DEFAULTS, Config, override_value
-from pipelines.presentation.errors import PipelineError
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
-from pipelines.storage import layout
+from pipelines.storage import Storage, layout
 
-CHECKPOINT_VERSION = 2
-"""The file that is written last: a folder with it is complete."""
-_EMA, _POWER = "ema.", "power."  # prefixes of the tensors that are stored in separate files
-
-
-class ModelError(PipelineError):
-    """The error for a MODEL reference that does not exist, or a checkpoint that is damaged or of another run."""
+CHECKPOINT_VERSION, SHARDED_VERSION = 2, 3
+"""The versions of checkpoints in whole files, and in parts, which earlier releases cannot read."""
+EMA, POWER = "ema.", "power."  # prefixes of the tensors that are stored in separate files
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,15 @@ class CheckpointState:
         """Return after how many images the run ends: as recorded where it is given seconds, else as configured."""
         return config.images if config.training_s is None or self.length is None else self.length
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the tensors are in parts."""
+        return layout.PARTS_INDEX in self.files
+
     def to_json(self) -> str:
         """Return the text of `state.json`."""
-        return json.dumps({"checkpoint_version": CHECKPOINT_VERSION, **asdict(self)}, indent=1)
+        version = SHARDED_VERSION if self.sharded else CHECKPOINT_VERSION
+        return json.dumps({"checkpoint_version": version, **asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> CheckpointState:
@@ -80,13 +85,15 @@ class CheckpointState:
         try:
             plain = json.loads(text)
             version = plain.pop("checkpoint_version", None)
-            if version == CHECKPOINT_VERSION:
+            if version in (CHECKPOINT_VERSION, SHARDED_VERSION):
                 state = cls(**plain)
                 _require_bare_names([*state.files, *state.sizes], where)
                 return state
         except (ValueError, AttributeError, TypeError) as error:
             raise ModelError(f"{where}/state.json is damaged ({error}): the checkpoint cannot be used") from error
-        raise ModelError(f"{where}: checkpoint version {version}, this release reads {CHECKPOINT_VERSION}")
+        raise ModelError(
+            f"{where}: checkpoint version {version}, this release reads {CHECKPOINT_VERSION} and {SHARDED_VERSION}"
+        )
 
 
 @dataclass(frozen=True)
@@ -108,14 +115,29 @@ class Checkpoint:
     length: int | None = None
     trained_s: float = 0.0
 
+    def state(self, files: dict[str, str], sizes: dict[str, int]) -> CheckpointState:
+        """Return the content of `state.json` for files of these SHA-256 and sizes."""
+        return CheckpointState(
+            self.images_seen,
+            self.identity,
+            self.spec.lineage["stream_digest"],
+            self.optimizer_steps,
+            self.skipped,
+            files,
+            sizes,
+            self.spec.lineage.get("precision"),
+            self.length,
+            self.trained_s,
+        )
+
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
     """Write a checkpoint folder and return its state; `state.json` is written last, so a folder with it is complete."""
     averaged, power, rest = {}, {}, {}
     for name, tensor in checkpoint.tensors.items():
-        if name.startswith(_EMA):
-            averaged[name.removeprefix(_EMA)] = tensor
-        elif name.startswith(_POWER):
+        if name.startswith(EMA):
+            averaged[name.removeprefix(EMA)] = tensor
+        elif name.startswith(POWER):
             power[name] = tensor
         else:
             rest[name] = tensor
@@ -124,29 +146,27 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> CheckpointState:
     if power:
         save_file(power, folder / layout.POWER_EMA)
     paths = sorted(path for path in folder.iterdir() if path.name != layout.TRAINING_STATE)
-    state = CheckpointState(
-        checkpoint.images_seen,
-        checkpoint.identity,
-        checkpoint.spec.lineage["stream_digest"],
-        checkpoint.optimizer_steps,
-        checkpoint.skipped,
-        {path.name: file_sha256(path) for path in paths},
-        {path.name: path.stat().st_size for path in paths},
-        checkpoint.spec.lineage.get("precision"),
-        checkpoint.length,
-        checkpoint.trained_s,
+    state = checkpoint.state(
+        {path.name: file_sha256(path) for path in paths}, {path.name: path.stat().st_size for path in paths}
     )
     (folder / layout.TRAINING_STATE).write_text(state.to_json())
     return state
 
 
-def with_file(state: CheckpointState, path: Path) -> CheckpointState:
-    """Return the state of a checkpoint that has one file more, named as on this disk."""
-    return replace(
-        state,
-        files={**state.files, path.name: file_sha256(path)},
-        sizes={**state.sizes, path.name: path.stat().st_size},
-    )
+def with_file(state: CheckpointState, name: str, data: bytes) -> CheckpointState:
+    """Return the state of a checkpoint that has one file more."""
+    digest = hashlib.sha256(data).hexdigest()
+    return replace(state, files={**state.files, name: digest}, sizes={**state.sizes, name: len(data)})
+
+
+def check_file(state: CheckpointState, name: str, data: bytes) -> None:
+    """Raise unless these are the bytes of a file of a checkpoint.
+
+    Raises:
+        ModelError: its SHA-256 is another one.
+    """
+    if hashlib.sha256(data).hexdigest() != state.files[name]:
+        raise ModelError(f"{name} is damaged: its SHA-256 is not the recorded one")
 
 
 def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
@@ -160,9 +180,12 @@ def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
 
 
 def load_tensors(folder: Path, state: CheckpointState) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint folder that has been verified, by their names in `Checkpoint`."""
+    """Return the tensors of a checkpoint folder that has been verified, whole, by their names in `Checkpoint`."""
+    if state.sharded:
+        address = f"file://{folder.resolve()}"
+        return read_tensors(Storage(), address, read_index(Storage(), address, state.files))
     tensors = load_file(folder / layout.TRAINING_TENSORS)
-    tensors |= {_EMA + name: tensor for name, tensor in load_file(folder / layout.WEIGHTS).items()}
+    tensors |= {EMA + name: tensor for name, tensor in load_file(folder / layout.WEIGHTS).items()}
     if layout.POWER_EMA in state.files:
         tensors |= load_file(folder / layout.POWER_EMA)
     return tensors

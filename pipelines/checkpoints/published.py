@@ -16,7 +16,9 @@ from torch import Tensor
 from ddpm.ema import PowerSnapshot, reconstruct
 from ddpm.model import ModelSpec
 from pipelines import tracking
-from pipelines.checkpoints.files import CheckpointState, ModelError, file_sha256
+from pipelines.checkpoints.errors import ModelError
+from pipelines.checkpoints.files import EMA, POWER, CheckpointState, file_sha256
+from pipelines.checkpoints.sharded import Assembled, read_index
 from pipelines.environment.scratch import scratch_folder
 from pipelines.storage import Storage, join, layout
 from pipelines.tracking import Tracker
@@ -62,11 +64,34 @@ class Published:
 
 
 def publish(storage: Storage, uri: str, target_uri: str, state: CheckpointState) -> Published:
-    """Copy a checkpoint's files to an address where they are kept, `state.json` last, and return their record."""
-    for name in state.files:
-        storage.copy(join(uri, name), join(target_uri, name))
+    """Copy a checkpoint's files to an address where they are kept, `state.json` last, and return their record.
+
+    Of a sharded one, the averaged weights are assembled as they are in the files of any other, a stream that nobody
+    holds whole, and the rest of the training's state is left out.
+
+    Raises:
+        ModelError: a part is damaged, gone or cut short.
+    """
+    if state.sharded:
+        state = _assemble(storage, uri, target_uri, state)
+    else:
+        for name in state.files:
+            storage.copy(join(uri, name), join(target_uri, name))
     storage.write(join(target_uri, layout.TRAINING_STATE), state.to_json().encode())
     return Published(target_uri, state.images_seen, _digest_of(state))
+
+
+def _assemble(storage: Storage, uri: str, target_uri: str, state: CheckpointState) -> CheckpointState:
+    """Store the averaged weights of a sharded checkpoint as whole files, and return the state that names them."""
+    index = read_index(storage, uri, state.files)
+    averaged = {name: name.removeprefix(EMA) for name in index.tensors if name.startswith(EMA)}
+    power = {name: name for name in index.tensors if name.startswith(POWER)}
+    storage.copy(join(uri, layout.MODEL), join(target_uri, layout.MODEL))
+    files, sizes = {layout.MODEL: state.files[layout.MODEL]}, {layout.MODEL: state.sizes[layout.MODEL]}
+    for file, names in ((layout.WEIGHTS, averaged), (layout.POWER_EMA, power)):
+        if names:
+            files[file], sizes[file] = Assembled(storage, uri, index, names).upload(join(target_uri, file))
+    return replace(state, files=files, sizes=sizes)
 
 
 def _digest_of(state: CheckpointState) -> str:

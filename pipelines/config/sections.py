@@ -142,9 +142,15 @@ class ClusterConfig(ConfigSection):
     cpus_per_worker: PositiveFloat = Field(1, description="CPUs that Ray reserves for each worker")
     gpus_per_worker: Literal[0, 1] = Field(0, description="GPUs per worker; 0: train on CPUs")
     threads_per_worker: PositiveInt = Field(1, description="torch threads per worker when training on CPUs")
-    parallel: Literal["ddp", "fsdp"] = Field(
+    parallel: Literal["ddp", "fsdp", "hsdp"] = Field(
         "ddp",
-        description="ddp: a copy of the network per worker; fsdp: its parameters are sharded over the workers (FSDP2)",
+        description="ddp: a copy of the network per worker; fsdp: its parameters are sharded over the workers (FSDP2); "
+        "hsdp: sharded over the workers of a group, each of which has a copy",
+    )
+    shard_size: PositiveInt | None = Field(
+        None,
+        description="with parallel=hsdp, workers that share one copy of the network, or more where that does not "
+        "divide their number; null: those of a node",
     )
     compile: bool = Field(
         False, description="compile the network with torch.compile; compiled code is cached on the node's disk"
@@ -178,6 +184,8 @@ class ClusterConfig(ConfigSection):
     def _ordered(self) -> ClusterConfig:
         if self.min_workers > self.max_workers:
             raise ValueError(f"num_workers must be [min, max] with min <= max, got {list(self.num_workers)}")  # type: ignore[arg-type]
+        if self.shard_size is not None and self.parallel != "hsdp":
+            raise ValueError(f"shard_size = {self.shard_size} needs parallel=hsdp, got parallel={self.parallel}")
         return self
 
     @property

@@ -33,7 +33,6 @@ from pipelines.checkpoints import (
     checkpoint_name,
     complete_checkpoints,
     enter_checkpoint,
-    fetch_newest,
     list_published,
     load_checkpoint,
     publish,
@@ -56,7 +55,7 @@ from pipelines.storage import Storage, join, s3_client
 from pipelines.tracking import RunLog, Tracker, outbox
 from pipelines.tracking.mlflow_sink import MlflowSink
 from tests.chaos.fault_proxy import Active, Fault, FaultProxy
-from tests.pipelines.checkpoints.tiny import SMALL
+from tests.pipelines.checkpoints.tiny import SMALL, fetch_newest
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos]
 

@@ -15,7 +15,7 @@ import ray
 import torch
 
 from pipelines import stack
-from pipelines.checkpoints import complete_checkpoints, fetch_newest, load_checkpoint, newest_checkpoint, run_folder
+from pipelines.checkpoints import complete_checkpoints, load_checkpoint, newest_checkpoint, run_folder
 from pipelines.config import Config, compose
 from pipelines.shards.ingest.write import ingest
 from pipelines.stack import StackState
@@ -29,6 +29,7 @@ from pipelines.training.ray_train.reusable_workers import ReusableWorkers
 from pipelines.training.ray_train.trainer import dedicated_workers
 from tests.integration.workers import slow_steps
 from tests.networks import TINY_UNET
+from tests.pipelines.checkpoints.tiny import fetch_newest
 from tests.processes import ray_train_workers
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

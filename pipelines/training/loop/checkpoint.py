@@ -1,32 +1,55 @@
-"""Checkpoints of a run: copied to CPU memory at once, written and uploaded while training goes on, and restored."""
+"""Checkpoints of a run: copied to CPU memory at once, written and uploaded while training goes on, and restored.
+
+A network that every rank has whole is stored by rank 0. Of a sharded one, each rank stores what it holds, and rank 0
+enters the checkpoint in the list of the run when all parts are there.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import logging
-import shutil
 import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from pipelines import checkpoints
-from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError
+from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError, Resumable
+from pipelines.checkpoints.parts import Part, PartsIndex, Rows
+from pipelines.checkpoints.sharded import read_index, read_rows
 from pipelines.environment.scratch import scratch_folder
 from pipelines.presentation.errors import PipelineError
-from pipelines.storage import join, layout
+from pipelines.storage import NotFoundError, join, layout
 from pipelines.tracking import RunLog
-from pipelines.training.loop.collectives import broadcast, broadcast_object, gather
+from pipelines.training.loop.collectives import (
+    all_gather_objects,
+    broadcast,
+    broadcast_object,
+    copies_on_cpu,
+    group_store,
+    held_rows,
+    written_rows,
+)
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import precision_change
 from pipelines.training.loop.state import ADDED, TrainingState
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+POLL_S = 0.1
+"""Seconds between looks whether the other ranks have stored their parts."""
 
 
 class Checkpointer:
@@ -37,7 +60,7 @@ class Checkpointer:
         damaged: names of stored checkpoints that could not be read, which leave the run's list.
 
     Attributes:
-        uploaded_bytes: size of the checkpoints stored so far.
+        uploaded_bytes: size of the checkpoints stored so far; on other ranks than 0, of this rank's parts of them.
         upload_s: seconds that their uploads took, while training went on.
     """
 
@@ -46,11 +69,13 @@ class Checkpointer:
         self.uploaded_bytes, self.upload_s = 0, 0.0
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._uploads: deque[Future[None]] = deque()
+        self._closed = threading.Event()
+        self._store = group_store()
 
     def save(self, state: TrainingState, *, publish: bool) -> None:
         """Copy the state and store it in the background; called by every rank at the same step.
 
-        Rank 0 waits where `checkpoint.backlog` copies wait already behind the one that is being stored: a store that is
+        A rank waits where `checkpoint.backlog` copies wait already behind the one that is being stored: a store that is
         away must not fill the memory.
 
         Args:
@@ -59,26 +84,31 @@ class Checkpointer:
         Raises:
             Exception: what kept an earlier checkpoint from being stored.
         """
-        if self.context.rank == 0:
-            self._wait(self.context.config.checkpoint.backlog)
-        tensors = gather(state.tensors())
-        if self.context.rank != 0:
-            return
-        spec = self.context.spec
+        context = self.context
+        spec = context.spec
         checkpoint = Checkpoint(
             replace(spec, lineage={**spec.lineage, "images_seen": state.images_seen}),
-            tensors,
+            {},
             images_seen=state.images_seen,
-            identity=self.context.config.identity(),
+            identity=context.config.identity(),
             optimizer_steps=state.optimizer_steps,
             skipped=state.skipped,
             length=state.length,
             trained_s=state.trained_s,
         )
-        self._uploads.append(self._thread.submit(self._store, checkpoint, publish=publish))
+        name = checkpoints.checkpoint_name(state.images_seen, context.job.epoch)
+        if isinstance(state.network, FSDPModule):
+            self._wait(context.config.checkpoint.backlog)
+            name = broadcast_object(name)
+            rows = written_rows(state.tensors())
+            self._uploads.append(self._thread.submit(self._run, self._store_part, name, checkpoint, rows, publish))
+        elif context.rank == 0:
+            self._wait(context.config.checkpoint.backlog)
+            checkpoint = replace(checkpoint, tensors=copies_on_cpu(state.tensors()))
+            self._uploads.append(self._thread.submit(self._run, self._store_whole, name, checkpoint, publish))
 
     def finish(self) -> None:
-        """Wait until all checkpoints are durable.
+        """Wait until all checkpoints are durable; of a sharded one, rank 0 waits for all parts.
 
         Raises:
             Exception: the failure that kept a checkpoint from being stored.
@@ -87,6 +117,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Let the thread end after its last checkpoint, without waiting for it."""
+        self._closed.set()
         self._thread.shutdown(wait=False)
 
     def _wait(self, unstored: int) -> None:
@@ -94,23 +125,66 @@ class Checkpointer:
         while self._uploads and (len(self._uploads) > unstored or self._uploads[0].done()):
             self._uploads.popleft().result()
 
-    def _store(self, checkpoint: Checkpoint, *, publish: bool) -> None:
+    def _run(self, store: Callable[..., int], *arguments: Any) -> None:
+        """Store a checkpoint, or this rank's part of one, and count it."""
         began = time.monotonic()
-        folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=scratch_folder()))
         try:
-            self._upload(folder, checkpoint, publish=publish)
+            self.uploaded_bytes += store(*arguments)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
             self.upload_s += time.monotonic() - began
 
-    def _upload(self, folder: Path, checkpoint: Checkpoint, *, publish: bool) -> None:
-        """Write a checkpoint's files, upload them under a new name, `state.json` last, and enter it in the list."""
+    def _store_whole(self, name: str, checkpoint: Checkpoint, publish: bool) -> int:
+        """Write a checkpoint's files, upload them under a new name, and enter it in the list."""
+        uri = join(self.context.job.run_uri, name)
+        with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=scratch_folder()) as scratch:
+            folder = Path(scratch)
+            state = checkpoints.save_checkpoint(folder, checkpoint)
+            for file in state.files:
+                self.context.job.storage.upload(folder / file, join(uri, file))
+        return self._enter(name, state, publish)
+
+    def _store_part(self, name: str, checkpoint: Checkpoint, rows: Sequence[Rows], publish: bool) -> int:
+        """Upload what this rank holds as a part; on rank 0, enter the checkpoint when all parts are there."""
+        rank, storage = self.context.rank, self.context.job.storage
+        uri, file = join(self.context.job.run_uri, name), layout.part_file(rank)
+        part = Part.of(rank, rows)
+        storage.upload_stream(part.stream, join(uri, file))
+        record = json.dumps([part.sha256(), part.size, part.index.to_json().decode()])
+        if rank != 0:
+            assert self._store is not None
+            self._store.set(f"{name}/{rank}", record)
+            return part.size
+        indices, files, sizes = [], {}, {}
+        for other, stored in enumerate([record.encode(), *self._other_records(name)]):
+            file = layout.part_file(other)
+            files[file], sizes[file], index = json.loads(stored)
+            indices.append(PartsIndex.from_json(index.encode(), file))
+        spec = checkpoint.spec.to_json().encode()
+        for file, data in ((layout.MODEL, spec), (layout.PARTS_INDEX, PartsIndex.joined(indices, uri).to_json())):
+            storage.write(join(uri, file), data)
+            files[file], sizes[file] = hashlib.sha256(data).hexdigest(), len(data)
+        return self._enter(name, checkpoint.state(files, sizes), publish)
+
+    def _other_records(self, name: str) -> Iterator[bytes]:
+        """Yield what the other ranks say of their parts, in the order of their ranks.
+
+        Raises:
+            PipelineError: the training has ended meanwhile, so that nobody knows whether they ever will.
+        """
+        assert self._store is not None
+        for rank in range(1, self.context.world_size):
+            key = f"{name}/{rank}"
+            while not self._store.check([key]):
+                if self._closed.wait(POLL_S):
+                    raise PipelineError(f"{name} is not complete: rank {rank} had not stored its part at the end")
+            yield self._store.get(key)
+            self._store.delete_key(key)
+
+    def _enter(self, name: str, state: CheckpointState, publish: bool) -> int:
+        """Complete a checkpoint, whose other files are stored, with `state.json`, enter it in the list, and return its
+        size in bytes."""
         job, storage = self.context.job, self.context.job.storage
-        name = checkpoints.checkpoint_name(checkpoint.images_seen, job.epoch)
         uri = join(job.run_uri, name)
-        state = checkpoints.save_checkpoint(folder, checkpoint)
-        for file in state.files:
-            self._put(folder / file, uri)
         if publish:
             # Before the checkpoint counts: a run that resumes from it will not come by here again.
             published = checkpoints.publish(storage, uri, job.published_uri(name), state)
@@ -118,39 +192,20 @@ class Checkpointer:
                 # It travels with the checkpoint too: sent again after a resume, it must not take the scores away.
                 self.log.text(*published.record(), state.images_seen, mark=published.mark)
         if self.log and (unsent := self.log.pack()):
-            (folder / layout.UNSENT).write_bytes(unsent)
-            state = checkpoints.with_file(state, folder / layout.UNSENT)
-            self._put(folder / layout.UNSENT, uri)
-        (folder / layout.TRAINING_STATE).write_text(state.to_json())
-        self._put(folder / layout.TRAINING_STATE, uri)
+            storage.write(join(uri, layout.UNSENT), unsent)
+            state = checkpoints.with_file(state, layout.UNSENT, unsent)
+        text = state.to_json().encode()
+        storage.write(join(uri, layout.TRAINING_STATE), text)
         listed = checkpoints.Listed(job.epoch, state.images_seen, name)
         checkpoints.enter_checkpoint(storage, job.run_uri, listed, job.config.checkpoint.keep, self.damaged)
-
-    def _put(self, path: Path, uri: str) -> None:
-        self.context.job.storage.upload(path, join(uri, path.name))
-        self.uploaded_bytes += path.stat().st_size
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The checkpoint that rank 0 found, as the other ranks learn of it.
-
-    Attributes:
-        state: its `state.json`; None where there is no checkpoint.
-        error: why the run cannot go on from it, if so; every rank raises it.
-        damaged: names of newer ones that could not be read.
-    """
-
-    state: CheckpointState | None
-    error: PipelineError | None
-    damaged: frozenset[str] = frozenset()
+        return sum(state.sizes.values()) + len(text)
 
 
 def restore(context: RunContext, state: TrainingState, log: RunLog | None) -> tuple[bool, frozenset[str]]:
-    """Load the newest whole checkpoint of the run into the state.
+    """Load the newest whole checkpoint of the run into the state; called by every rank.
 
-    Called by every rank. Rank 0 reads and broadcasts, so that any number of ranks, with DDP or FSDP2, can resume what
-    any other number saved.
+    Any number of ranks, with DDP or FSDP2, can resume what any other number saved: a checkpoint in whole files is read
+    and broadcast by rank 0, of a sharded one each rank reads the rows that it holds.
 
     Returns:
         (whether there was one; the names of newer ones that are damaged).
@@ -158,42 +213,120 @@ def restore(context: RunContext, state: TrainingState, log: RunLog | None) -> tu
     Raises:
         ModelError: no checkpoint is whole, or the newest is of a run with other settings or data.
     """
-    found = _Found(None, None)
-    tensors: dict[str, Tensor] = {}
+    found = _on_rank_0(context, lambda: _resumable(context))
+    tensors = state.tensors()
+    stored, damaged = found.load_newest(lambda uri, stored: _load(context, uri, stored, tensors))
     if context.rank == 0:
-        found, tensors = _read(context, state, log)
-    found = broadcast_object(found)
-    if found.error is not None:
-        raise found.error
-    if found.state is None:
-        return False, found.damaged
-    if context.rank == 0 and (change := precision_change(found.state.precision, context.precision)):
+        for name, problem in damaged.items():
+            logger.warning("%s: %s; an older checkpoint is used", join(found.folder, name), problem)
+    if stored is None:
+        return False, frozenset()
+    if stored.differing:
+        raise ModelError(f"the checkpoint holds other tensors than this release's: {stored.differing[:5]}")
+    if log and stored.unsent:
+        log.adopt(io.BytesIO(stored.unsent))
+    if context.rank == 0 and (change := precision_change(stored.state.precision, context.precision)):
         logger.warning("%s", change)
-    broadcast(tensors, state.tensors(), context.device)
-    state.set_counters(found.state.images_seen, found.state.optimizer_steps, found.state.skipped)
-    state.length, state.trained_s = found.state.ends_at(context.config), found.state.trained_s
-    return True, found.damaged
+    state.set_counters(stored.state.images_seen, stored.state.optimizer_steps, stored.state.skipped)
+    state.length, state.trained_s = stored.state.ends_at(context.config), stored.state.trained_s
+    return True, frozenset(damaged)
 
 
-def _read(context: RunContext, state: TrainingState, log: RunLog | None) -> tuple[_Found, dict[str, Tensor]]:
-    """Return the newest checkpoint and its tensors; errors are returned, because all ranks must learn of them."""
+@dataclass(frozen=True)
+class _Loaded:
+    """What a rank knows of the checkpoint that it has loaded.
+
+    Attributes:
+        differing: names of tensors that the checkpoint lacks, or has in another shape; nothing was loaded then.
+        unsent: on rank 0, the metrics that came with it.
+    """
+
+    state: CheckpointState
+    differing: tuple[str, ...] = ()
+    unsent: bytes | None = None
+
+
+def _resumable(context: RunContext) -> Resumable:
+    """Return the checkpoints of the run.
+
+    Raises:
+        ModelError: none is complete, or they are of other settings or data.
+    """
     job = context.job
+    found = checkpoints.resumable_checkpoints(job.storage, job.run_uri)
+    if found.complete:
+        checkpoints.check_resumable(found.complete[0][1], job.config, job.dataset, job.quarantine)
+    return found
+
+
+def _load(context: RunContext, uri: str, state: CheckpointState, tensors: Mapping[str, Tensor]) -> _Loaded:
+    """Overwrite the tensors with those of a checkpoint; called by every rank.
+
+    Raises:
+        ModelError: on every rank, where any of them has found a byte that is not as it was written.
+    """
+    storage, first = context.job.storage, context.rank == 0
+    values: dict[str, Tensor] = {}
+    index, unsent = PartsIndex({}), None
+    with tempfile.TemporaryDirectory(prefix="restored-", dir=scratch_folder()) as scratch:
+        with _on_every_rank():
+            if state.sharded:
+                index = read_index(storage, uri, state.files)
+            elif first:
+                folder = Path(scratch) / "checkpoint"
+                values = checkpoints.load_tensors(folder, checkpoints.fetch_checkpoint(storage, uri, folder))
+            if first and layout.UNSENT in state.files:
+                unsent = storage.read(join(uri, layout.UNSENT))
+                checkpoints.check_file(state, layout.UNSENT, unsent)
+        there = {name: tuple(tensor.shape) for name, tensor in (index.tensors if state.sharded else values).items()}
+        there = broadcast_object(there)
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        added = {name for name in wanted.keys() - there.keys() if name.startswith(ADDED)}
+        there |= {name: wanted[name] for name in added}
+        if differing := tuple(sorted(name for name, _ in wanted.items() ^ there.items())):
+            return _Loaded(state, differing)
+        if state.sharded:
+            held = held_rows(tensors)
+            with _on_every_rank():
+                read_rows(storage, uri, index, [rows for rows in held if rows.name not in added])
+            for rows in held:
+                if rows.name in added:
+                    rows.values.zero_()
+        else:
+            broadcast(values | {name: torch.zeros(wanted[name]) for name in added}, tensors, context.device)
+    return _Loaded(state, (), unsent)
+
+
+@contextmanager
+def _on_every_rank() -> Iterator[None]:
+    """Do something on every rank that may find a damaged file, and raise on all of them what the first one found.
+
+    Raises:
+        ModelError: a file is damaged or gone.
+    """
+    problem = None
     try:
-        with tempfile.TemporaryDirectory(prefix="restored-", dir=scratch_folder()) as scratch:
-            folder = Path(scratch) / "checkpoint"
-            stored, damaged = checkpoints.fetch_newest(job.storage, job.run_uri, folder)
-            if stored is None:
-                return _Found(None, None), {}
-            tensors = checkpoints.load_tensors(folder, stored)
-            checkpoints.check_resumable(stored, job.config, job.dataset, job.quarantine)
-            shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors().items()}
-            added = {name for name in shapes.keys() - tensors.keys() if name.startswith(ADDED)}
-            tensors |= {name: torch.zeros(shapes[name]) for name in added}
-            differing = {n for n, s in shapes.items() ^ {n: tuple(t.shape) for n, t in tensors.items()}.items()}
-            if differing:
-                raise ModelError(f"the checkpoint holds other tensors than this release's: {sorted(differing)[:5]}")
-            if log and (folder / layout.UNSENT).exists():
-                log.adopt(folder / layout.UNSENT)
-            return _Found(stored, None, damaged), tensors
-    except PipelineError as error:
-        return _Found(None, error), {}
+        yield
+    except (ModelError, NotFoundError) as error:
+        problem = str(error)
+    if found := [other for other in all_gather_objects(problem) if other]:
+        raise ModelError(found[0])
+
+
+def _on_rank_0(context: RunContext, call: Callable[[], T]) -> T:
+    """Return on every rank what a call returns on rank 0.
+
+    Raises:
+        PipelineError: on every rank, what it raises there.
+    """
+    found: T | None = None
+    error: PipelineError | None = None
+    if context.rank == 0:
+        try:
+            found = call()
+        except PipelineError as failure:
+            error = failure
+    found, error = broadcast_object((found, error))
+    if error is not None:
+        raise error
+    return cast("T", found)

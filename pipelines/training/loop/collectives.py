@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch._C._distributed_c10d import Store
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from pipelines.checkpoints.parts import Rows
 
 
 def world_size() -> int:
@@ -54,48 +59,95 @@ def broadcast(values: Mapping[str, Tensor], tensors: Mapping[str, Tensor], devic
             tensor.copy_(whole)
 
 
+def all_gather_objects(value: Any) -> list[Any]:
+    """Return the values of all ranks on every rank, in their order; they must pickle."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def group_store() -> Store | None:
+    """Return a connection of its own to the store of the process group; None without one."""
+    if world_size() == 1:
+        return None
+    store: Store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    return store
+
+
 @torch.no_grad()
-def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return whole copies in CPU memory on rank 0, and nothing on the other ranks.
-
-    Copies from a GPU go through page-locked memory, all of them at once.
-
-    Args:
-        tensors: whole tensors or DTensors; the same names on every rank.
-    """
+def copies_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous copies in CPU memory; those from a GPU go through page-locked memory, all of them at once."""
     copies = {}
-    on_gpu = False
     for name, tensor in tensors.items():
-        whole = _gather_parts(tensor) if isinstance(tensor, DTensor) else tensor
-        if whole is not None and this_rank() == 0:
-            on_gpu |= whole.is_cuda
-            copy = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda)
-            copies[name] = copy.copy_(whole, non_blocking=True)
-    if on_gpu:
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = copy.copy_(tensor, non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.current_stream().synchronize()
     return copies
 
 
-def _gather_parts(tensor: DTensor) -> Tensor | None:
-    """Join the parts of all ranks to a whole tensor on rank 0; return None on the other ranks.
+@dataclass(frozen=True)
+class _Place:
+    """Which rows of a tensor this rank holds, and which of the ranks that hold the same ones it is.
 
-    `DTensor.full_tensor` sends every part to every rank. And with gloo it may end the process: whichever of gloo's two
-    threads has finished a collective writes its name into a string that both share, without a lock (torch 2.13,
-    `ProcessGroupGloo::runLoop`). A name of more than 15 characters, which is only that of `full_tensor`'s collective,
-    is on the heap, where two writes at once free the same memory twice.
+    Attributes:
+        first: index of the first row.
+        replica: 0..replicas - 1.
+        replicas: the number of ranks that hold the same rows.
+    """
+
+    first: int
+    replica: int
+    replicas: int
+
+
+def _place(tensor: Tensor) -> _Place:
+    """Return the place of this rank's part of a tensor.
 
     Args:
-        tensor: in parts along its first dimension, as FSDP2 cuts it: all of them of as many rows as the first, but for
+        tensor: whole, or in parts along its first dimension as FSDP2 cuts it: all of as many rows as the first, but for
             the last ones, which may have fewer or none.
     """
-    rows = -(-tensor.shape[0] // world_size())
-    part = _padded(tensor.to_local(), rows)
-    if this_rank() != 0:
-        dist.gather(part, dst=0)
-        return None
-    whole = part.new_empty(rows * world_size(), *tensor.shape[1:])
-    dist.gather(part, list(whole.split(rows)), dst=0)
-    return whole[: tensor.shape[0]]
+    if not isinstance(tensor, DTensor):
+        return _Place(0, this_rank(), world_size())
+    mesh, count = tensor.device_mesh, tensor.shape[0]
+    first, replica, replicas = 0, 0, 1
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            assert placement == Shard(0), f"parts along {placement}, where FSDP2 cuts along the first dimension"
+            first = min(mesh.get_local_rank(dim) * -(-count // mesh.size(dim)), count)
+        else:
+            replica, replicas = replica * mesh.size(dim) + mesh.get_local_rank(dim), replicas * mesh.size(dim)
+    return _Place(first, replica, replicas)
+
+
+def held_rows(tensors: Mapping[str, Tensor]) -> list[Rows]:
+    """Return the rows that this rank holds of tensors, to overwrite in place; none where it holds none."""
+    held = [Rows(n, tuple(t.shape), _place(t).first, local_part(t.detach())) for n, t in tensors.items()]
+    return [rows for rows in held if rows.values.numel()]
+
+
+@torch.no_grad()
+def written_rows(tensors: Mapping[str, Tensor]) -> list[Rows]:
+    """Return copies in CPU memory of the rows that this rank writes: every row of every tensor is written by one rank.
+
+    Ranks that hold the same rows share them, chunk by chunk.
+
+    Args:
+        tensors: whole tensors or DTensors; the same names on every rank.
+    """
+    chosen: dict[str, Rows] = {}
+    turns: Counter[int] = Counter()
+    for rows in held_rows(tensors):
+        place = _place(tensors[rows.name])
+        for chunk in rows.chunks():
+            if turns[place.replicas] % place.replicas == place.replica:
+                chosen[f"{chunk.name}@{chunk.first}"] = chunk
+            turns[place.replicas] += 1
+    copies = copies_on_cpu({key: chunk.values for key, chunk in chosen.items()})
+    return [replace(chunk, values=copies[key]) for key, chunk in chosen.items()]
 
 
 def _padded(part: Tensor, rows: int) -> Tensor:
@@ -144,20 +196,21 @@ def all_gather_pieces(mine: Tensor, total: int) -> Tensor:
 def on_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """Return a function of a whole tensor; of a DTensor, the part of the result that this rank holds.
 
-    Every rank gathers the whole tensor and computes the function of it.
+    Every rank gathers the whole tensor from the ranks that hold other parts of it, and computes the function of it.
 
     Args:
         function: whose result has the shape of its argument.
-        tensor: whole, or in parts as in `_gather_parts`.
+        tensor: whole, or in parts as in `_place`.
     """
     if not isinstance(tensor, DTensor):
         return function(tensor)
-    part, count = tensor.to_local(), tensor.shape[0]
-    rows = -(-count // world_size())
-    result = function(torch.cat(_all_gather(part, rows))[:count])
-    start = min(this_rank() * rows, count)
+    mesh = tensor.device_mesh
+    part, count, first = tensor.to_local(), tensor.shape[0], _place(tensor).first
+    sharded = next(dim for dim, placement in enumerate(tensor.placements) if placement.is_shard())
+    parts = _all_gather(part, -(-count // mesh.size(sharded)), mesh.get_group(sharded))
+    result = function(torch.cat(parts)[:count])
     return DTensor.from_local(
-        result[start : start + len(part)].contiguous(),
+        result[first : first + len(part)].contiguous(),
         tensor.device_mesh,
         tensor.placements,
         run_check=False,
@@ -166,9 +219,9 @@ def on_whole(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     )
 
 
-def _all_gather(mine: Tensor, rows: int) -> list[Tensor]:
-    """Return the rows of every rank, each padded with zeros to this many."""
+def _all_gather(mine: Tensor, rows: int, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Return the rows of every rank of a group, of all ranks by default, each padded with zeros to this many."""
     padded = _padded(mine, rows)
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, padded, group)
     return parts

@@ -86,7 +86,7 @@ def channels_last(device: torch.device) -> bool:
 
 def place_network(network: nn.Module, config: Config, device: torch.device) -> nn.Module:
     """Return the network on its device; FSDP2 shards contiguous weights only: their layout stays."""
-    if channels_last(device) and config.cluster.parallel != "fsdp":
+    if channels_last(device) and config.cluster.parallel == "ddp":
         return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.to(device)
 

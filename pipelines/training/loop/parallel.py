@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,20 +20,36 @@ from pipelines.training.loop.collectives import world_size
 
 
 def apply_fsdp(network: nn.Module, cluster: ClusterConfig, device: torch.device) -> None:
-    """Shard a network's parameters over the ranks, in place, where the configuration asks for FSDP2.
+    """Shard a network's parameters over the ranks, in place, where the configuration asks for FSDP2 or HSDP.
 
     Modules of the classes in the network's attribute `fsdp_units` are sharded one by one: their parameters are gathered
     for their own forward and backward, and freed afterwards. A network without the attribute is one unit.
     """
     if world_size() == 1 or cluster.parallel == "ddp":
         return
-    mesh = init_device_mesh(device.type, (world_size(),))
+    mesh = _mesh(cluster, device)
     units = cast("tuple[type[nn.Module], ...]", getattr(network, "fsdp_units", ()))
     for unit in [module for module in network.modules() if isinstance(module, units)]:
         if cluster.compile:  # inside the hooks that gather and free, which a compiled graph could not hold
             unit.compile()
         fully_shard(unit, mesh=mesh)
     fully_shard(network, mesh=mesh)
+
+
+def _mesh(cluster: ClusterConfig, device: torch.device) -> DeviceMesh:
+    """Return the mesh of the ranks: all in a row, or for HSDP a row for each copy of the network."""
+    if cluster.parallel == "fsdp":
+        return init_device_mesh(device.type, (world_size(),))
+    # Ranks are numbered node by node, so that those of a row are on one node.
+    wanted = cluster.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    size = shard_size(world_size(), wanted)
+    return init_device_mesh(device.type, (world_size() // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def shard_size(world: int, wanted: int) -> int:
+    """Return over how many ranks a copy of the network is sharded: the wanted ones, or the fewest above that divide
+    them all, so that no rank holds more of it than expected."""
+    return next(size for size in range(min(wanted, world), world + 1) if world % size == 0)
 
 
 def wrap(network: nn.Module, cluster: ClusterConfig, device: torch.device) -> nn.Module:

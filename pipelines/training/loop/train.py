@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from pipelines.environment.scratch import warn_if_short
@@ -215,7 +216,7 @@ class _Rank:
 
         # Restore the newest checkpoint, or start from new or given weights.
         self.state = make_state(self.config, context.device, context.precision)
-        if context.rank == 0:  # one is written at a time; others wait in memory
+        if context.rank == 0 and not isinstance(self.state.network, FSDPModule):  # parts need no disk
             warn_if_short(sum(t.nbytes for t in self.state.tensors().values()), "a checkpoint before its upload")
         restored, damaged = restore(context, self.state, self.log)
         if not restored and self.config.init_from is not None:

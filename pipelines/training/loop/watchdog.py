@@ -16,11 +16,10 @@ from types import TracebackType
 from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 from torch._C import _distributed_c10d
 
 from pipelines.presentation.errors import PipelineError
-from pipelines.training.loop.collectives import this_rank, world_size
+from pipelines.training.loop.collectives import group_store, this_rank
 from pipelines.training.loop.progress import Clock
 
 logger = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ class Watchdog:
         self.clock, self.timeout_s, self.rank = clock, timeout_s, this_rank()
         self.grace_s = OTHERS_GRACE_S + grace_s
         # A connection of its own: the process group's is busy while a collective is being set up.
-        self.store = dist.distributed_c10d._get_default_store().clone() if world_size() > 1 else None  # type: ignore[attr-defined]
+        self.store = group_store()
         self.failure: Failure | None = None
         self._found = threading.Event()
         self._over = threading.Event()

@@ -18,7 +18,6 @@ from pipelines.checkpoints import (
     checkpoint_name,
     complete_checkpoints,
     enter_checkpoint,
-    fetch_newest,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
@@ -28,7 +27,7 @@ from pipelines.checkpoints import (
 from pipelines.checkpoints.catalog import GRACE_S
 from pipelines.config import Config, compose
 from pipelines.storage import Entry, FencedError, Storage
-from tests.pipelines.checkpoints.tiny import a_checkpoint
+from tests.pipelines.checkpoints.tiny import a_checkpoint, fetch_newest
 
 STORAGE = Storage()
 

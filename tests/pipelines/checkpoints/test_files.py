@@ -111,7 +111,7 @@ def test_a_state_that_names_files_outside_its_folder_is_refused(folder, name):
 def test_a_file_that_is_added_later_is_checked_like_the_others(folder):
     state = load_checkpoint(folder)[0]
     (folder / "unsent.zip").write_bytes(b"points")
-    (folder / "state.json").write_text(with_file(state, folder / "unsent.zip").to_json())
+    (folder / "state.json").write_text(with_file(state, "unsent.zip", b"points").to_json())
     assert load_checkpoint(folder)[0].sizes["unsent.zip"] == 6
     (folder / "unsent.zip").write_bytes(b"paints")
     with pytest.raises(ModelError, match=r"unsent\.zip is missing or damaged"):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from ddpm.models.unet import UNet, UNetConfig
-from pipelines.checkpoints import Checkpoint
+from pipelines.checkpoints import Checkpoint, CheckpointState, fetch_checkpoint, resumable_checkpoints
 from pipelines.checkpoints.references import model_spec
 from pipelines.config import compose
 from pipelines.shards.index import ShardInfo, make_dataset
+from pipelines.storage import Storage
 
 CONFIG = compose(["+experiment=digits"])
 DATASET = make_dataset(
@@ -48,3 +50,10 @@ def a_checkpoint(images_seen: int, *, power: bool = False) -> Checkpoint:
         }
     spec = replace(model_spec(CONFIG, DATASET, {}), network=SMALL)
     return Checkpoint(spec, tensors, images_seen=images_seen, identity=CONFIG.identity(), optimizer_steps=1, skipped=2)
+
+
+def fetch_newest(storage: Storage, folder: str, target: Path) -> tuple[CheckpointState | None, set[str]]:
+    """Download the newest whole checkpoint of a run, and return (its state, names of newer ones that are damaged)."""
+    found = resumable_checkpoints(storage, folder)
+    state, damaged = found.load_newest(lambda uri, _: fetch_checkpoint(storage, uri, target))
+    return state, set(damaged)

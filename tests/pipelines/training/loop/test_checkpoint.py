@@ -40,15 +40,19 @@ class ReportingShell(FolderShell):
 
 
 def test_state_json_is_uploaded_once_and_after_all_other_files(digits, tmp_path, monkeypatch):
-    uploaded, upload = [], Storage.upload
+    uploaded = []
 
-    def noted(self, path, uri):
-        uploaded.append(uri)
-        upload(self, path, uri)
+    def noting(store, position):
+        def noted(self, *arguments, **patience):
+            uploaded.append(arguments[position])
+            store(self, *arguments, **patience)
 
-    monkeypatch.setattr(Storage, "upload", noted)
+        return noted
+
+    monkeypatch.setattr(Storage, "upload", noting(Storage.upload, 1))
+    monkeypatch.setattr(Storage, "write", noting(Storage.write, 0))
     run(tmp_path, digits)
-    folders = {uri.rsplit("/", 1)[0] for uri in uploaded}
+    folders = {uri.rsplit("/", 1)[0] for uri in uploaded if "/checkpoint_" in uri}
     assert len(folders) == 2
     for folder in folders:
         names = [uri.rsplit("/", 1)[1] for uri in uploaded if uri.startswith(f"{folder}/")]

@@ -71,9 +71,9 @@ def break_rank(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif fault == "log":
         monkeypatch.setattr(StepStatistics, "metrics", fail)
     elif fault == "checkpoint":
-        monkeypatch.setattr(checkpoint, "gather", fail)
+        monkeypatch.setattr(checkpoint.Checkpointer, "save", fail)
     elif fault == "restore":
-        monkeypatch.setattr(checkpoints, "fetch_newest", fail)
+        monkeypatch.setattr(checkpoints, "resumable_checkpoints", fail)
     elif fault == "batch":
         load = TrainingStream._load
         monkeypatch.setattr(TrainingStream, "_load", lambda self, first: broken_read(self, first, load))
