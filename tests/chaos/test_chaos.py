@@ -284,7 +284,8 @@ def run_chaos(
     print(goodput.lines())
     if every_s is None:
         assert goodput.sessions == 1 + sum(fault is kill_driver for fault in happened)
-        assert took - 20 < goodput.wall_s < took + 1  # all that the ledger misses is the driver's goodbye
+        # All that the ledger misses is the drivers' start and goodbye, which are imports on a busy machine.
+        assert 0.9 * took - 20 < goodput.wall_s < took + 1
         assert goodput.attempts > sum(fault in (kill_worker, kill_driver) for fault in happened)
         assert all(session.attempts[-1].resumed_at > 0 for session in sessions)  # a lost worker, and a lost driver
     else:

@@ -36,7 +36,7 @@ def test_checkpoints_are_scored_on_the_run_and_on_their_logged_models_before_the
     process = shell.start("train", *SETTINGS, "images=100000000", "--json")
     try:
         with slow_steps(local_stack.home):
-            tracker = scored(client, deadline=time.monotonic() + 200)
+            tracker = scored(client, deadline=time.monotonic() + 400)
             assert client.get_run(tracker.run_id).info.status == "RUNNING"
             assert process.poll() is None
             os.kill(process.pid, signal.SIGINT)
