@@ -19,7 +19,7 @@ from tests.chaos.test_chaos import FAR, SETTINGS
 from tests.integration.workers import forked_workers, slow_steps
 from tests.processes import family
 
-pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(600)]
 
 FOLDER = "s3://ddpm/runs/taken"
 RUN = [*SETTINGS, "name=taken", FAR, f"checkpoint.every={10 * BATCH}", f"checkpoint.publish_every={30 * BATCH}",
