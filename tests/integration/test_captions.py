@@ -32,14 +32,14 @@ SHORT = [
     "model.attention=[false,true]",
     "data.text_encoder=encoder",
     "data.shard_samples=64",
-    "images=12800",
+    "images=8960",
     "batch_size=64",
     "optim.lr=0.002",
-    "checkpoint.every=6400",
+    "checkpoint.every=8960",
     "tracking.log_every=1280",
-    "tracking.grid_every=6400",
+    "tracking.grid_every=8960",
     "sampler.steps=10",
-    "evaluation.likelihood_images=4",
+    "evaluation.likelihood_images=2",
 ]
 PROMPTS = ["a red circle", "a blue square"]
 
@@ -120,7 +120,7 @@ def test_a_picture_is_filled_edited_and_measured(flow, shell):
     )
     assert dominant(pixels(shell, edited.answer["files"][:1])[0]) == "blue"
     bits = shell.ok(
-        "likelihood", "models:/shapes/1", "s3://ddpm/datasets/shapes", "--images", "8", "--out", "l", "--json"
+        "likelihood", "models:/shapes/1", "s3://ddpm/datasets/shapes", "--images", "2", "--out", "l", "--json"
     )
     assert 0 < bits.answer["bits_per_dim"]["mean"] < 8
 

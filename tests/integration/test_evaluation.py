@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 MODEL = str(Path("tests/fixtures/earlier/version/model").resolve())
 DATA = "s3://ddpm/datasets/scored"
-SETTINGS = ["evaluation.n=270", "evaluation.seeds=1", "evaluation.batch_size=30", "evaluation.likelihood_images=4"]
+SETTINGS = ["evaluation.n=180", "evaluation.seeds=1", "evaluation.batch_size=30", "evaluation.likelihood_images=2"]
 
 
 def stored(s3: Storage, root: str, ending: str) -> list[Entry]:
@@ -56,7 +56,7 @@ def test_an_evaluation_goes_on_where_it_was_killed_and_gives_the_same_from_any_n
 
     one = shell.ok(*evaluate("s3://ddpm/one", 1), "--json").answer
     after = {entry.uri: entry for entry in stored(s3, "s3://ddpm/one", ".safetensors")}
-    assert len(after) == 9
+    assert len(after) == 6
     assert all(after[entry.uri] == entry for entry in before)
 
     with FaultProxy(str(local_stack.s3_endpoint)) as proxy:
@@ -76,11 +76,11 @@ def test_an_evaluation_goes_on_where_it_was_killed_and_gives_the_same_from_any_n
         assert not [path for path in read if ".tar" in path]
     assert other["estimates"] == one["estimates"]
     ours, theirs = stored(s3, "s3://ddpm/one", ".tar"), stored(s3, "s3://ddpm/three", ".tar")
-    assert len(ours) == len(theirs) == 9
+    assert len(ours) == len(theirs) == 6
     for mine, its in zip(ours, theirs, strict=True):
         assert s3.read(mine.uri) == s3.read(its.uri)
     images = np.concatenate([unpack_samples(s3.read(entry.uri), 1)[0] for entry in ours])
-    assert images.shape == (270, 8, 8, 1)
+    assert images.shape == (180, 8, 8, 1)
     assert images.std() > 30
     scores = one["estimates"]
     assert scores["frechet_distance"]["floor"] < scores["frechet_distance"]["value"]

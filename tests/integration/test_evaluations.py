@@ -26,7 +26,7 @@ SETTINGS = [
     "+experiment=digits", "name=scored", "data.uri=s3://ddpm/datasets/scored", *TINY_UNET,
     "optim.decay=constant", "cluster.num_workers=1",
     "checkpoint.every=1000000", f"evaluation.every={EVERY}", "tracking.grid_every=null", "sampler.steps=2",
-    "evaluation.seeds=1", "evaluation.likelihood_images=4", "evaluation.evaluator_passes=10",
+    "evaluation.n=90", "evaluation.seeds=1", "evaluation.likelihood_images=0", "evaluation.evaluator_passes=5",
 ]  # fmt: skip
 
 
