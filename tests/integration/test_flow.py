@@ -28,6 +28,8 @@ from tests.networks import TINY_UNET
 pytestmark = pytest.mark.integration
 
 SHORT = [*DIGITS, *SCORED]
+FEW = ["evaluation.n=40", "evaluation.seeds=1", "evaluation.likelihood_images=0"]
+"""Where it matters whether something is scored, and not how well."""
 
 
 @pytest.fixture
@@ -386,7 +388,7 @@ def edited(s3: Storage, uri: str, change):
 
 
 def test_an_edited_evaluator_and_edited_features_of_real_images_are_named_and_not_used(digits, shell, s3: Storage):
-    run, fewer = f"runs:/{digits.answer['run_id']}", (*SHORT, "evaluation.n=40")  # which were not scored yet
+    run, fewer = f"runs:/{digits.answer['run_id']}", (*SHORT, *FEW)  # which were not scored yet
     there = {entry.uri.rpartition("/")[2]: entry.uri for entry in s3.list("s3://ddpm/datasets/digits")}
 
     with edited(s3, there["evaluator.json"], lambda content: json.loads(content)["record"].encode()):
@@ -433,7 +435,7 @@ def test_edited_scores_and_samples_are_named_and_made_again_as_they_were(
 def test_another_network_under_the_name_of_a_guide_makes_other_scores(digits, shell: Shell, tmp_path):
     weak = shutil.copytree("tests/fixtures/earlier/version/model", tmp_path / "weak")
     guided = ("guidance.kind=auto", f"guidance.weak={weak}", "guidance.scale=2")
-    asked = ("evaluate", f"runs:/{digits.answer['run_id']}", *SHORT, *guided, "evaluation.n=40", "--json")
+    asked = ("evaluate", f"runs:/{digits.answer['run_id']}", *SHORT, *guided, *FEW, "--json")
     first = shell.ok(*asked)
     assert "scored with these settings already" in shell.ok(*asked).err
     weights = load_file(weak / "model.safetensors")
