@@ -35,7 +35,7 @@ pytestmark = pytest.mark.integration
 
 TINY = ["+experiment=digits", *TINY_UNET]
 TINY += ["cluster.num_workers=1", "sampler.steps=5"]
-GUIDANCE = ["search.trials=6", "search.samples=64", "search.rungs=2", "search.confirm=1", "search.confirm_samples=64"]
+GUIDANCE = ["search.trials=4", "search.samples=64", "search.rungs=2", "search.confirm=1", "search.confirm_samples=64"]
 GUIDANCE += ["search.space.sampler.steps.int=[3,8]"]
 
 
@@ -65,13 +65,13 @@ def test_a_guidance_study_that_is_killed_or_broken_off_goes_on_and_counts_nothin
     process.communicate()
     before = {name: r for name, r in records(s3, "killed").items() if r.state in ("finished", "stopped")}
 
-    refused = shell(*command, "search.trials=7")
+    refused = shell(*command, "search.trials=5")
     assert refused.code == 1
     assert "a study 'killed' is at s3://ddpm/studies/killed: go on with --resume" in refused.err
     run = tracking.find_run(local_stack.tracking_uri, "ddpm", "study-killed")
-    assert json.loads(run.read_text("study.json"))["trials"] == 6
+    assert json.loads(run.read_text("study.json"))["trials"] == 4
 
-    longer = [*command, "search.trials=12", "--resume"]  # many enough that some are left when it is broken off
+    longer = [*command, "search.trials=8", "--resume"]  # many enough that some are left when it is broken off
     process = shell.start(*longer)
     until(lambda: sum(r.state != "running" for r in records(s3, "killed").values()) > len(before), process, 200)
     process.send_signal(signal.SIGINT)
@@ -82,11 +82,11 @@ def test_a_guidance_study_that_is_killed_or_broken_off_goes_on_and_counts_nothin
     before = {name: r for name, r in records(s3, "killed").items() if r.state in ("finished", "stopped")}
     done = shell.ok(*longer, "--json")
     after = records(s3, "killed")
-    assert len(after) == sum(done.answer["trials"].values()) == 12
+    assert len(after) == sum(done.answer["trials"].values()) == 8
     assert done.answer["trials"]["running"] == 0
     assert all(after[name] == record for name, record in before.items())  # none ran again
     runs, count = children(local_stack, done.answer["run_id"])
-    assert count == len(runs) == 12
+    assert count == len(runs) == 8
     assert set(runs) == {f"killed-{name}" for name in after}
     lowest = min(r.scores["frechet_distance"] for r in after.values() if r.state == "finished")
     assert best(after.values()).scores["frechet_distance"] == lowest
