@@ -33,9 +33,9 @@ SHORT = (
     "images=1280",
     "sampler.steps=4",
     "evaluation.n=90",
-    "evaluation.evaluator_passes=10",
+    "evaluation.evaluator_passes=5",
     "evaluation.seeds=1",
-    "evaluation.likelihood_images=4",
+    "evaluation.likelihood_images=0",
     "tracking.grid_images=10",
 )
 
