@@ -72,8 +72,22 @@ def status(as_json: Json = False) -> None:
     _show_status(as_json, {}, _answering(as_json))
 
 
-def doctor(overrides: Overrides = None, as_json: Json = False) -> None:
+def doctor(
+    overrides: Overrides = None,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Test the GPUs of this machine instead, in about two minutes.")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes of --gpu; default: one per GPU, or 2 on a CPU.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show what a training lacks here and how to fix it; starts nothing. Example: ddpm doctor"""
+    if gpu:
+        _test_gpus(overrides, ranks, as_json)
+        return
+    if ranks is not None:
+        raise typer.BadParameter("--ranks is an option of --gpu")
     from pipelines.doctor import examine, left_running
 
     checks = examine(overrides or [], os.environ)
@@ -83,6 +97,32 @@ def doctor(overrides: Overrides = None, as_json: Json = False) -> None:
     if left_running():
         sys.stdout.flush()
         os._exit(1)  # Python would wait for the thread pools of the S3 client
+    if failures:
+        raise typer.Exit(1)
+
+
+def _test_gpus(overrides: list[str] | None, ranks: int | None, as_json: bool) -> None:
+    """Run the selftest of GPUs: a line per check, and what a report of a fault needs."""
+    if overrides:
+        raise typer.BadParameter(f"--gpu tests the machine, whatever the settings: leave out {' '.join(overrides)}")
+    from pipelines.doctor.gpu import ranks_of_machine, selftest
+    from pipelines.doctor.gpu.facts import report_section
+    from pipelines.presentation import markdown
+
+    try:
+        processes = ranks_of_machine(ranks)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    shown, checks = _answering(as_json), []
+    for check in selftest(processes):
+        checks.append(check)
+        shown.checks([(check.status, check.name, check.found, check.fix)])
+    report = markdown.section(report_section(os.environ))
+    shown.console.print(f"\n{report}", markup=False)
+    failures = any(check.status == "failed" for check in checks)
+    answer_json(
+        as_json, {"ok": not failures, "checks": [dataclasses.asdict(check) for check in checks], "report": report}
+    )
     if failures:
         raise typer.Exit(1)
 

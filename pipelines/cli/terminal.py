@@ -28,6 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.environment.credentials import redact
+from pipelines.presentation.lines import check_line
 from pipelines.presentation.progress import NOT_WORKING, Progress, Report, StageNotice, TimeBreakdown, TrainingStatus
 
 if TYPE_CHECKING:
@@ -130,9 +131,9 @@ class Terminal:
         """Show findings, each as (status, name, finding, fix); aligned and wrapped on a terminal."""
         if not self.console.is_terminal:
             for status, name, found, fix in checks:
-                self.console.print(Text(redact(f"{status:>8}  {name}: {found}" + (f"; fix: {fix}" if fix else ""))))
+                self.console.print(Text(redact(check_line(status, name, found, fix))))
             return
-        styles = {"ok": "green", "warning": "yellow", "failed": "bold red"}
+        styles = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
         table = Table.grid(padding=(0, 2, 0, 0))
         for column in range(3):
             table.add_column(no_wrap=column < 2, overflow="fold")

@@ -1,7 +1,7 @@
 """`ddpm doctor`: what is missing for a training, and the command or setting that fixes it. It starts nothing.
 
 `check` has the result of a probe and runs probes in parallel under one deadline; `machine`, `services` and `storage`
-have the probes, whose decisions are pure functions of what was observed.
+have the probes, whose decisions are pure functions of what was observed. `gpu` is a test of its own.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pipelines.presentation.errors import PipelineError
 
-Status = Literal["ok", "warning", "failed"]
+Status = Literal["ok", "warning", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ def warning(name: str, found: str, fix: str) -> Check:
 def failed(name: str, found: str, fix: str) -> Check:
     """Return the check of a missing or broken requirement of a training."""
     return Check(name, "failed", found, fix)
+
+
+def skipped(name: str, why: str) -> Check:
+    """Return the check of something that could not be looked at here, with the reason."""
+    return Check(name, "skipped", why)
 
 
 def run_probes(probes: Mapping[str, Probe], deadline_s: float) -> list[Check]:
