@@ -208,6 +208,10 @@ def link_check(speeds: Mapping[tuple[int, int], float], kinds: Mapping[tuple[int
         if usual > SLOW_LINK * speed:
             kind = f", {kinds[pair]}" if pair in kinds else ""
             slow.append(f"{pair[0]}-{pair[1]} ({speed:.2f} GB/s{kind}; others {usual:.2f})")
+    if len(speeds) == 1:
+        return ok(
+            "links", f"{next(iter(speeds.values())):.2f} GB/s between the two ranks (no other link to compare with)"
+        )
     figures = f"{min(speeds.values()):.2f} to {max(speeds.values()):.2f} GB/s between {len(speeds)} pairs of ranks"
     limit = f"limit: 1/{SLOW_LINK:.0f} of others of the same kind"
     if not slow:

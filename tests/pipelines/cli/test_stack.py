@@ -25,3 +25,14 @@ def test_the_result_of_a_verb_goes_to_stdout(monkeypatch, capsys, tmp_path, verb
     said = capsys.readouterr()
     assert line in said.out
     assert said.err == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, said", [(["--ranks", "2"], "an option of --gpu"), (["--gpu", "seed=1"], "leave out seed=1")]
+)
+def test_the_doctor_of_gpus_has_options_of_its_own_and_no_settings(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr("sys.argv", ["ddpm", "doctor", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
