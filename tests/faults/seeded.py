@@ -420,12 +420,29 @@ NEWLY_TESTED = (
         "state_json_first",
         "A checkpoint's state.json is uploaded after all its other files.",
         "pipelines/training/loop/checkpoint.py",
-        "        for file in state.files:\n",
-        "        (folder / layout.TRAINING_STATE).write_text(state.to_json())\n"
-        "        self._put(folder / layout.TRAINING_STATE, uri)\n"
-        "        for file in state.files:\n",
+        "            for file in state.files:\n",
+        "            self.context.job.storage.write(join(uri, layout.TRAINING_STATE), state.to_json().encode())\n"
+        "            for file in state.files:\n",
         (
             "tests/pipelines/training/loop/test_checkpoint.py::test_state_json_is_uploaded_once_and_after_all_other_files",
+        ),
+    ),
+    Fault(
+        "piece_of_a_part",
+        "Every piece of a sharded checkpoint that is read is checked.",
+        "pipelines/checkpoints/sharded.py",
+        ".hexdigest() != chunk.sha256:",
+        ".hexdigest() == chunk.part:",
+        ("tests/pipelines/checkpoints/test_sharded.py::test_a_damaged_part_is_refused_by_name",),
+    ),
+    Fault(
+        "rows_of_a_piece",
+        "Any number of workers reads from the parts of a checkpoint the rows that it holds.",
+        "pipelines/checkpoints/sharded.py",
+        ".copy_(values[start - chunk.first : stop - chunk.first])",
+        ".copy_(values[: stop - start])",
+        (
+            "tests/pipelines/checkpoints/test_sharded.py::test_what_any_number_of_ranks_has_written_any_other_number_reads",
         ),
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -197,6 +198,32 @@ def assert_goes_through(tmp_path: Path, digits, meshes, precision: str, *overrid
 )
 def test_a_checkpoint_of_any_mesh_goes_on_on_any_other(digits, tmp_path, meshes):
     assert_goes_through(tmp_path, digits, meshes, "fp64", *AT_ONCE, "optim.power_ema=[0.1]")
+
+
+@pytest.mark.parametrize("harm", ["a bit is turned", "a part of another step is in its place"])
+def test_of_a_sharded_checkpoint_that_is_damaged_the_one_before_is_taken(digits, tmp_path, harm):
+    folder, overrides = (
+        tmp_path / "r",
+        [*AT_ONCE, f"checkpoint.every={4 * BATCH}", "checkpoint.keep=3", "batch_size=25"],
+    )
+    sharded = cell_config(folder, 2, 20, "fp64", "fsdp", 1, *overrides)
+    start_ranks(until_step, (2, tmp_path / "rendezvous-0", digits, folder, sharded, 12), 2)
+    older, before, newest = sorted((folder / "runs" / "digits").glob("checkpoint_*"))
+    part = newest / "part-00001.safetensors"
+    data = bytearray(part.read_bytes())
+    if harm == "a bit is turned":
+        data[-1] ^= 1
+    else:
+        data = bytearray((before / part.name).read_bytes())
+    assert len(data) == part.stat().st_size  # nothing shows but the digests
+    part.write_bytes(data)
+    start_ranks(until_step, (2, tmp_path / "rendezvous-1", digits, folder, sharded, None), 2)
+    lines = [json.loads(line)[0] for line in (folder / "trace.jsonl").read_text().splitlines()]
+    first, second = range(BATCH, 13 * BATCH, BATCH), range(9 * BATCH, 21 * BATCH, BATCH)
+    assert lines == [*first, first[-1], *second, second[-1]]  # an attempt says at its end where it is
+    assert len(trace(folder)) == 20  # steps that were computed twice have the same losses
+    assert not newest.exists()
+    assert older.name < before.name
 
 
 @pytest.mark.slow
