@@ -10,8 +10,8 @@ import hashlib
 import io
 import json
 import logging
+import math
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 POLL_S = 0.1
 """Seconds between looks whether the other ranks have stored their parts."""
+PARTS_GRACE_S = 30.0
+"""Seconds for which rank 0 waits for the parts of the others after its training has ended by an error: they may be
+well, and still uploading."""
 
 
 class Checkpointer:
@@ -69,7 +72,7 @@ class Checkpointer:
         self.uploaded_bytes, self.upload_s = 0, 0.0
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._uploads: deque[Future[None]] = deque()
-        self._closed = threading.Event()
+        self._give_up_at = math.inf
         self._store = group_store()
 
     def save(self, state: TrainingState, *, publish: bool) -> None:
@@ -117,7 +120,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Let the thread end after its last checkpoint, without waiting for it."""
-        self._closed.set()
+        self._give_up_at = time.monotonic() + PARTS_GRACE_S
         self._thread.shutdown(wait=False)
 
     def _wait(self, unstored: int) -> None:
@@ -175,7 +178,8 @@ class Checkpointer:
         for rank in range(1, self.context.world_size):
             key = f"{name}/{rank}"
             while not self._store.check([key]):
-                if self._closed.wait(POLL_S):
+                time.sleep(POLL_S)
+                if time.monotonic() > self._give_up_at:
                     raise PipelineError(f"{name} is not complete: rank {rank} had not stored its part at the end")
             yield self._store.get(key)
             self._store.delete_key(key)
