@@ -28,7 +28,7 @@ from tests.integration.workers import PACE, forked_workers, pace_file
 from tests.processes import family, ray_train_workers
 
 CPUS = os.cpu_count() or 2
-BATCH = 128
+BATCH = 64
 
 
 def until(true: Callable[[], Any], timeout_s: float, what: Callable[[], str]) -> Any:
