@@ -39,7 +39,7 @@ BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Rows:
+class TensorRows:
     """Consecutive rows of a tensor: those that a rank holds, or those that it asks for.
 
     Attributes:
@@ -57,7 +57,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.values) if self.shape else 1
 
-    def chunks(self, chunk_bytes: int | None = None) -> Iterator[Rows]:
+    def chunks(self, chunk_bytes: int | None = None) -> Iterator[TensorRows]:
         """Yield the same rows in chunks."""
         if not self.shape or not self.shape[0]:
             yield self
@@ -65,7 +65,7 @@ class Rows:
         row = self.values.element_size() * math.prod(self.shape[1:])
         each = max(1, (chunk_bytes or CHUNK_BYTES) // max(row, 1))
         for at in range(0, len(self), each):
-            yield Rows(self.name, self.shape, self.first + at, self.values[at : at + each])
+            yield TensorRows(self.name, self.shape, self.first + at, self.values[at : at + each])
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor of a sharded checkpoint.
 
     Attributes:
@@ -121,7 +121,7 @@ class Stored:
 class PartsIndex:
     """The tensors of a sharded checkpoint, by name."""
 
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
 
     def to_json(self) -> bytes:
         """Return the content of `parts.json`."""
@@ -151,7 +151,7 @@ class PartsIndex:
         Raises:
             ModelError: parts disagree on a tensor, or rows are missing or there twice.
         """
-        found: dict[str, Stored] = {}
+        found: dict[str, StoredTensor] = {}
         for name, tensor in itertools.chain.from_iterable(part.tensors.items() for part in parts):
             other = found.get(name, replace(tensor, chunks=()))
             if (other.dtype, other.shape) != (tensor.dtype, tensor.shape):
@@ -167,10 +167,10 @@ def _first(chunk: Chunk) -> int:
     return chunk.first
 
 
-def _stored(dtype: str, shape: Sequence[int], chunks: Sequence[Sequence[Any]]) -> Stored:
+def _stored(dtype: str, shape: Sequence[int], chunks: Sequence[Sequence[Any]]) -> StoredTensor:
     if dtype not in BY_NAME:
         raise ValueError(f"unknown dtype {dtype}")
-    return Stored(dtype, tuple(shape), tuple(Chunk(*chunk) for chunk in chunks))
+    return StoredTensor(dtype, tuple(shape), tuple(Chunk(*chunk) for chunk in chunks))
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Part:
     index: PartsIndex
 
     @classmethod
-    def of(cls, rank: int, chunks: Sequence[Rows]) -> Part:
+    def of(cls, rank: int, chunks: Sequence[TensorRows]) -> Part:
         """Return the part of a rank with these chunks, which stay where they are.
 
         Args:
@@ -197,12 +197,12 @@ class Part:
             {f"{c.name}@{c.first}": (DTYPES[c.values.dtype], tuple(c.values.shape)) for c in ordered}
         )
         buffers, at = [memoryview(header)], len(header)
-        tensors: dict[str, Stored] = {}
+        tensors: dict[str, StoredTensor] = {}
         for chunk in ordered:
             data = _bytes(chunk.values)
             place = Chunk(chunk.first, len(chunk), rank, at, at + len(data), hashlib.sha256(data).hexdigest())
             before = tensors[chunk.name].chunks if chunk.name in tensors else ()
-            tensors[chunk.name] = Stored(DTYPES[chunk.values.dtype], chunk.shape, (*before, place))
+            tensors[chunk.name] = StoredTensor(DTYPES[chunk.values.dtype], chunk.shape, (*before, place))
             buffers.append(data)
             at += len(data)
         return cls(tuple(buffers), PartsIndex(tensors))

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from pipelines.checkpoints.errors import ModelError
-from pipelines.checkpoints.parts import BY_NAME, Chunk, PartsIndex, Rows, Stored, joined_stream, safetensors_header
+from pipelines.checkpoints.parts import (
+    BY_NAME,
+    Chunk,
+    PartsIndex,
+    StoredTensor,
+    TensorRows,
+    joined_stream,
+    safetensors_header,
+)
 from pipelines.storage import NotFoundError, ShortObjectError, Storage, join, layout
 
 REQUEST_BYTES = 64 * 2**20
@@ -52,7 +60,7 @@ class _Request:
     part: int
     start: int
     stop: int
-    chunks: tuple[tuple[str, Chunk, tuple[Rows, ...]], ...]
+    chunks: tuple[tuple[str, Chunk, tuple[TensorRows, ...]], ...]
 
     def fetch(self, storage: Storage, folder: str) -> memoryview:
         """Return the bytes, of which every chunk has been checked.
@@ -75,7 +83,7 @@ class _Request:
         return view
 
 
-def read_rows(storage: Storage, folder: str, index: PartsIndex, wanted: Sequence[Rows]) -> int:
+def read_rows(storage: Storage, folder: str, index: PartsIndex, wanted: Sequence[TensorRows]) -> int:
     """Read rows of tensors into the values of `wanted`, and return how many bytes were fetched.
 
     Fetched are only chunks with some of the rows, each once, and neighbouring ones together.
@@ -87,7 +95,7 @@ def read_rows(storage: Storage, folder: str, index: PartsIndex, wanted: Sequence
     Raises:
         ModelError: what was read is damaged, or a part is gone or cut short; names the part and the tensor.
     """
-    users: dict[Chunk, list[Rows]] = defaultdict(list)
+    users: dict[Chunk, list[TensorRows]] = defaultdict(list)
     names: dict[Chunk, str] = {}
     for rows in wanted:
         for chunk in index.tensors[rows.name].chunks:
@@ -108,7 +116,7 @@ def read_rows(storage: Storage, folder: str, index: PartsIndex, wanted: Sequence
         return sum(pool.map(read, requests))
 
 
-def _together(chunks: Iterable[tuple[str, Chunk, tuple[Rows, ...]]]) -> list[_Request]:
+def _together(chunks: Iterable[tuple[str, Chunk, tuple[TensorRows, ...]]]) -> list[_Request]:
     """Return the requests for chunks; those that touch each other are fetched together."""
     requests: list[_Request] = []
     for entry in sorted(chunks, key=lambda entry: (entry[1].part, entry[1].start)):
@@ -120,12 +128,12 @@ def _together(chunks: Iterable[tuple[str, Chunk, tuple[Rows, ...]]]) -> list[_Re
     return requests
 
 
-def _values(data: memoryview, tensor: Stored, chunk: Chunk) -> Tensor:
+def _values(data: memoryview, tensor: StoredTensor, chunk: Chunk) -> Tensor:
     shape = (chunk.rows, *tensor.shape[1:]) if tensor.shape else ()
     return torch.frombuffer(data, dtype=BY_NAME[tensor.dtype]).view(shape) if data else torch.empty(shape)
 
 
-def _copy(values: Tensor, chunk: Chunk, rows: Rows) -> None:
+def _copy(values: Tensor, chunk: Chunk, rows: TensorRows) -> None:
     """Copy the rows of a chunk that are wanted to where they are wanted."""
     if not rows.shape:
         rows.values.copy_(values)
@@ -141,7 +149,7 @@ def read_tensors(storage: Storage, folder: str, index: PartsIndex) -> dict[str, 
         ModelError: as for `read_rows`.
     """
     found = {name: torch.empty(t.shape, dtype=BY_NAME[t.dtype]) for name, t in index.tensors.items()}
-    read_rows(storage, folder, index, [Rows(name, tuple(t.shape), 0, t) for name, t in found.items()])
+    read_rows(storage, folder, index, [TensorRows(name, tuple(t.shape), 0, t) for name, t in found.items()])
     return found
 
 

@@ -20,7 +20,7 @@ from pipelines.config import Config
 from pipelines.doctor.check import Check, failed, ok, skipped
 from pipelines.doctor.gpu import facts, tasks
 from pipelines.doctor.gpu.ranks import Place, Ranks, RanksError
-from pipelines.doctor.gpu.tasks import GIB, MIB, NETWORKS, Evaluation, Links, Trace, made_up_config
+from pipelines.doctor.gpu.tasks import GIB, MIB, NETWORKS, ForwardBackward, Links, Trace, made_up_config
 
 __all__ = ["ranks_of_machine", "selftest"]
 
@@ -106,13 +106,13 @@ def check_bf16(ranks: Ranks) -> Iterator[Check]:
             yield bf16_check(name, exact, tasks.evaluate(made_up_config(network, "optim.precision=bf16"), place.device))
 
 
-def bf16_check(name: str, exact: Evaluation, rounded: Evaluation) -> Check:
+def bf16_check(name: str, exact: ForwardBackward, rounded: ForwardBackward) -> Check:
     """Return the check of an evaluation in bfloat16 beside the exact one."""
     limits = {part: roundings * BF16_ROUNDING for part, roundings in BF16_ROUNDINGS.items()}
     return _within(name, distances(exact, rounded), limits, "optim.precision=fp32")
 
 
-def distances(exact: Evaluation, other: Evaluation) -> dict[str, float]:
+def distances(exact: ForwardBackward, other: ForwardBackward) -> dict[str, float]:
     """Return the relative distances of output, loss and gradient."""
     return {
         "output": _distance(exact.output, other.output),

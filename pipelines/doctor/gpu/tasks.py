@@ -48,7 +48,7 @@ def made_up_config(network: str, *overrides: str) -> Config:
     return compose([*plain, *NETWORKS[network], *overrides])
 
 
-class Training:
+class MadeUpTraining:
     """A training of made-up images on one rank, which stores nothing.
 
     Its first weights are those of a new network with some noise added: the layers that begin at zero would hide all
@@ -104,12 +104,12 @@ class Trace:
 
 def train(place: Place, config: Config, steps: int) -> Trace:
     """Train some steps as one rank."""
-    return _trace(Training(config, place.device, place.rank, place.count), steps)
+    return _trace(MadeUpTraining(config, place.device, place.rank, place.count), steps)
 
 
 def train_and_die(place: Place, config: Config, steps: int, folder: Path) -> None:
     """Train some steps, save, and train on; the last rank is killed between forward and backward of the next step."""
-    training, clock = Training(config, place.device, place.rank, place.count), Clock(time.monotonic())
+    training, clock = MadeUpTraining(config, place.device, place.rank, place.count), Clock(time.monotonic())
     with Watchdog(clock, STALLED_S):
         for _ in range(steps):
             training.step()
@@ -124,19 +124,19 @@ def train_and_die(place: Place, config: Config, steps: int, folder: Path) -> Non
 
 def resume(place: Place, config: Config, saved_after: int, steps: int, folder: Path) -> Trace:
     """Go on from a saved state."""
-    training = Training(config, place.device, place.rank, place.count)
+    training = MadeUpTraining(config, place.device, place.rank, place.count)
     training.load(folder, saved_after * config.batch_size)
     return _trace(training, steps)
 
 
-def _trace(training: Training, steps: int) -> Trace:
+def _trace(training: MadeUpTraining, steps: int) -> Trace:
     results = [training.step() for _ in range(steps)]
     moments = {name: part.cpu() for name, part in training.parts().items() if ".exp_avg." in name}
     return Trace([r.loss for r in results], [r.grad_norm for r in results], moments)
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ForwardBackward:
     """Forward and backward of one batch.
 
     Attributes:
@@ -150,9 +150,9 @@ class Evaluation:
     gradient: Tensor
 
 
-def evaluate(config: Config, device: torch.device) -> Evaluation:
+def evaluate(config: Config, device: torch.device) -> ForwardBackward:
     """Return output, loss and gradient of the first step of a made-up training, in its precision."""
-    training, outputs = Training(config, device), []
+    training, outputs = MadeUpTraining(config, device), []
 
     def recorded(*arguments: Any) -> Tensor:
         outputs.append(training.state.wrapped(*arguments))
@@ -164,7 +164,7 @@ def evaluate(config: Config, device: torch.device) -> Evaluation:
     loss.backward()
     gradients = [p.grad for p in training.state.network.parameters() if p.grad is not None]
     whole = torch.cat([gradient.detach().float().cpu().flatten() for gradient in gradients])
-    return Evaluation(outputs[0].detach().float().cpu(), loss.item(), whole)
+    return ForwardBackward(outputs[0].detach().float().cpu(), loss.item(), whole)
 
 
 def _noisy_weights(config: Config) -> dict[str, Tensor]:
@@ -248,7 +248,7 @@ def peak_memory(config: Config, device: torch.device, steps: int = 3) -> int:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    training = Training(config, device)
+    training = MadeUpTraining(config, device)
     for _ in range(steps):
         training.step()
     return torch.cuda.max_memory_allocated(device) - before

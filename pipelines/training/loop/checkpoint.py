@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError, Resumable
-from pipelines.checkpoints.parts import Part, PartsIndex, Rows
+from pipelines.checkpoints.parts import Part, PartsIndex, TensorRows
 from pipelines.checkpoints.sharded import read_index, read_rows
 from pipelines.environment.scratch import scratch_folder
 from pipelines.presentation.errors import PipelineError
@@ -146,7 +146,7 @@ class Checkpointer:
                 self.context.job.storage.upload(folder / file, join(uri, file))
         return self._enter(name, state, publish)
 
-    def _store_part(self, name: str, checkpoint: Checkpoint, rows: Sequence[Rows], publish: bool) -> int:
+    def _store_part(self, name: str, checkpoint: Checkpoint, rows: Sequence[TensorRows], publish: bool) -> int:
         """Upload what this rank holds as a part; on rank 0, enter the checkpoint when all parts are there."""
         rank, storage = self.context.rank, self.context.job.storage
         uri, file = join(self.context.job.run_uri, name), layout.part_file(rank)

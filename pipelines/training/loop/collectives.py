@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from pipelines.checkpoints.parts import Rows
+from pipelines.checkpoints.parts import TensorRows
 
 
 def world_size() -> int:
@@ -123,14 +123,14 @@ def _place(tensor: Tensor) -> _Place:
     return _Place(first, replica, replicas)
 
 
-def held_rows(tensors: Mapping[str, Tensor]) -> list[Rows]:
+def held_rows(tensors: Mapping[str, Tensor]) -> list[TensorRows]:
     """Return the rows that this rank holds of tensors, to overwrite in place; none where it holds none."""
-    held = [Rows(n, tuple(t.shape), _place(t).first, local_part(t.detach())) for n, t in tensors.items()]
+    held = [TensorRows(n, tuple(t.shape), _place(t).first, local_part(t.detach())) for n, t in tensors.items()]
     return [rows for rows in held if rows.values.numel()]
 
 
 @torch.no_grad()
-def written_rows(tensors: Mapping[str, Tensor]) -> list[Rows]:
+def written_rows(tensors: Mapping[str, Tensor]) -> list[TensorRows]:
     """Return copies in CPU memory of the rows that this rank writes: every row of every tensor is written by one rank.
 
     Ranks that hold the same rows share them, chunk by chunk.
@@ -138,7 +138,7 @@ def written_rows(tensors: Mapping[str, Tensor]) -> list[Rows]:
     Args:
         tensors: whole tensors or DTensors; the same names on every rank.
     """
-    chosen: dict[str, Rows] = {}
+    chosen: dict[str, TensorRows] = {}
     turns: Counter[int] = Counter()
     for rows in held_rows(tensors):
         place = _place(tensors[rows.name])

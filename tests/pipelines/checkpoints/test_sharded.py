@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm.model import save_model
 from pipelines.checkpoints import ModelError, load_checkpoint, parts, publish, sharded, verify_checkpoint
-from pipelines.checkpoints.parts import Part, PartsIndex, Rows
+from pipelines.checkpoints.parts import Part, PartsIndex, TensorRows
 from pipelines.checkpoints.sharded import Assembled, read_index, read_rows, read_tensors
 from pipelines.storage import Storage, layout
 from tests.pipelines.checkpoints.tiny import a_checkpoint
@@ -39,18 +39,18 @@ def some_tensors(seed: int) -> dict[str, Tensor]:
     return found
 
 
-def pieces(tensors: dict[str, Tensor], world: int, rank: int) -> list[Rows]:
+def pieces(tensors: dict[str, Tensor], world: int, rank: int) -> list[TensorRows]:
     """The rows of a rank of FSDP2; what cannot be cut belongs to rank 0."""
     found = []
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
         if not shape or not shape[0]:
-            found += [Rows(name, shape, 0, tensor)] if rank == 0 else []
+            found += [TensorRows(name, shape, 0, tensor)] if rank == 0 else []
             continue
         each = -(-shape[0] // world)
         first = min(rank * each, shape[0])
         if first < shape[0]:
-            found.append(Rows(name, shape, first, tensor[first : first + each].clone()))
+            found.append(TensorRows(name, shape, first, tensor[first : first + each].clone()))
     return found
 
 
@@ -112,13 +112,13 @@ def test_a_reader_fetches_the_chunks_that_it_needs_and_neighbours_together(tmp_p
         return fetch(self, uri, start, stop, sink)
 
     monkeypatch.setattr(Storage, "fetch", noted)
-    rows = Rows("a", (100, 8), 10, torch.zeros(7, 8))  # rows 10 to 16 are in the chunks of 9 to 17
+    rows = TensorRows("a", (100, 8), 10, torch.zeros(7, 8))  # rows 10 to 16 are in the chunks of 9 to 17
     assert read_rows(STORAGE, f"file://{tmp_path}", index, [rows]) == 9 * 32
     assert len(fetched) == 1
     assert torch.equal(rows.values, tensors["a"][10:17])
     fetched.clear()
     monkeypatch.setattr(sharded, "REQUEST_BYTES", 10 * 96)
-    assert read_rows(STORAGE, f"file://{tmp_path}", index, [Rows("a", (100, 8), 0, torch.zeros(100, 8))]) == 3200
+    assert read_rows(STORAGE, f"file://{tmp_path}", index, [TensorRows("a", (100, 8), 0, torch.zeros(100, 8))]) == 3200
     assert len(fetched) == 4
 
 
@@ -146,13 +146,13 @@ def test_a_damaged_part_is_refused_by_name(tmp_path, harm):
 
 
 def test_parts_that_do_not_make_up_a_whole_are_refused():
-    one, two = (Part.of(0, [Rows("a", (4, 2), first, torch.zeros(2, 2))]).index for first in (0, 2))
+    one, two = (Part.of(0, [TensorRows("a", (4, 2), first, torch.zeros(2, 2))]).index for first in (0, 2))
     assert PartsIndex.joined([two, one], "here").tensors["a"].is_whole()
     for indices in ([one], [two], [one, one], [one, two, two]):
         with pytest.raises(ModelError, match="do not hold every row of a exactly once"):
             PartsIndex.joined(indices, "here")
     with pytest.raises(ModelError, match="disagree on the shape of a"):
-        PartsIndex.joined([one, Part.of(1, [Rows("a", (4, 3), 2, torch.zeros(2, 3))]).index], "here")
+        PartsIndex.joined([one, Part.of(1, [TensorRows("a", (4, 3), 2, torch.zeros(2, 3))]).index], "here")
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"index_version": 1}', b'{"index_version": 2, "tensors": {}}'])

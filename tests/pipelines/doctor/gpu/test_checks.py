@@ -36,7 +36,7 @@ def test_what_bf16_is_off_by_is_its_rounding_because_three_more_bits_make_it_an_
     for part in ("output", "gradient"):
         assert 4 < off["bf16"][part] / off["fp16"][part] < 16, part
     assert gpu.bf16_check("bf16", exact, exact).status == "ok"
-    wrong = tasks.Evaluation(exact.output * 1.1, exact.loss, exact.gradient)
+    wrong = tasks.ForwardBackward(exact.output * 1.1, exact.loss, exact.gradient)
     assert gpu.bf16_check("bf16", exact, wrong).status == "failed"
 
 
@@ -123,7 +123,7 @@ def test_a_compiled_network_computes_what_the_plain_one_does():
 
 def peak_of_cpu(config):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        training = tasks.Training(config, CPU)
+        training = tasks.MadeUpTraining(config, CPU)
         training.step()
         training.step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
