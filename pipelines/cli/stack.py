@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from typing import Annotated, Any
@@ -88,16 +87,16 @@ def doctor(
         return
     if ranks is not None:
         raise typer.BadParameter("--ranks is an option of --gpu")
-    from pipelines.doctor import examine, left_running
+    from pipelines.doctor import answer, examine, left_running
 
     checks = examine(overrides or [], os.environ)
     _answering(as_json).checks([(check.status, check.name, check.found, check.fix) for check in checks])
-    failures = sum(check.status == "failed" for check in checks)
-    answer_json(as_json, {"ok": not failures, "checks": [dataclasses.asdict(check) for check in checks]})
+    found = answer(checks)
+    answer_json(as_json, found)
     if left_running():
         sys.stdout.flush()
         os._exit(1)  # Python would wait for the thread pools of the S3 client
-    if failures:
+    if not found["ok"]:
         raise typer.Exit(1)
 
 
@@ -105,6 +104,7 @@ def _test_gpus(overrides: list[str] | None, ranks: int | None, as_json: bool) ->
     """Run the selftest of GPUs: a line per check, and what a report of a fault needs."""
     if overrides:
         raise typer.BadParameter(f"--gpu tests the machine, whatever the settings: leave out {' '.join(overrides)}")
+    from pipelines.doctor.check import answer
     from pipelines.doctor.gpu import ranks_of_machine, selftest
     from pipelines.doctor.gpu.facts import report_section
     from pipelines.presentation import markdown
@@ -119,11 +119,9 @@ def _test_gpus(overrides: list[str] | None, ranks: int | None, as_json: bool) ->
         shown.checks([(check.status, check.name, check.found, check.fix)])
     report = markdown.section(report_section(os.environ))
     shown.console.print(f"\n{report}", markup=False)
-    failures = any(check.status == "failed" for check in checks)
-    answer_json(
-        as_json, {"ok": not failures, "checks": [dataclasses.asdict(check) for check in checks], "report": report}
-    )
-    if failures:
+    found = answer(checks)
+    answer_json(as_json, found | {"report": report})
+    if not found["ok"]:
         raise typer.Exit(1)
 
 

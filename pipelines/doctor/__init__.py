@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.doctor import machine
-from pipelines.doctor.check import Check, Probe, Status, failed, left_running, run_probes
+from pipelines.doctor.check import Check, Probe, Status, answer, failed, left_running, run_probes
 
 if TYPE_CHECKING:
     from pipelines.config import Config
 
-__all__ = ["Check", "Status", "examine", "left_running"]
+__all__ = ["Check", "Status", "answer", "examine", "left_running"]
 WHOLE_S, LEAST_S = 18.0, 8.0
 """Seconds that everything may take, and seconds that the probes get at least."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from pipelines.presentation.errors import PipelineError
 
@@ -85,3 +85,8 @@ def run_probes(probes: Mapping[str, Probe], deadline_s: float) -> list[Check]:
 def left_running() -> bool:
     """Return whether the thread of a probe is still running."""
     return any(thread.name == THREAD for thread in threading.enumerate())
+
+
+def answer(checks: Sequence[Check]) -> dict[str, Any]:
+    """Return the result of checks as JSON: whether none has failed, and each of them."""
+    return {"ok": all(check.status != "failed" for check in checks), "checks": [asdict(check) for check in checks]}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
 
+from pipelines.doctor.check import answer
 from pipelines.doctor.gpu import ranks_of_machine, selftest
 from pipelines.doctor.gpu.facts import report_section
 from pipelines.environment.credentials import redact
@@ -32,10 +32,10 @@ def main() -> int:
         print(redact(check_line(check.status, check.name, check.found, check.fix)), file=out, flush=True)
     report = markdown.section(report_section(os.environ))
     print(f"\n{report}", file=out)
-    failures = any(check.status == "failed" for check in checks)
+    found = answer(checks)
     if asked.json:
-        print(json.dumps({"ok": not failures, "checks": [dataclasses.asdict(c) for c in checks], "report": report}))
-    return int(failures)
+        print(json.dumps(found | {"report": report}))
+    return int(not found["ok"])
 
 
 if __name__ == "__main__":
