@@ -1,4 +1,4 @@
-"""What a checkpoint of a sharded network costs: in parts, gathered on one rank, and by torch's own `async_save`.
+"""The cost of a checkpoint of a sharded network: in parts, gathered on one rank, and by torch's own `async_save`.
 
     python -m benchmarks.checkpoint [--quick] [--json]
 
@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,10 @@ from benchmarks.results import Size, commit, make_parser, publish
 from benchmarks.train_step import machine
 from pipelines.checkpoints import Checkpoint, save_checkpoint
 from pipelines.config import compose
-from pipelines.shards.index import ShardInfo, make_dataset
-from pipelines.shards.read import Batch
 from pipelines.storage import Storage
-from pipelines.tracking import Tracker
 from pipelines.training.loop.checkpoint import Checkpointer
-from pipelines.training.loop.context import Job, RunContext
+from pipelines.training.loop.context import RunContext
+from pipelines.training.loop.speed import made_up, made_up_job
 from pipelines.training.loop.state import TrainingState, make_state
 from pipelines.training.loop.train import step
 
@@ -220,19 +219,8 @@ def one_rank(rank: int, world: int, folder: Path, rounds: int, model: list[str])
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     settings = ["+experiment=digits", *model, "cluster.parallel=fsdp", "optim.precision=fp32", f"batch_size={BATCH}"]
     config = compose([*settings, "storage=file", f"storage.root=file://{folder}/store", "data.lanes=1"])
-    shard = ShardInfo("train-000000.tar", BATCH, 1, "0" * 64)
-    dataset = make_dataset(
-        "file:///none",
-        splits={"train": (shard,), "test": (shard,)},
-        classes=tuple("0123456789"),
-        channels=1,
-        image_size=8,
-        mean=(0.0,),
-        std=(1.0,),
-    )
     before = psutil.Process().memory_info().rss
-    job = Job(config, dataset, Tracker("http://nowhere", "none"), {})
-    context = RunContext.of(job, rank=rank, world_size=world, device=torch.device("cpu"))
+    context = RunContext.of(made_up_job(config), rank=rank, world_size=world, device=torch.device("cpu"))
     state = make_state(config, context.device, context.precision)
     trained(context, state, 2)
     report: dict[str, Any] = {
@@ -286,13 +274,11 @@ def saved(context: RunContext, state: TrainingState, saver: Any, found: dict[str
 
 def trained(context: RunContext, state: TrainingState, steps: int) -> float:
     """Train some steps on random images, and return images/s."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(BATCH, 1, 8, 8, generator=generator)
-    share = torch.arange(BATCH).tensor_split(context.world_size)[context.rank]
+    whole = made_up(context.config)
+    piece = whole[context.rank * BATCH // context.world_size : (context.rank + 1) * BATCH // context.world_size]
     began = time.monotonic()
     for _ in range(steps):
-        batch = Batch(share + state.images_seen, images[share], share % 10)
-        step(context, state, batch)
+        step(context, state, replace(piece, ordinals=piece.ordinals + state.images_seen))
     return steps * BATCH / (time.monotonic() - began)
 
 
