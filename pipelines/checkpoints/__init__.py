@@ -21,7 +21,6 @@ from pipelines.checkpoints.errors import ModelError
 from pipelines.checkpoints.files import (
     Checkpoint,
     CheckpointState,
-    check_file,
     check_resumable,
     load_checkpoint,
     load_tensors,
@@ -53,7 +52,6 @@ __all__ = [
     "Published",
     "Resumable",
     "best_published",
-    "check_file",
     "check_resumable",
     "checkpoint_name",
     "complete_checkpoints",

@@ -159,16 +159,6 @@ def with_file(state: CheckpointState, name: str, data: bytes) -> CheckpointState
     return replace(state, files={**state.files, name: digest}, sizes={**state.sizes, name: len(data)})
 
 
-def check_file(state: CheckpointState, name: str, data: bytes) -> None:
-    """Raise unless these are the bytes of a file of a checkpoint.
-
-    Raises:
-        ModelError: its SHA-256 is another one.
-    """
-    if hashlib.sha256(data).hexdigest() != state.files[name]:
-        raise ModelError(f"{name} is damaged: its SHA-256 is not the recorded one")
-
-
 def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
     """Return (state, tensors by their names in `Checkpoint`) of a checkpoint folder.
 

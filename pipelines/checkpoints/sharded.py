@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO
 
 import torch
@@ -22,11 +23,25 @@ from pipelines.checkpoints.parts import (
     joined_stream,
     safetensors_header,
 )
+from pipelines.shards.stream import read_ahead
 from pipelines.storage import NotFoundError, ShortObjectError, Storage, join, layout
 
 REQUEST_BYTES = 64 * 2**20
 """Bytes of neighbouring chunks that are fetched by one request."""
 REQUESTS_AT_ONCE = 8
+
+
+def check_file(files: Mapping[str, str], name: str, data: bytes) -> None:
+    """Raise unless these are the bytes of a file of a checkpoint.
+
+    Args:
+        files: file name -> SHA-256, as in its `state.json`.
+
+    Raises:
+        ModelError: its SHA-256 is another one.
+    """
+    if hashlib.sha256(data).hexdigest() != files[name]:
+        raise ModelError(f"{name} is damaged: its SHA-256 is not the recorded one")
 
 
 def read_index(storage: Storage, folder: str, files: Mapping[str, str]) -> PartsIndex:
@@ -44,8 +59,7 @@ def read_index(storage: Storage, folder: str, files: Mapping[str, str]) -> Parts
         text = storage.read(where)
     except NotFoundError as error:
         raise ModelError(f"{layout.PARTS_INDEX} is missing") from error
-    if hashlib.sha256(text).hexdigest() != files[layout.PARTS_INDEX]:
-        raise ModelError(f"{layout.PARTS_INDEX} is damaged: its SHA-256 is not the recorded one")
+    check_file(files, layout.PARTS_INDEX, text)
     index = PartsIndex.from_json(text, where)
     parts = {layout.part_file(chunk.part) for tensor in index.tensors.values() for chunk in tensor.chunks}
     if unknown := parts - files.keys():
@@ -198,16 +212,5 @@ class Assembled:
         yield memoryview(safetensors_header({name: (tensor.dtype, tensor.shape) for name, tensor in ordered}))
         chunks = ((name, chunk) for name, tensor in ordered for chunk in tensor.chunks if chunk.rows)
         requests = (_Request(c.part, c.start, c.stop, ((name, c, ()),)) for name, c in chunks)
-        yield from _ahead(requests, lambda request: request.fetch(self.storage, self.folder))
-
-
-def _ahead(requests: Iterable[_Request], fetch: Callable[[_Request], memoryview]) -> Iterator[memoryview]:
-    """Yield what requests fetch, in their order, while the next ones are under way."""
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE, "checkpoint-read") as pool:
-        waiting: deque[Future[memoryview]] = deque()
-        for request in requests:
-            if len(waiting) == REQUESTS_AT_ONCE:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(fetch, request))
-        while waiting:
-            yield waiting.popleft().result()
+        fetch = partial(_Request.fetch, storage=self.storage, folder=self.folder)
+        yield from read_ahead(fetch, requests, REQUESTS_AT_ONCE, REQUESTS_AT_ONCE)

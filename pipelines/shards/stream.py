@@ -21,6 +21,7 @@ from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.shards.read import Batch, ShardReader
 from pipelines.storage import Storage
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 
@@ -210,15 +211,16 @@ class ShardDataset(IterableDataset[dict[str, Any]]):
         self.samples_seen = state["samples_seen"]
 
 
-def read_ahead(load: Callable[[int], T], firsts: Iterable[int], threads: int, prefetch: int) -> Iterator[T]:
-    """Yield load(first) for each first, in order, with `prefetch` calls running or finished ahead of the consumer."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+def read_ahead(load: Callable[[A], T], asked: Iterable[A], threads: int, prefetch: int) -> Iterator[T]:
+    """Yield load(each) for everything asked, in order, with `prefetch` calls running or finished ahead of the
+    consumer."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="read-ahead") as pool:
         ahead: deque[Future[T]] = deque()
-        waiting = iter(firsts)
+        waiting = iter(asked)
         try:
             while True:
-                while len(ahead) < prefetch and (first := next(waiting, None)) is not None:
-                    ahead.append(pool.submit(load, first))
+                while len(ahead) < prefetch and (each := next(waiting, None)) is not None:
+                    ahead.append(pool.submit(load, each))
                 if not ahead:
                     return
                 yield ahead.popleft().result()

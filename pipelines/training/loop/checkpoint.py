@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from pipelines import checkpoints
 from pipelines.checkpoints import Checkpoint, CheckpointState, ModelError, Resumable
 from pipelines.checkpoints.parts import Part, PartsIndex, TensorRows
-from pipelines.checkpoints.sharded import read_index, read_rows
+from pipelines.checkpoints.sharded import check_file, read_index, read_rows
 from pipelines.environment.scratch import scratch_folder
 from pipelines.presentation.errors import PipelineError
 from pipelines.storage import NotFoundError, join, layout
@@ -38,6 +38,7 @@ from pipelines.training.loop.collectives import (
     broadcast,
     broadcast_object,
     copies_on_cpu,
+    from_rank_0,
     group_store,
     held_rows,
     written_rows,
@@ -217,7 +218,7 @@ def restore(context: RunContext, state: TrainingState, log: RunLog | None) -> tu
     Raises:
         ModelError: no checkpoint is whole, or the newest is of a run with other settings or data.
     """
-    found = _on_rank_0(context, lambda: _resumable(context))
+    found = from_rank_0(lambda: _resumable(context))
     tensors = state.tensors()
     stored, damaged = found.load_newest(lambda uri, stored: _load(context, uri, stored, tensors))
     if context.rank == 0:
@@ -281,7 +282,7 @@ def _load(context: RunContext, uri: str, state: CheckpointState, tensors: Mappin
                 values = checkpoints.load_tensors(folder, checkpoints.fetch_checkpoint(storage, uri, folder))
             if first and layout.UNSENT in state.files:
                 unsent = storage.read(join(uri, layout.UNSENT))
-                checkpoints.check_file(state, layout.UNSENT, unsent)
+                check_file(state.files, layout.UNSENT, unsent)
         there = {name: tuple(tensor.shape) for name, tensor in (index.tensors if state.sharded else values).items()}
         there = broadcast_object(there)
         wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -315,22 +316,3 @@ def _on_every_rank() -> Iterator[None]:
         problem = str(error)
     if found := [other for other in all_gather_objects(problem) if other]:
         raise ModelError(found[0])
-
-
-def _on_rank_0(context: RunContext, call: Callable[[], T]) -> T:
-    """Return on every rank what a call returns on rank 0.
-
-    Raises:
-        PipelineError: on every rank, what it raises there.
-    """
-    found: T | None = None
-    error: PipelineError | None = None
-    if context.rank == 0:
-        try:
-            found = call()
-        except PipelineError as failure:
-            error = failure
-    found, error = broadcast_object((found, error))
-    if error is not None:
-        raise error
-    return cast("T", found)

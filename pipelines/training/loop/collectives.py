@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,9 @@ from torch._C._distributed_c10d import Store
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from pipelines.checkpoints.parts import TensorRows
+from pipelines.presentation.errors import PipelineError
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -33,6 +36,25 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, 0)
     return box[0]
+
+
+def from_rank_0(call: Callable[[], T]) -> T:
+    """Return on every rank what a call returns on rank 0, where alone it is made; it must pickle.
+
+    Raises:
+        PipelineError: on every rank, what the call raised.
+    """
+    found: T | None = None
+    error: PipelineError | None = None
+    if this_rank() == 0:
+        try:
+            found = call()
+        except PipelineError as failure:
+            error = failure
+    found, error = broadcast_object((found, error))
+    if error is not None:
+        raise error
+    return cast("T", found)
 
 
 @torch.no_grad()

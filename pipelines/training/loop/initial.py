@@ -11,8 +11,7 @@ from ddpm.guidance import ClassifierFree
 from ddpm.prediction import NetworkDenoiser, Parameterization
 from pipelines.checkpoints import ModelError
 from pipelines.checkpoints.references import InitialModel, initial_model
-from pipelines.presentation.errors import PipelineError
-from pipelines.training.loop.collectives import broadcast, broadcast_object
+from pipelines.training.loop.collectives import broadcast, from_rank_0
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import place_network, weight_dtype
 from pipelines.training.loop.state import TrainingState, load_weights, make_network
@@ -57,19 +56,17 @@ def _read(context: RunContext) -> tuple[InitialModel | None, Parameterization]:
         ModelError: as for `initial_model`, on every rank; or the model is another one than when the run began.
     """
     found: InitialModel | None = None
-    error: PipelineError | None = None
-    if context.rank == 0:
-        try:
-            found = initial_model(context.config, context.job.tracker.uri)
-            began = context.spec.lineage.get("init_from_digest", found.digest)
-            if found.digest != began:
-                raise ModelError(
-                    f"init_from = {context.config.init_from} names other weights ({found.digest[:12]}) than when the "
-                    f"run began ({began[:12]}): start a new run, by another name=…, or name what it named then"
-                )
-        except PipelineError as failure:
-            error = failure
-    error, prediction = broadcast_object((error, None if found is None else found.prediction))
-    if error is not None:
-        raise error
+
+    def read() -> Parameterization:
+        nonlocal found
+        found = initial_model(context.config, context.job.tracker.uri)
+        began = context.spec.lineage.get("init_from_digest", found.digest)
+        if found.digest != began:
+            raise ModelError(
+                f"init_from = {context.config.init_from} names other weights ({found.digest[:12]}) than when the "
+                f"run began ({began[:12]}): start a new run, by another name=…, or name what it named then"
+            )
+        return found.prediction
+
+    prediction = from_rank_0(read)
     return found, prediction
