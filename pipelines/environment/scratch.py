@@ -9,7 +9,8 @@ import os
 import shutil
 import tempfile
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipelines.presentation.errors import PipelineError
@@ -81,6 +82,17 @@ def scratch_folder() -> Path:
             folder, number = _make(parent)
             _scratch.folders[parent] = folder, number
         return folder
+
+
+@contextmanager
+def temporary_folder(purpose: str) -> Iterator[Path]:
+    """Yield a new folder in `scratch_folder`, which is deleted at the end of the block.
+
+    Args:
+        purpose: begins its name.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"{purpose}-", dir=scratch_folder()) as name:
+        yield Path(name)
 
 
 def warn_if_short(needed: int, purpose: str) -> None:

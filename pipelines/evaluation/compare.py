@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from ddpm.quality import (
     measured_kid,
     measured_precision_recall,
 )
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.real import Real, RealRows
 from pipelines.evaluation.rows import Rows
@@ -57,8 +56,8 @@ class Distance:
         """Return the distance to the reference images: the kernel distance above `FRECHET_FEATURES` features."""
         if real.width <= FRECHET_FEATURES:
             return cls(real.train.moments, None)
-        with tempfile.TemporaryDirectory(prefix="real-", dir=scratch_folder()) as scratch:
-            return cls(real.train.moments, real.reference(Path(scratch), NEIGHBOURS))
+        with temporary_folder("real") as scratch:
+            return cls(real.train.moments, real.reference(scratch, NEIGHBOURS))
 
     @property
     def measure(self) -> Literal["frechet_distance", "kid"]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.evaluation.actors import SamplingActors
 from pipelines.evaluation.compare import Comparison
 from pipelines.evaluation.copies import Copies, look_for_copies
@@ -59,8 +57,7 @@ def evaluate(
         authority: says whose stored samples are believed, and signs the new ones; None to draw all of them.
     """
     real, evaluator, prompts = data.real, data.evaluator, subject.prompts
-    with tempfile.TemporaryDirectory(prefix="evaluation-", dir=scratch_folder()) as scratch:
-        folder = Path(scratch)
+    with temporary_folder("evaluation") as folder:
         with SamplingActors(data, request, authority, notice) as actors:
             sampled = actors.draw(subject, folder, progress)
             plan, drawn = sampled.plan, sampled.rows

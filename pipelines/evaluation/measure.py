@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from ddpm.quality import Measured
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.evaluation.actors import SamplingActors
 from pipelines.evaluation.compare import Distance, measured_accuracy
 from pipelines.evaluation.data import EvaluationData
@@ -83,11 +81,11 @@ def measure(
     """
     found, distance, authority = {}, Distance.of(data.real), Authority.of(data.config.registry)
     with (
-        tempfile.TemporaryDirectory(prefix="measures-", dir=scratch_folder()) as scratch,
+        temporary_folder("measures") as scratch,
         SamplingActors(data, request, authority, partial(display.stage, stage)) as actors,
     ):
         for number, (name, subject) in enumerate(subjects.items()):
-            (folder := Path(scratch) / str(number)).mkdir()
+            (folder := scratch / str(number)).mkdir()
             sampled = actors.draw(subject, folder, display.counter(stage, f"{name} images"))
             plan, drawn, by_class = sampled.plan, sampled.rows, None
             features, labels = torch.from_numpy(drawn.features.read(0, plan.n)), plan.labels(plan.seeds[0])

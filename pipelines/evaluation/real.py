@@ -15,7 +15,6 @@ What nobody who is trusted has signed is computed anew: the images and the evalu
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from ddpm.quality import FeatureMoments
 from pipelines.config import Config
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.evaluation.devices import task_device
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.evaluators.share import reference_mask
@@ -121,8 +120,8 @@ class Real:
 
     def test_features(self, most: int) -> Tensor:
         """Return the features of the first test images [N, width], N <= `most`."""
-        with tempfile.TemporaryDirectory(prefix="real-", dir=scratch_folder()) as scratch:
-            return torch.from_numpy(self.load("test", Path(scratch), most=most).features.read(0, most))
+        with temporary_folder("real") as scratch:
+            return torch.from_numpy(self.load("test", scratch, most=most).features.read(0, most))
 
     def held_out(self) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         """Return up to `HELD_OUT` test images, uint8 [N, C, H, W], and their labels [N], if any."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from pathlib import Path
 from ddpm.model import ModelSpec, read_spec
 from pipelines import tracking
 from pipelines.config import PREVIOUS, Config
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation.progress import Display
 from pipelines.registry.card import describe
@@ -347,8 +346,8 @@ class Gate:
     @contextmanager
     def _opened(self, version: ModelVersion) -> Iterator[OpenedVersion]:
         """Give a version whose folder is on this machine, with what can be said of it without drawing."""
-        with tempfile.TemporaryDirectory(prefix="version-", dir=scratch_folder()) as scratch:
-            folder = tracking.download_version(self.uri, version, Path(scratch))
+        with temporary_folder("version") as scratch:
+            folder = tracking.download_version(self.uri, version, scratch)
             evidence, rows = check_version(folder, version.tags, Trust.of(self.config.registry))
             inside, spec = model_folder(folder), None
             with suppress(ValueError):

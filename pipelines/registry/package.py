@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from pipelines import tracking
 from pipelines.checkpoints import references
 from pipelines.checkpoints.references import Resolved
 from pipelines.config import CANDIDATE, Config
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import digest_of, score_and_record
 from pipelines.presentation.errors import PipelineError
@@ -64,13 +63,11 @@ def register(resolved: Resolved, name: str, scores: Scores, dataset_uri: str, si
         ProbeError: the model draws something that is not a number.
     """
     tracker = run_of(resolved)
-    with tempfile.TemporaryDirectory(prefix="package-", dir=scratch_folder()) as scratch:
+    with temporary_folder("package") as scratch:
         encoder = bundled_encoder(resolved.text_encoder) if resolved.model.spec.network.text_dim else None
-        evidence = write_version(
-            Path(scratch), resolved.model, scores, digest_of(resolved), dataset_uri, signer, encoder
-        )
+        evidence = write_version(scratch, resolved.model, scores, digest_of(resolved), dataset_uri, signer, encoder)
         images_seen = int(evidence.lineage.get("images_seen", 0))
-        pyfunc = pyfunc_of(Path(scratch), resolved.model.spec.shape, evidence.packages)
+        pyfunc = pyfunc_of(scratch, resolved.model.spec.shape, evidence.packages)
         model_id = tracking.log_pyfunc(tracker, pyfunc, images_seen)
     return tracking.register(tracker, name, model_id, evidence.tags())
 

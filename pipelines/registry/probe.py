@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from ddpm.conditioning import Conditioning
 from ddpm.generate import to_uint8
 from ddpm.model import Model
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.presentation.errors import PipelineError
 from pipelines.storage import layout
 
@@ -136,8 +135,8 @@ def redraw(pyfunc: Path, folder: Path, probe: dict[str, Any]) -> ProbeComparison
         ProbeError: nothing comes of it, or nothing comparable.
     """
     threads = min(int(probe["threads"]), os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory(prefix="redraw-", dir=scratch_folder()) as scratch:
-        out = Path(scratch) / layout.PROBE
+    with temporary_folder("redraw") as scratch:
+        out = scratch / layout.PROBE
         asked = {
             "code": str((pyfunc / "code").resolve()),
             "folder": str(folder.resolve()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from pipelines import tracking
 from pipelines.checkpoints.lookup import find_registered
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Notice, no_notice
 from pipelines.registry.contents import check_version
@@ -146,6 +145,6 @@ def _fetched(
         return
     version = find_registered(reference, tracking_uri)
     assert tracking_uri is not None
-    with tempfile.TemporaryDirectory(prefix="verify-", dir=scratch_folder()) as scratch:
+    with temporary_folder("verify") as scratch:
         notice(f"downloading {version.uri}")
-        yield tracking.download_version(tracking_uri, version, Path(scratch)), version.tags
+        yield tracking.download_version(tracking_uri, version, scratch), version.tags

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,7 @@ from pipelines import tracking
 from pipelines.checkpoints import ModelError, references
 from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.evaluation.devices import task_device
 from pipelines.inference.files import PictureSource
 from pipelines.inference.pictures import Encode, Prepared, as_request_error, count_pictures, prepare
@@ -144,9 +142,9 @@ class Served:
     def _prepare(self, body: Mapping[str, Any]) -> Prepared:
         """Return what is to be drawn for a body."""
         self.limits.check_body(body)
-        with tempfile.TemporaryDirectory(prefix="request-", dir=scratch_folder()) as folder:
+        with temporary_folder("request") as folder:
             try:
-                request = read_body(body, Path(folder), self.limits)
+                request = read_body(body, folder, self.limits)
                 if request.text_encoder not in (None, self.model.spec.lineage.get("text_encoder")):
                     raise RefusedRequest(
                         422, "text_encoder: a server embeds texts by the encoder of its model; leave it out"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.config import RegistryConfig
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.presentation.errors import ConfigError, PipelineError
 from pipelines.signing.folder import differences, files_below, sha256
 from pipelines.signing.keys import (
@@ -238,8 +237,7 @@ def check_signing(config: RegistryConfig) -> None:
 @contextmanager
 def _as_folder(text: str) -> Iterator[Path]:
     """Yield a temporary folder that contains a text as a file."""
-    with tempfile.TemporaryDirectory(prefix="signed-", dir=scratch_folder()) as scratch:
-        folder = Path(scratch)
+    with temporary_folder("signed") as folder:
         (folder / SIGNED_TEXT).mkdir()
         (folder / SIGNED_TEXT / "text.json").write_text(text)
         yield folder

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipelines.config import Config
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.storage.backend import Backend, Connection, Entry
 from pipelines.storage.errors import (
     ConflictError,
@@ -195,9 +194,9 @@ class Storage(Connection):
         elif is_local(source):
             self.upload(local_path(source), target, patience_s=patience_s)
         else:
-            with tempfile.TemporaryDirectory(prefix="copy-", dir=scratch_folder()) as scratch:
-                self.download(source, Path(scratch) / "object", patience_s=patience_s)
-                self.upload(Path(scratch) / "object", target, patience_s=patience_s)
+            with temporary_folder("copy") as scratch:
+                self.download(source, scratch / "object", patience_s=patience_s)
+                self.upload(scratch / "object", target, patience_s=patience_s)
 
     def exists(self, uri: str, *, patience_s: float = PATIENCE_S) -> bool:
         """Return whether an object is at the address."""

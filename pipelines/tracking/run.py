@@ -6,7 +6,6 @@ A training run is one MLflow run, which is found by name after any crash; steps 
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from urllib.parse import urlsplit
 
 from numpy.typing import NDArray
 
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.storage import layout
 from pipelines.storage.retry import PATIENCE_S
 from pipelines.tracking.client import FIRST_ANSWER_S, TrackingError, ask, first_answer, import_mlflow, recording
@@ -133,9 +132,9 @@ class Tracker:
         folder, _, last = name.rpartition("/")
 
         def write(client: MlflowClient) -> None:
-            with tempfile.TemporaryDirectory(prefix="artifact-", dir=scratch_folder()) as scratch:
-                (Path(scratch) / last).write_bytes(data)
-                client.log_artifact(self.run_id, str(Path(scratch) / last), folder or None)
+            with temporary_folder("artifact") as scratch:
+                (scratch / last).write_bytes(data)
+                client.log_artifact(self.run_id, str(scratch / last), folder or None)
 
         self._ask(write)
 
@@ -143,8 +142,8 @@ class Tracker:
         """Return the content of an artifact."""
 
         def read(client: MlflowClient) -> bytes:
-            with tempfile.TemporaryDirectory(prefix="artifact-", dir=scratch_folder()) as scratch:
-                return Path(client.download_artifacts(self.run_id, name, scratch)).read_bytes()
+            with temporary_folder("artifact") as scratch:
+                return Path(client.download_artifacts(self.run_id, name, str(scratch))).read_bytes()
 
         return self._ask(read)
 

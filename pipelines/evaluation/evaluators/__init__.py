@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import ray
 
 from pipelines.config import Config
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.evaluation.evaluators.base import Encoded, Evaluator, FeatureEncoder
 from pipelines.evaluation.evaluators.encoder import check_encoder, open_encoder
 from pipelines.evaluation.evaluators.inception import check_inception, open_inception
@@ -172,8 +171,8 @@ def _local(weights: str | None, storage: Storage) -> Iterator[Path]:
     if "://" not in weights:
         yield Path(weights).expanduser()
         return
-    with tempfile.TemporaryDirectory(prefix="weights-", dir=scratch_folder()) as scratch:
-        path = Path(scratch) / weights.rstrip("/").rsplit("/", 1)[-1]
+    with temporary_folder("weights") as scratch:
+        path = scratch / weights.rstrip("/").rsplit("/", 1)[-1]
         if storage.exists(weights):
             storage.download(weights, path)
         else:

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import io
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipelines.config import EvaluationConfig
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.evaluation.evaluators.base import Encoded, Evaluator, in_parts
 from pipelines.evaluation.evaluators.pixels import Preparation
 from pipelines.presentation.errors import ConfigError
@@ -173,9 +172,9 @@ def _load(files: Mapping[str, bytes], form: Format) -> Any:
         return torch.jit.load(io.BytesIO(next(iter(files.values()))), map_location="cpu").eval()
     from transformers import AutoModel
 
-    with tempfile.TemporaryDirectory(prefix="encoder-", dir=scratch_folder()) as scratch:
+    with temporary_folder("encoder") as scratch:
         for name, content in files.items():
-            (Path(scratch) / name).write_bytes(content)
+            (scratch / name).write_bytes(content)
         return AutoModel.from_pretrained(scratch, local_files_only=True, use_safetensors=True).eval()
 
 

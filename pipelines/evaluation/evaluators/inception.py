@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.util
 import pickle
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.evaluation.evaluators.base import Encoded, Evaluator, in_parts
 from pipelines.evaluation.evaluators.pixels import rgb
 from pipelines.presentation.errors import ConfigError
@@ -80,9 +79,9 @@ def open_inception(path: Path) -> Evaluator:
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    with tempfile.TemporaryDirectory(prefix="inception-", dir=scratch_folder()) as scratch:
+    with temporary_folder("inception") as scratch:
         # torch-fidelity unpickles whatever a file holds, so it is given a copy that holds tensors only.
-        copy = Path(scratch) / "weights.pth"
+        copy = scratch / "weights.pth"
         try:
             torch.save(_tensors(path), copy)
             with contextlib.redirect_stdout(None):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -24,7 +23,7 @@ from typing import Any
 import PIL
 import webdataset
 
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.shards.index import index_tar
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat, encode_image, pack_embeddings
 from pipelines.shards.ingest.report import BadImage, PixelSums, ShardRecord
@@ -135,18 +134,18 @@ def write_shard(job: ShardJob, settings: IngestSettings, tick: Tick = lambda cou
         The record, and whether the shard was finished before.
     """
     storage, uri = settings.storage, settings.uri
-    with tempfile.TemporaryDirectory(prefix="ingest-", dir=scratch_folder()) as scratch:
-        if job.recorded is not None and _is_whole(job.recorded, settings, Path(scratch)):
+    with temporary_folder("ingest") as scratch:
+        if job.recorded is not None and _is_whole(job.recorded, settings, scratch):
             tick(len(job.images))
             return job.recorded, True
         tally = _Tally(PixelSums(0, (), ()))
-        pattern, number = str(Path(scratch) / f"{job.split}-%06d.tar"), int(job.name[-10:-4])
+        pattern, number = str(scratch / f"{job.split}-%06d.tar"), int(job.name[-10:-4])
         with webdataset.ShardWriter(
             pattern, maxcount=len(job.images) + 1, maxsize=float("inf"), start_shard=number, mtime=MTIME, verbose=0
         ) as writer:
             for sample in _samples(job, settings, tally, tick):
                 writer.write(sample)
-        tar = Path(scratch) / job.name
+        tar = scratch / job.name
         index = index_tar(tar).to_json().encode()
         record = tally.record(job, tar, index)
         if record.samples:
