@@ -15,7 +15,7 @@ from pipelines.presentation.progress import Display
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.ingest.encode import CaptionEncoder
 from pipelines.shards.ingest.write import Ingested, ingest, source_digest
-from pipelines.storage import NotFoundError, Storage, join, layout
+from pipelines.storage import Storage, join, layout
 from pipelines.training import prepare
 from pipelines.training.ray_train.resources import connect_ray
 
@@ -60,11 +60,10 @@ class Ingest(Stage[Dataset]):
         if data.source is None:
             dataset = read_dataset(data.uri, storage)
             return StageStatus(dataset, f"data.source is not set, {data.uri} is used as it is")
-        try:
-            recorded = storage.read(join(data.uri, layout.INGEST_KEY)).decode()
-        except NotFoundError:
+        recorded = storage.find(join(data.uri, layout.INGEST_KEY))
+        if recorded is None:
             return StageStatus(None, f"{data.uri} holds no dataset that a flow has finished")
-        if recorded != inputs["source"]:
+        if recorded.decode() != inputs["source"]:
             return StageStatus(None, f"{data.uri} was made from another state of {data.source}, or with other settings")
         try:
             dataset = read_dataset(data.uri, storage)

@@ -20,7 +20,7 @@ from pipelines.config import Config
 from pipelines.evaluation.scores import rests_on
 from pipelines.housekeeping.folders import Folder, folders, folders_at
 from pipelines.signing import said
-from pipelines.storage import NotFoundError, Storage, join, layout
+from pipelines.storage import Storage, join, layout
 from pipelines.tracking import ModelVersion, RunRecord, Tracker
 from pipelines.training.run_id import read_run_id
 
@@ -242,7 +242,4 @@ def _again(what: str) -> str:
 
 def _read(storage: Storage, address: str) -> dict[str, Any]:
     """Return what a JSON object says, signed or not; nothing where there is none, or a damaged one."""
-    try:
-        return said(storage.read(address))
-    except NotFoundError:
-        return {}
+    return said(storage.find(address) or b"{}")

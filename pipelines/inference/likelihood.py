@@ -30,7 +30,7 @@ from pipelines.presentation.progress import Notice, Progress, no_notice, no_prog
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.shards.ingest.sources import SUFFIXES
 from pipelines.shards.read import opened_split, spread_positions
-from pipelines.storage import NotFoundError, Storage, join, layout
+from pipelines.storage import Storage, join, layout
 
 Method = Literal["bound", "ode"]
 LEVEL = 0.95
@@ -112,9 +112,7 @@ def read_data(data: str, model: Model, most: int, config: Config, notice: Notice
     """
     storage = Storage.of(config)
     uri = data if "://" in data else Path(data).absolute().as_uri()
-    try:
-        storage.read(join(uri, layout.DATASET))
-    except NotFoundError:
+    if not storage.exists(join(uri, layout.DATASET)):
         if not uri.startswith("file://"):
             read_dataset(uri, storage)  # raises, and says how to write one
         return _folder(Path(data.removeprefix("file://")), model, most, notice)

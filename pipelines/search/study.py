@@ -113,15 +113,15 @@ class StudyStore:
         """
         described = {**self.describe(study, base, subject), "noise_seed": trials_seed(base, self.name)}
         where, text = join(self.uri, layout.STUDY), json.dumps(described, indent=1).encode()
-        try:
-            before = json.loads(self.storage.read(where))
-        except NotFoundError:
+        stored = self.storage.find(where)
+        if stored is None:
             self.storage.write(where, text)
             return []
         if not resume:
             raise StudyError(
                 f"a study '{self.name}' is at {self.uri}: go on with --resume, or give another --study NAME"
             )
+        before = json.loads(stored)
         before["config"] = base.with_later_defaults(before.get("config", {}), described["config"])
         differing = [key for key in described if key != "trials" and before.get(key) != described[key]]
         if differing:

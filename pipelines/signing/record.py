@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.config import RegistryConfig
 from pipelines.signing.sign import SignatureError, Signer, Trust
-from pipelines.storage import NotFoundError, Storage, join
+from pipelines.storage import Storage, join
 
 RECORD = "record"
 
@@ -85,11 +85,8 @@ class Derived:
         Raises:
             SignatureError: it is not signed by a trusted key.
         """
-        try:
-            content = self.storage.read(self.uri)
-        except NotFoundError:
-            return None
-        return unseal(content, self.place, trust)
+        content = self.storage.find(self.uri)
+        return None if content is None else unseal(content, self.place, trust)
 
     def sealed(self, plain: Mapping[str, Any], signer: Signer) -> bytes:
         """Return a record as the content of its file."""
@@ -105,13 +102,8 @@ class Derived:
         Args:
             digest: SHA-256 of the file; None if it is not recorded.
         """
-        if digest is None:
-            return None
-        try:
-            data = self.storage.read(join(self.folder, name))
-        except NotFoundError:
-            return None
-        return data if hashlib.sha256(data).hexdigest() == digest else None
+        data = None if digest is None else self.storage.find(join(self.folder, name))
+        return None if data is None or hashlib.sha256(data).hexdigest() != digest else data
 
     def write(self, name: str, data: bytes) -> str:
         """Write a file of the folder, and return its SHA-256."""

@@ -12,7 +12,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.storage.errors import NotFoundError, StorageError
+from pipelines.storage.errors import StorageError
 from pipelines.storage.retry import PATIENCE_S
 from pipelines.storage.store import Storage
 
@@ -66,11 +66,7 @@ class Fence:
         Raises:
             FencedError: another driver is recorded, or none: the run was deleted.
         """
-        try:
-            stored: bytes | None = self.storage.read(self.uri, patience_s=patience_s)
-        except NotFoundError:
-            stored = None
-        self._require(stored)
+        self._require(self.storage.find(self.uri, patience_s=patience_s))
 
     def note(self, **notes: str) -> dict[str, Any]:
         """Add notes to the record of this driver for the next one, and return the earlier record.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from pipelines.config import Config
 from pipelines.environment.scratch import temporary_folder
@@ -32,6 +32,7 @@ from pipelines.storage.local import LocalBackend, local_path
 from pipelines.storage.retry import PATIENCE_S, retry
 from pipelines.storage.s3 import S3Backend
 
+T = TypeVar("T")
 BACKENDS: dict[str, type[Backend]] = {
     "s3": S3Backend,
     "file": LocalBackend,
@@ -68,8 +69,14 @@ class Storage(Connection):
 
     def read(self, uri: str, start: int = 0, stop: int | None = None, *, patience_s: float = PATIENCE_S) -> bytes:
         """Return the bytes [start, stop) at an address; all of them by default."""
-        backend = self._backend(uri)
-        return retry(lambda: backend.read(uri, start, stop), patience_s)
+        return self._retry(uri, patience_s, lambda backend: backend.read(uri, start, stop))
+
+    def find(self, uri: str, *, patience_s: float = PATIENCE_S) -> bytes | None:
+        """Return the bytes at an address, or None if nothing is stored there."""
+        try:
+            return self.read(uri, patience_s=patience_s)
+        except NotFoundError:
+            return None
 
     def stream(self, uri: str, start: int, stop: int, chunk: int = 1 << 20) -> Iterator[bytes]:
         """Yield the bytes [start, stop) of a single request as they arrive; `fetch` resumes lost connections.
@@ -114,13 +121,11 @@ class Storage(Connection):
 
     def write(self, uri: str, data: bytes, *, patience_s: float = PATIENCE_S) -> None:
         """Store bytes at an address, replacing what is there in one step."""
-        backend = self._backend(uri)
-        retry(lambda: backend.write(uri, data), patience_s)
+        self._retry(uri, patience_s, lambda backend: backend.write(uri, data))
 
     def read_tagged(self, uri: str, *, patience_s: float = PATIENCE_S) -> tuple[bytes, str]:
         """Return the bytes at an address and their tag, for `write_if`."""
-        backend = self._backend(uri)
-        return retry(lambda: backend.read_tagged(uri), patience_s)
+        return self._retry(uri, patience_s, lambda backend: backend.read_tagged(uri))
 
     def write_if(self, uri: str, data: bytes, tag: str | None, *, patience_s: float = PATIENCE_S) -> str:
         """Store bytes if the stored ones have this tag, or if nothing is stored and the tag is None; return the new
@@ -135,9 +140,8 @@ class Storage(Connection):
         Raises:
             ConflictError: something else is there.
         """
-        backend = self._backend(uri)
         try:
-            return retry(lambda: backend.write_if(uri, data, tag), patience_s)
+            return self._retry(uri, patience_s, lambda backend: backend.write_if(uri, data, tag))
         except ConflictError:
             there, its_tag = self._stored(uri, patience_s)
             if there != data or its_tag is None:
@@ -173,24 +177,20 @@ class Storage(Connection):
         Args:
             start: returns the stream from its beginning; called again for every try.
         """
-        backend = self._backend(uri)
-        retry(lambda: backend.upload_stream(start(), uri), patience_s)
+        self._retry(uri, patience_s, lambda backend: backend.upload_stream(start(), uri))
 
     def upload(self, path: Path, uri: str, *, patience_s: float = PATIENCE_S) -> None:
         """Store a file in one step; large files are uploaded in parts."""
-        backend = self._backend(uri)
-        retry(lambda: backend.upload(path, uri), patience_s)
+        self._retry(uri, patience_s, lambda backend: backend.upload(path, uri))
 
     def download(self, uri: str, path: Path, *, patience_s: float = PATIENCE_S) -> None:
         """Copy an object into a file; large objects are downloaded in parallel ranges."""
-        backend = self._backend(uri)
-        retry(lambda: backend.download(uri, path), patience_s)
+        self._retry(uri, patience_s, lambda backend: backend.download(uri, path))
 
     def copy(self, source: str, target: str, *, patience_s: float = PATIENCE_S) -> None:
         """Copy an object to another address, inside the store if both addresses have the same scheme."""
-        backend = self._backend(source)
-        if backend is self._backend(target):
-            retry(lambda: backend.copy(source, target), patience_s)
+        if self._backend(source) is self._backend(target):
+            self._retry(source, patience_s, lambda backend: backend.copy(source, target))
         elif is_local(source):
             self.upload(local_path(source), target, patience_s=patience_s)
         else:
@@ -200,25 +200,22 @@ class Storage(Connection):
 
     def exists(self, uri: str, *, patience_s: float = PATIENCE_S) -> bool:
         """Return whether an object is at the address."""
-        backend = self._backend(uri)
-        return retry(lambda: backend.exists(uri), patience_s)
+        return self._retry(uri, patience_s, lambda backend: backend.exists(uri))
 
     def list(self, uri: str, *, patience_s: float = PATIENCE_S) -> list[Entry]:
         """Return every object under a folder address, sorted by address; empty if there is no such folder."""
-        backend = self._backend(uri)
-        return sorted(retry(lambda: backend.list(uri), patience_s), key=lambda entry: entry.uri)
+        found = self._retry(uri, patience_s, lambda backend: backend.list(uri))
+        return sorted(found, key=lambda entry: entry.uri)
 
     def delete(self, uri: str, *, patience_s: float = PATIENCE_S) -> None:
         """Remove an object, if there is one."""
-        backend = self._backend(uri)
-        retry(lambda: backend.delete(uri), patience_s)
+        self._retry(uri, patience_s, lambda backend: backend.delete(uri))
 
     def delete_folder(self, uri: str, *, patience_s: float = PATIENCE_S) -> None:
         """Remove every object under a folder address, and the folder itself if the store has folders."""
-        backend = self._backend(uri)
         for entry in self.list(uri, patience_s=patience_s):
             self.delete(entry.uri, patience_s=patience_s)
-        retry(lambda: backend.remove_empty_folders(uri), patience_s)
+        self._retry(uri, patience_s, lambda backend: backend.remove_empty_folders(uri))
 
     def download_folder(self, uri: str, folder: Path, *, patience_s: float = PATIENCE_S) -> None:
         """Copy every object under a folder address into a folder.
@@ -255,6 +252,11 @@ class Storage(Connection):
 
     def _backend(self, uri: str) -> Backend:
         return _connected(check_address(uri), self)
+
+    def _retry(self, uri: str, patience_s: float, call: Callable[[Backend], T]) -> T:
+        """Return the result of a call of the backend of an address, repeated while the store is unavailable."""
+        backend = self._backend(uri)
+        return retry(lambda: call(backend), patience_s)
 
 
 def check_address(uri: str) -> type[Backend]:

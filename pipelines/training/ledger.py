@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from pipelines.storage import NotFoundError, Storage, StorageError, join, layout
+from pipelines.storage import Storage, StorageError, join, layout
 from pipelines.storage.retry import PATIENCE_S
 from pipelines.training.goodput import Attempt, Goodput, Session, measure
 
@@ -26,11 +26,8 @@ def read_sessions(storage: Storage, folder: str) -> tuple[Session, ...]:
     # An earlier release kept the sessions of all drivers in one file.
     uris = [join(folder, layout.EARLIER_GOODPUT), *(entry.uri for entry in storage.list(join(folder, layout.GOODPUT)))]
     found: list[Session] = []
-    for uri in uris:
-        try:
-            plain = json.loads(storage.read(uri))
-        except NotFoundError:
-            continue
+    for data in filter(None, map(storage.find, uris)):
+        plain = json.loads(data)
         if plain["version"] == VERSION:
             found += [_session(session) for session in plain["sessions"]]
     return tuple(found)

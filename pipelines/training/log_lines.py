@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from pipelines.presentation.errors import PipelineError
-from pipelines.storage import NotFoundError, Storage, join, layout
+from pipelines.storage import Storage, join, layout
 from pipelines.tracking import ENDED
 
 LIVE_S = 60.0
@@ -84,10 +84,10 @@ class LogReader:
             tag, seen = self._read.get(entry.uri, ("", 0))
             if name is None or entry.tag == tag or self.rank not in (None, int(name["rank"])):
                 continue
-            try:
-                lines = list(parse(self.storage.read(entry.uri)))
-            except NotFoundError:
+            data = self.storage.find(entry.uri)
+            if data is None:
                 continue  # an early part, for which there was no more room
+            lines = list(parse(data))
             found += lines[seen:]
             self._read[entry.uri] = (entry.tag, len(lines))
         return sorted(found, key=lambda line: line.time)

@@ -263,10 +263,10 @@ def read_table(uri: str, storage: Storage) -> bytes:
         DatasetError: there is no such table.
     """
     check_there(uri)
-    try:
-        return storage.read(uri)
-    except NotFoundError as error:
-        raise DatasetError(f"{shown(uri)} does not exist; {KINDS}") from error
+    data = storage.find(uri)
+    if data is None:
+        raise DatasetError(f"{shown(uri)} does not exist; {KINDS}")
+    return data
 
 
 def _size(uri: str, storage: Storage) -> int:
