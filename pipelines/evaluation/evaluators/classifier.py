@@ -5,6 +5,8 @@ It is never used for guidance.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -26,7 +28,12 @@ class Trunk(nn.Module):
     Args:
         in_channels: of the images.
         image_size: height and width, in pixels, to which larger images are reduced.
+
+    Attributes:
+        width: number of features that `encode` returns.
     """
+
+    width = FEATURES
 
     def __init__(self, in_channels: int, image_size: int) -> None:
         super().__init__()
@@ -49,15 +56,18 @@ class Trunk(nn.Module):
         """Return features [B, 64] of images in [-1, 1], [B, C, H, W]."""
         return F.relu(self.to_features(self.convolutions(images).flatten(1)))
 
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return features [B, width] and class probabilities, if any, of images in [-1, 1], [B, C, H, W]."""
+        return self.features(images), None
+
+    def forward(self, images: Tensor) -> Encoded:
+        """Return what `encode` does of images uint8 [N, C, H, W]."""
+        device = self.to_features.weight.device
+        return in_parts(images, device, lambda part: self.encode(scaled(reduced(part, self.image_size))))
+
 
 class Classifier(Trunk):
-    """A trunk with class logits: the evaluator of labelled data.
-
-    Attributes:
-        width: number of features.
-    """
-
-    width = FEATURES
+    """A trunk with class logits: the evaluator of labelled data."""
 
     def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
         super().__init__(in_channels, image_size)
@@ -67,14 +77,10 @@ class Classifier(Trunk):
         """Return class logits [B, num_classes] of images in [-1, 1], [B, C, H, W]."""
         return self.to_logits(self.features(images))
 
-    def forward(self, images: Tensor) -> Encoded:
-        """Return features and class probabilities of images uint8 [N, C, H, W]."""
-
-        def part(pixels: Tensor) -> tuple[Tensor, Tensor]:
-            features = self.features(scaled(reduced(pixels, self.image_size)))
-            return features, self.to_logits(features).softmax(1)
-
-        return in_parts(images, self.to_features.weight.device, part)
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return features [B, 64] and class probabilities [B, num_classes] of images in [-1, 1], [B, C, H, W]."""
+        features = self.features(images)
+        return features, self.to_logits(features).softmax(1)
 
 
 def reduced(images: Tensor, side: int) -> Tensor:
@@ -88,6 +94,27 @@ def reduced(images: Tensor, side: int) -> Tensor:
 def scaled(images: Tensor) -> Tensor:
     """Return images of 0..255 as float32 in [-1, 1]."""
     return images.float().div_(127.5).sub_(1)
+
+
+def fit(networks: Sequence[nn.Module], images: int, batch: int, passes: int, loss: Callable[[int], Tensor]) -> None:
+    """Train networks together, then freeze them on the CPU: AdamW with a rate that rises and falls once.
+
+    Args:
+        images: number of images of a pass.
+        batch: number of images of a step.
+        passes: over the images, while that takes at most `MAX_STEPS` steps.
+        loss: returns the loss of a step by its number.
+    """
+    steps = min(passes * -(-images // batch), MAX_STEPS)
+    optimizer = torch.optim.AdamW([p for network in networks for p in network.parameters()], lr=2e-3, weight_decay=0.05)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+        rate.step()
+    for network in networks:
+        network.eval().requires_grad_(False).cpu()
 
 
 def train_classifier(
@@ -106,10 +133,8 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Classifier(images.shape[1], images.shape[2], num_classes).to(device)
-    steps = min(passes * -(-len(images) // BATCH), MAX_STEPS)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    for step in range(steps):
+
+    def loss(step: int) -> Tensor:
         n = torch.arange(step * BATCH, (step + 1) * BATCH)
         chosen = integers(seed, n, Purpose.TIMESTEP, len(images))
         shift = words(seed, n, Purpose.FLIP, 1)[0, 0]
@@ -117,9 +142,7 @@ def train_classifier(
         padded = F.pad(scaled(images[chosen].to(device)), (1, 1, 1, 1), value=-1.0)
         height, width = images.shape[2:]
         shifted = padded[:, :, 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
-        loss = F.cross_entropy(network.logits(shifted), labels[chosen].to(device), label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rate.step()
-    return network.eval().requires_grad_(False).cpu()
+        return F.cross_entropy(network.logits(shifted), labels[chosen].to(device), label_smoothing=0.05)
+
+    fit([network], len(images), BATCH, passes, loss)
+    return network

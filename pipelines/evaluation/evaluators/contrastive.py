@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from pipelines.evaluation.evaluators.base import Encoded, in_parts
-from pipelines.evaluation.evaluators.classifier import FEATURES, MAX_STEPS, Trunk, reduced, scaled
+from pipelines.evaluation.evaluators.classifier import FEATURES, Trunk, fit, scaled
 
 BATCH = 128
 TEMPERATURE = 0.3
@@ -32,21 +31,7 @@ NOISE = 0.05
 
 
 class Contrastive(Trunk):
-    """A trunk that is trained without labels: the evaluator of data without classes.
-
-    Attributes:
-        width: number of features.
-    """
-
-    width = FEATURES
-
-    def forward(self, images: Tensor) -> Encoded:
-        """Return features of images uint8 [N, C, H, W], without probabilities."""
-
-        def part(pixels: Tensor) -> tuple[Tensor, None]:
-            return self.features(scaled(reduced(pixels, self.image_size))), None
-
-        return in_parts(images, self.to_features.weight.device, part)
+    """A trunk that is trained without labels: the evaluator of data without classes."""
 
 
 def train_contrastive(
@@ -64,21 +49,17 @@ def train_contrastive(
         torch.manual_seed(seed)
         network = Contrastive(images.shape[1], images.shape[2]).to(device)
         head = nn.Sequential(nn.Linear(FEATURES, 128), nn.ReLU(), nn.Linear(128, PROJECTION)).to(device)
-    steps = min(passes * -(-len(images) // BATCH), MAX_STEPS)
-    optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()], lr=2e-3, weight_decay=0.05)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+
+    def loss(_: int) -> Tensor:
         # An image that is in a batch twice would be its own opposite.
         chosen = torch.randperm(len(images), generator=generator)[:BATCH]
         batch = scaled(images[chosen].to(device))
         one, other = (head(network.features(view(batch, generator))) for _ in range(2))
-        loss = nt_xent(one, other, TEMPERATURE)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rate.step()
-    return network.eval().requires_grad_(False).cpu()
+        return nt_xent(one, other, TEMPERATURE)
+
+    fit([network, head], len(images), BATCH, passes, loss)
+    return network
 
 
 def view(images: Tensor, generator: torch.Generator) -> Tensor:

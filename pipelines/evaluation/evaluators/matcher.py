@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from ddpm.models.classifier import same_text, shared_cross_entropy
-from pipelines.evaluation.evaluators.base import Encoded, in_parts
-from pipelines.evaluation.evaluators.classifier import FEATURES, MAX_STEPS, Trunk, reduced, scaled
+from pipelines.evaluation.evaluators.classifier import FEATURES, Trunk, fit, scaled
 
 JOINT = 64
 """Width of the space of images and texts."""
@@ -35,9 +34,6 @@ class Matcher(Trunk):
     Args:
         in_channels, image_size: see `Trunk`.
         text_dim: width of the texts' embeddings.
-
-    Attributes:
-        width: of the vectors of images and texts.
     """
 
     width = JOINT
@@ -57,13 +53,9 @@ class Matcher(Trunk):
         """Return unit vectors [M, JOINT] of texts by their embeddings [M, D]."""
         return F.normalize(self.of_text(F.layer_norm(pooled, (self.text_dim,))), dim=1)
 
-    def forward(self, images: Tensor) -> Encoded:
-        """Return the vectors of images uint8 [N, C, H, W] as their features, without probabilities."""
-
-        def part(pixels: Tensor) -> tuple[Tensor, None]:
-            return self.images(scaled(reduced(pixels, self.image_size))), None
-
-        return in_parts(images, self.to_features.weight.device, part)
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the vectors of images in [-1, 1], [B, C, H, W], as their features."""
+        return self.images(images), None
 
 
 def train_matcher(
@@ -83,23 +75,19 @@ def train_matcher(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Matcher(images.shape[1], images.shape[2], pooled.shape[1]).to(device)
-    steps = min(passes * -(-len(images) // BATCH), MAX_STEPS)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
+
+    def loss(_: int) -> Tensor:
         chosen = torch.randperm(len(images), generator=generator)[:BATCH]
         dy, dx = torch.randint(0, 3, (2,), generator=generator).tolist()
         padded = F.pad(scaled(images[chosen].to(device)), (1, 1, 1, 1), mode="replicate")
         height, width = images.shape[2:]
         shifted = padded[:, :, dy : dy + height, dx : dx + width]
         texts = pooled[chosen].to(device)
-        loss = clip_loss(network.images(shifted), network.texts(texts), texts, network.log_temperature)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rate.step()
-    return network.eval().requires_grad_(False).cpu()
+        return clip_loss(network.images(shifted), network.texts(texts), texts, network.log_temperature)
+
+    fit([network], len(images), BATCH, passes, loss)
+    return network
 
 
 def clip_loss(images: Tensor, texts: Tensor, pooled: Tensor, log_temperature: Tensor) -> Tensor:
