@@ -85,10 +85,14 @@ class ShardFetcher:
 
     @classmethod
     def opened(
-        cls, dataset: Dataset, split: str, storage: Storage, cache_dir: Path, cache_bytes: int, lanes: int, window: int
+        cls, dataset: Dataset, split: str, storage: Storage, cache_dir: Path, cache_bytes: int, in_use: int
     ) -> ShardFetcher:
-        """Return a fetcher for a split; without the cache if the shards in use at a time would not fit into it."""
-        used = fits(dataset.shards(split), lanes, window, cache_bytes)
+        """Return a fetcher for a split; without the cache if the shards in use at a time would not fit into it.
+
+        Args:
+            in_use: number of shards that are read at a time: lanes x window.
+        """
+        used = fits(dataset.shards(split), in_use, cache_bytes)
         cache: ShardCache | None = None
         try:
             if used or cache_dir.is_dir():  # shards cached by earlier runs keep to the limit in any case
@@ -411,15 +415,15 @@ def coalesce(members: Sequence[Member], gap: int = GAP_BYTES) -> list[Span]:
     return spans
 
 
-def fits(shards: Sequence[ShardInfo], lanes: int, window: int, limit_bytes: int) -> bool:
+def fits(shards: Sequence[ShardInfo], in_use: int, limit_bytes: int) -> bool:
     """Return whether the shards in use at a time fit into a node's cache.
 
-    These are twice lanes x window shards of mean size, because the next windows are fetched while the last ones are
-    read. If they did not fit, every shard would be evicted before it is read completely, and fetched again; then ranged
+    Room is needed for twice as many of mean size, because the next windows are fetched while the last ones are read. If
+    they did not fit, every shard would be evicted before it is read completely, and fetched again; then ranged
     requests are cheaper.
     """
     mean = sum(s.bytes for s in shards) / max(len(shards), 1)
-    return min(2 * lanes * window, len(shards)) * mean <= limit_bytes
+    return min(2 * in_use, len(shards)) * mean <= limit_bytes
 
 
 def _await(partial: PartialShard) -> None:

@@ -283,7 +283,7 @@ def opened_split(
         text: whether batches have the text embeddings that were computed at ingest.
     """
     folder = Path(cache_dir) if cache_dir else default_cache_dir()
-    fetcher = ShardFetcher.opened(dataset, split, storage, folder, int(cache_gib * 2**30), 1, 1)
+    fetcher = ShardFetcher.opened(dataset, split, storage, folder, int(cache_gib * 2**30), 1)
     with closing(ShardReader(dataset, split, fetcher, read_quarantine(dataset.uri, storage), text=text)) as reader:
         yield reader
 

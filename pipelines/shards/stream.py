@@ -61,7 +61,7 @@ def open_stream(
         DatasetError: there is no such split, or the quarantine is of another dataset.
     """
     fetcher = ShardFetcher.opened(
-        dataset, split, storage, settings.cache_dir, settings.cache_bytes, settings.lanes, settings.window
+        dataset, split, storage, settings.cache_dir, settings.cache_bytes, settings.lanes * settings.window
     )
     reader = ShardReader(dataset, split, fetcher, quarantine, text=settings.text, memory_bytes=settings.memory_bytes)
     order = SampleOrder(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -193,41 +192,6 @@ def recorded_encoder(uri: str, storage: Storage) -> RecordedEncoder:
         return RecordedEncoder(settings["text_encoder"] or None, settings.get("text_encoder_digest"))
     except (NotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return RecordedEncoder()
-
-
-def compose_report(
-    source: str,
-    settings: dict[str, Any],
-    classes: Sequence[str],
-    records: Iterable[ShardRecord],
-    *,
-    bad: Iterable[BadImage],
-    without_caption: Iterable[str],
-    unused: Mapping[str, Iterable[str]],
-    alike: Iterable[str] = (),
-    deeper: Iterable[str] = (),
-) -> IngestReport:
-    """Return the report of an ingest, from the records of its shards and the findings about its source."""
-    samples: dict[str, Counter[int]] = {"train": Counter(), "test": Counter()}
-    changes: Counter[str] = Counter()
-    left_out = list(bad)
-    for record in records:
-        samples[record.split].update(record.per_class)
-        changes.update(record.changes)
-        left_out += record.bad
-    named = dict(enumerate(classes)) or {0: ""}
-    return IngestReport(
-        source=source,
-        settings=settings,
-        samples={split: {name: count[i] for i, name in named.items()} for split, count in samples.items()},
-        bad=tuple(left_out),
-        empty_classes=tuple(n for i, n in named.items() if classes and not any(c[i] for c in samples.values())),
-        changes=dict(sorted(changes.items())),
-        without_caption=tuple(without_caption),
-        unused={reason: tuple(names) for reason, names in unused.items()},
-        alike=tuple(alike),
-        deeper=tuple(deeper),
-    )
 
 
 def _some(names: Sequence[str]) -> dict[str, Any]:

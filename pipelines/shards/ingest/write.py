@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import reduce
@@ -21,7 +22,7 @@ from pipelines.presentation.progress import Notice, Progress, no_notice, no_prog
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset
 from pipelines.shards.ingest.alike import Fingerprint, fingerprints, keep_together
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
-from pipelines.shards.ingest.report import BadImage, IngestReport, ShardRecord, compose_report
+from pipelines.shards.ingest.report import BadImage, IngestReport, ShardRecord
 from pipelines.shards.ingest.sources import Source, SourceImage, open_source, source_digest
 from pipelines.shards.ingest.tasks import (
     IngestSettings,
@@ -305,18 +306,7 @@ def _publish(
 ) -> Ingested:
     storage, uri = settings.storage, settings.uri
     records = [record for record, _ in written]
-    missing = [image.origin for image in listed.images if settings.captioned and not image.caption]
-    report = compose_report(
-        source,
-        settings.described(),
-        listed.classes,
-        records,
-        bad=listed.bad,
-        without_caption=missing,
-        unused=listed.unused,
-        alike=alike,
-        deeper=listed.deeper,
-    )
+    report = _compose_report(source, listed, settings, records, alike)
     storage.write(join(uri, layout.INGEST_REPORT), report.to_json().encode())
     splits = {
         split: tuple(ShardInfo(r.name, r.samples, r.size, r.sha256) for r in records if r.split == split and r.samples)
@@ -340,6 +330,33 @@ def _publish(
     _remove_stale(uri, {s.name for shards in splits.values() for s in shards}, {job.name for job in jobs}, storage)
     reused = sum(found for _, found in written)
     return Ingested(dataset, report.bad, report.empty_classes, report, reused)
+
+
+def _compose_report(
+    source: str, listed: Source, settings: IngestSettings, records: Iterable[ShardRecord], alike: tuple[str, ...]
+) -> IngestReport:
+    """Return the report of an ingest, from the records of its shards and the findings about its source."""
+    samples: dict[str, Counter[int]] = {"train": Counter(), "test": Counter()}
+    changes: Counter[str] = Counter()
+    left_out = list(listed.bad)
+    for record in records:
+        samples[record.split].update(record.per_class)
+        changes.update(record.changes)
+        left_out += record.bad
+    named = dict(enumerate(listed.classes)) or {0: ""}
+    empty = (n for i, n in named.items() if listed.classes and not any(c[i] for c in samples.values()))
+    return IngestReport(
+        source=source,
+        settings=settings.described(),
+        samples={split: {name: count[i] for i, name in named.items()} for split, count in samples.items()},
+        bad=tuple(left_out),
+        empty_classes=tuple(empty),
+        changes=dict(sorted(changes.items())),
+        without_caption=tuple(image.origin for image in listed.images if settings.captioned and not image.caption),
+        unused=dict(listed.unused),
+        alike=alike,
+        deeper=listed.deeper,
+    )
 
 
 def _explain_empty(source: str, split: str, listed: Source, report: IngestReport) -> str:

@@ -271,7 +271,7 @@ def test_reading_by_ranges_makes_no_cache_and_keeps_an_earlier_one_to_the_limit(
     shards = dataset.shards("train")
 
     def opened(limit: int) -> ShardFetcher:
-        return ShardFetcher.opened(dataset, "train", Storage(), tmp_path / "cache", limit, lanes=2, window=2)
+        return ShardFetcher.opened(dataset, "train", Storage(), tmp_path / "cache", limit, in_use=4)
 
     assert opened(shards[0].bytes).cache is None
     assert not (tmp_path / "cache").exists()

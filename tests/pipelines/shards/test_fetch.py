@@ -205,7 +205,7 @@ def test_a_copy_that_lost_its_bytes_is_fetched_again(uri, tmp_path, caplog):
 def test_reading_goes_on_by_ranges_where_the_cache_cannot_be_used(uri, tmp_path, caplog):
     (tmp_path / "file").write_bytes(b"")
     dataset = Dataset(uri, {"train": (SHARD,), "test": ()}, (), 1, 8, (0.0,), (1.0,), "d")
-    fetcher = ShardFetcher.opened(dataset, "train", Storage(), tmp_path / "file" / "cache", 1 << 20, 1, 1)
+    fetcher = ShardFetcher.opened(dataset, "train", Storage(), tmp_path / "file" / "cache", 1 << 20, 1)
     assert "cannot be used" in caplog.text
     assert get(fetcher, (5, 9)) == [DATA[5:9]]
     later = ShardFetcher(uri, Storage(), ShardCache(tmp_path / "cache", 1 << 20))
@@ -263,7 +263,7 @@ def test_a_cache_folder_is_opened_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fetch, "ShardCache", refuse)
     dataset = Dataset("file:///data", {"train": (SHARD,), "test": ()}, (), 1, 8, (0.0,), (1.0,), "d")
-    assert ShardFetcher.opened(dataset, "train", Storage(), tmp_path, 1 << 20, 1, 1).cache is None
+    assert ShardFetcher.opened(dataset, "train", Storage(), tmp_path, 1 << 20, 1).cache is None
     assert opened == [tmp_path]
 
 
@@ -372,9 +372,9 @@ def test_processes_of_a_node_bring_a_shard_in_once(uri, tmp_path):
 
 def test_ranged_reading_is_for_shards_in_use_that_do_not_fit():
     shards = [SHARD] * 100
-    assert fits(shards, lanes=4, window=2, limit_bytes=16 * len(DATA))
-    assert not fits(shards, lanes=4, window=2, limit_bytes=16 * len(DATA) - 1)
-    assert fits(shards[:3], lanes=4, window=2, limit_bytes=3 * len(DATA))
+    assert fits(shards, in_use=8, limit_bytes=16 * len(DATA))
+    assert not fits(shards, in_use=8, limit_bytes=16 * len(DATA) - 1)
+    assert fits(shards[:3], in_use=8, limit_bytes=3 * len(DATA))
 
 
 def test_a_fetch_of_another_process_that_is_stopped_is_not_waited_for(uri, tmp_path, monkeypatch, caplog):
