@@ -21,6 +21,7 @@ from pipelines.doctor.check import Check, failed, ok, skipped
 from pipelines.doctor.gpu import facts, tasks
 from pipelines.doctor.gpu.ranks import Place, Ranks, RanksError
 from pipelines.doctor.gpu.tasks import GIB, MIB, NETWORKS, ForwardBackward, Links, Trace, made_up_config
+from pipelines.training.memory import Placement, estimate, in_words
 
 __all__ = ["ranks_of_machine", "selftest"]
 
@@ -147,12 +148,12 @@ def compile_failure(error: Exception) -> Check:
 def check_memory(ranks: Ranks) -> Iterator[Check]:
     """Yield the peak memory of a step beside its estimate."""
     config = made_up_config("unet", *MEASURED_NETWORK)
-    estimate = tasks.estimate_memory(config)
+    expected = estimate(config, Placement(1, 1, ranks.kind, "fp32"))
     if ranks.kind == "cpu":
-        yield skipped("memory", f"the peak is not measured on a CPU; the estimate is {estimate}")
+        yield skipped("memory", f"the peak is not measured on a CPU; the estimate is {in_words(expected.device)}")
         return
     for place in ranks.places():
-        yield memory_check(f"memory of {place.device}", estimate.total, tasks.peak_memory(config, place.device))
+        yield memory_check(f"memory of {place.device}", expected.tensors, tasks.peak_memory(config, place.device))
 
 
 def memory_check(name: str, estimate: int, peak: int) -> Check:

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -180,67 +180,6 @@ def _noisy_weights(config: Config) -> dict[str, Tensor]:
 
 
 # --- memory -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes that a training step needs on its device, estimated without computing anything.
-
-    Attributes:
-        parameters: of the network.
-        gradients: of all parameters.
-        optimizer: the optimizer's state.
-        averages: the average of the weights, with what it lacks in float32.
-        activations: kept by the forward for the backward.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    averages: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All of them together."""
-        return self.parameters + self.gradients + self.optimizer + self.averages + self.activations
-
-    def __str__(self) -> str:
-        """Return the estimate in words."""
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in asdict(self).items())
-        return f"{self.total / GIB:.2f} GiB ({parts})"
-
-
-def estimate_memory(config: Config) -> MemoryEstimate:
-    """Return what a step of one device needs in float32; shapes are counted on the meta device."""
-    device = torch.device("meta")
-    with device:
-        network = make_network(config)
-    parameters = sum(p.numel() * p.element_size() for p in network.parameters())
-    # AdamW has two moments for each parameter; the average has a value and a remainder.
-    return MemoryEstimate(parameters, parameters, 2 * parameters, 2 * parameters, _activation_bytes(network, config))
-
-
-def _activation_bytes(network: nn.Module, config: Config) -> int:
-    """Return the bytes of all tensors that the forward of a batch keeps for the backward, each storage counted once.
-
-    Args:
-        network: on the meta device.
-    """
-    weights = {p.untyped_storage()._cdata for p in network.parameters()}
-    kept: dict[int, Any] = {}  # the storages stay alive, so that no two of them have the same address
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
-    data = config.data
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.device("meta"):
-        images = torch.empty(config.batch_size, data.channels, data.image_size, data.image_size)
-        network(images, torch.empty(config.batch_size))
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 def peak_memory(config: Config, device: torch.device, steps: int = 3) -> int:

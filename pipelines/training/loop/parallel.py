@@ -91,10 +91,15 @@ def micro_batches(
         world_size: the number of ranks.
         at_most: the largest number of samples in a part; None for one part.
     """
-    largest = -(-global_size // world_size)
-    parts = -(-largest // min(at_most or largest, largest))
+    parts = micro_batch_count(global_size, world_size, at_most)
     count = len(batch.ordinals)
     bounds = [i * count // parts for i in range(parts + 1)]
     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
         span, weight = (slice(start, stop), 1.0) if stop > start else (slice(0, 1), 0.0)
         yield batch[span], weight, i == parts - 1
+
+
+def micro_batch_count(global_size: int, world_size: int, at_most: int | None) -> int:
+    """Return the number of parts in which `micro_batches` yields the piece of every rank; arguments are the same."""
+    largest = -(-global_size // world_size)
+    return -(-largest // min(at_most or largest, largest))
