@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     STRATUM = 8
     CAPTION = 9
     FEATURES = 10
+    WEIGHTS = 11
 
 
 def philox(

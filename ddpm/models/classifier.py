@@ -42,7 +42,8 @@ class NoisyClassifier(UNetEncoder):
         self.head = nn.Linear(width, outputs)
         # CLIP's initial temperature of 0.07 (Radford et al. 2021, sec. 2.4), in log form; for text only. FSDP2 shards
         # no scalar, so that it has an axis.
-        self.log_temperature = nn.Parameter(torch.tensor([math.log(0.07)]))
+        self.log_temperature = nn.Parameter(torch.empty(1))
+        nn.init.constant_(self.log_temperature, math.log(0.07))
         self.register_load_state_dict_pre_hook(_one_temperature)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:

@@ -207,7 +207,8 @@ class DiT(nn.Module):
             self.class_embedding = nn.Embedding(config.num_classes + 1, width)
         if config.text_dim:
             self.pooled_projection = nn.Linear(config.text_dim, width)
-            self.null_text = nn.Parameter(torch.randn(config.text_dim))
+            self.null_text = nn.Parameter(torch.empty(config.text_dim))
+            nn.init.normal_(self.null_text)
         self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
         self.modulation_out = nn.Linear(width, 2 * width)
         self.linear_out = nn.Linear(width, patch * patch * config.out_channels)

@@ -161,7 +161,8 @@ class UNet(UNetEncoder):
             self.class_embedding = nn.Embedding(config.num_classes + 1, time_dim)
         if config.text_dim:
             self.pooled_projection = nn.Linear(config.text_dim, time_dim)
-            self.null_text = nn.Parameter(torch.randn(config.text_dim))
+            self.null_text = nn.Parameter(torch.empty(config.text_dim))
+            nn.init.normal_(self.null_text)
 
         skips, width = list(self.skip_widths), widths[-1]
         self.up_blocks = nn.ModuleList()

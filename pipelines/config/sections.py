@@ -152,6 +152,11 @@ class ClusterConfig(ConfigSection):
         description="with parallel=hsdp, workers that share one copy of the network, or more where that does not "
         "divide their number; null: those of a node",
     )
+    param_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="with parallel=fsdp or hsdp in bf16, dtype in which weights are gathered for forward and backward; "
+        "bf16 halves what is gathered. Gradients are added up, and weights updated, in float32 either way",
+    )
     compile: bool = Field(
         False, description="compile the network with torch.compile; compiled code is cached on the node's disk"
     )
@@ -186,6 +191,10 @@ class ClusterConfig(ConfigSection):
             raise ValueError(f"num_workers must be [min, max] with min <= max, got {list(self.num_workers)}")  # type: ignore[arg-type]
         if self.shard_size is not None and self.parallel != "hsdp":
             raise ValueError(f"shard_size = {self.shard_size} needs parallel=hsdp, got parallel={self.parallel}")
+        if self.param_dtype != "fp32" and self.parallel == "ddp":
+            raise ValueError(
+                f"param_dtype = {self.param_dtype} needs parallel=fsdp or hsdp: with ddp nothing is gathered"
+            )
         return self
 
     @property
@@ -264,6 +273,11 @@ class CheckpointConfig(ConfigSection):
 
     every: PositiveInt = Field(
         description="images between checkpoints, at most as many are trained again after a crash"
+    )
+    local_every: PositiveInt | None = Field(
+        None,
+        description="images between copies of the state in the memory of the nodes, from which a restart goes on "
+        "without reading the store; null: no copies",
     )
     keep: Annotated[int, Field(ge=1)] = Field(2, description="newest checkpoints that are kept for a restart")
     backlog: NonNegativeInt = Field(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ddpm import first_weights
 from pipelines import checkpoints
 from pipelines.checkpoints import newest_checkpoint, references
 from pipelines.config import Config, ConfigError
@@ -83,24 +84,25 @@ def prepare_run(config: Config, lineage: dict[str, Any], tags: Mapping[str, str]
 
 
 def initial_lineage(config: Config, *, new: bool) -> dict[str, Any]:
-    """Return which model a run starts from; nothing for a run that starts from new weights.
+    """Return the weights that a run starts from.
 
     Args:
         new: whether the run has no checkpoint yet; otherwise what its newest one has recorded stays.
 
     Returns:
+        `first_weights`, the version of the new weights (`ddpm.first_weights`), which runs of earlier releases lack; or
         `init_from` and `init_from_digest`, the SHA-256 of the weights that it named when the run began.
 
     Raises:
         ModelError: there is no such model, or it does not fit the configuration.
     """
+    if not new:
+        stored = checkpoints.newest_lineage(config)
+        return {key: stored[key] for key in ("first_weights", "init_from", "init_from_digest") if key in stored}
     if config.init_from is None:
-        return {}
-    if new:
-        found = references.initial_model(config, config.tracking.uri)
-        return {"init_from": config.init_from, "init_from_digest": found.digest}
-    stored = checkpoints.newest_lineage(config)
-    return {key: stored[key] for key in ("init_from", "init_from_digest") if key in stored}
+        return {"first_weights": first_weights.VERSION}
+    found = references.initial_model(config, config.tracking.uri)
+    return {"init_from": config.init_from, "init_from_digest": found.digest}
 
 
 def encoder_lineage(config: Config) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from pipelines.training.loop.collectives import (
 )
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.hardware import precision_change
+from pipelines.training.loop.local_copies import LocalCopies
 from pipelines.training.loop.state import ADDED, TrainingState
 
 logger = logging.getLogger(__name__)
@@ -62,14 +63,21 @@ class Checkpointer:
     Args:
         log: rank 0's log, whose unsent metrics go into each checkpoint; None on the other ranks.
         damaged: names of stored checkpoints that could not be read, which leave the run's list.
+        copies: the copies on the nodes, where they are kept.
 
     Attributes:
         uploaded_bytes: size of the checkpoints stored so far; on other ranks than 0, of this rank's parts of them.
         upload_s: seconds that their uploads took, while training went on.
     """
 
-    def __init__(self, context: RunContext, log: RunLog | None, damaged: Collection[str] = frozenset()) -> None:
-        self.context, self.log, self.damaged = context, log, damaged
+    def __init__(
+        self,
+        context: RunContext,
+        log: RunLog | None,
+        damaged: Collection[str] = frozenset(),
+        copies: LocalCopies | None = None,
+    ) -> None:
+        self.context, self.log, self.damaged, self.copies = context, log, damaged, copies
         self.uploaded_bytes, self.upload_s = 0, 0.0
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._uploads: deque[Future[None]] = deque()
@@ -88,41 +96,60 @@ class Checkpointer:
         Raises:
             Exception: what kept an earlier checkpoint from being stored.
         """
-        context = self.context
-        spec = context.spec
-        checkpoint = Checkpoint(
+        name, checkpoint = self._described(state)
+        sharded, backlog = isinstance(state.network, FSDPModule), self.context.config.checkpoint.backlog
+        if sharded or self.context.rank == 0:
+            self._wait(backlog)
+        rows = written_rows(state.tensors()) if sharded or self.copies else []
+        if self.copies:
+            self.copies.keep(name, checkpoint, rows)
+        if sharded:
+            self._uploads.append(self._thread.submit(self._run, self._store_part, name, checkpoint, rows, publish))
+        elif self.context.rank == 0:
+            checkpoint = replace(checkpoint, tensors=copies_on_cpu(state.tensors()))
+            self._uploads.append(self._thread.submit(self._run, self._store_whole, name, checkpoint, publish))
+
+    def keep(self, state: TrainingState) -> None:
+        """Copy the state to the memory of the nodes alone; called by every rank at the same step.
+
+        Raises:
+            Exception: what kept an earlier copy from being made.
+        """
+        assert self.copies is not None
+        name, checkpoint = self._described(state)
+        self.copies.keep(name, checkpoint, written_rows(state.tensors()))
+
+    def _described(self, state: TrainingState) -> tuple[str, Checkpoint]:
+        """Return the name of a checkpoint of a state, the same on all ranks, and its description without tensors."""
+        spec = self.context.spec
+        name = broadcast_object(checkpoints.checkpoint_name(state.images_seen, self.context.job.epoch))
+        return name, Checkpoint(
             replace(spec, lineage={**spec.lineage, "images_seen": state.images_seen}),
             {},
             images_seen=state.images_seen,
-            identity=context.config.identity(),
+            identity=self.context.config.identity(),
             optimizer_steps=state.optimizer_steps,
             skipped=state.skipped,
             length=state.length,
             trained_s=state.trained_s,
         )
-        name = checkpoints.checkpoint_name(state.images_seen, context.job.epoch)
-        if isinstance(state.network, FSDPModule):
-            self._wait(context.config.checkpoint.backlog)
-            name = broadcast_object(name)
-            rows = written_rows(state.tensors())
-            self._uploads.append(self._thread.submit(self._run, self._store_part, name, checkpoint, rows, publish))
-        elif context.rank == 0:
-            self._wait(context.config.checkpoint.backlog)
-            checkpoint = replace(checkpoint, tensors=copies_on_cpu(state.tensors()))
-            self._uploads.append(self._thread.submit(self._run, self._store_whole, name, checkpoint, publish))
 
     def finish(self) -> None:
-        """Wait until all checkpoints are durable; of a sharded one, rank 0 waits for all parts.
+        """Wait until all checkpoints are durable, and copies made; of a sharded one, rank 0 waits for all parts.
 
         Raises:
             Exception: the failure that kept a checkpoint from being stored.
         """
         self._wait(0)
+        if self.copies:
+            self.copies.finish()
 
     def close(self) -> None:
         """Let the thread end after its last checkpoint, without waiting for it."""
         self._give_up_at = time.monotonic() + PARTS_GRACE_S
         self._thread.shutdown(wait=False)
+        if self.copies:
+            self.copies.close()
 
     def _wait(self, unstored: int) -> None:
         """Wait until at most this many checkpoints are not stored yet."""
@@ -206,11 +233,14 @@ class Checkpointer:
         return sum(state.sizes.values()) + len(text)
 
 
-def restore(context: RunContext, state: TrainingState, log: RunLog | None) -> tuple[bool, frozenset[str]]:
+def restore(
+    context: RunContext, state: TrainingState, log: RunLog | None, copies: LocalCopies | None = None
+) -> tuple[bool, frozenset[str]]:
     """Load the newest whole checkpoint of the run into the state; called by every rank.
 
-    Any number of ranks, with DDP or FSDP2, can resume what any other number saved: a checkpoint in whole files is read
-    and broadcast by rank 0, of a sharded one each rank reads the rows that it holds.
+    It is read from the memory of the nodes, where they have it or a newer one between them, else from the store. Any
+    number of ranks, with DDP or FSDP2, can resume what any other number saved: a checkpoint in whole files is read and
+    broadcast by rank 0, of a sharded one each rank reads the rows that it holds.
 
     Returns:
         (whether there was one; the names of newer ones that are damaged).
@@ -220,7 +250,9 @@ def restore(context: RunContext, state: TrainingState, log: RunLog | None) -> tu
     """
     found = from_rank_0(lambda: _resumable(context))
     tensors = state.tensors()
-    stored, damaged = found.load_newest(lambda uri, stored: _load(context, uri, stored, tensors))
+    stored, damaged = _load_copy(context, copies, tensors, found), dict[str, str]()
+    if stored is None:
+        stored, damaged = found.load_newest(lambda uri, stored: _load(context, uri, stored, tensors))
     if context.rank == 0:
         for name, problem in damaged.items():
             logger.warning("%s: %s; an older checkpoint is used", join(found.folder, name), problem)
@@ -262,6 +294,33 @@ def _resumable(context: RunContext) -> Resumable:
     if found.complete:
         checkpoints.check_resumable(found.complete[0][1], job.config, job.dataset, job.quarantine)
     return found
+
+
+def _load_copy(
+    context: RunContext, copies: LocalCopies | None, tensors: Mapping[str, Tensor], stored: Resumable
+) -> _Loaded | None:
+    """Overwrite the tensors with those of the newest copy on the nodes; None where the store has a newer checkpoint,
+    or no copy is whole. Called by every rank.
+
+    Raises:
+        ModelError: the newest copy is of other settings or data.
+    """
+    began = time.monotonic()
+    for listed, uri, state in copies.found(tensors) if copies else ():
+        newest = stored.complete[0][0] if stored.complete else None
+        if newest is not None and (listed.epoch, listed.images_seen) < (newest.epoch, newest.images_seen):
+            return None
+        checkpoints.check_resumable(state, context.job.config, context.job.dataset, context.job.quarantine)
+        try:
+            found = _load(context, uri, state, tensors)
+        except ModelError as error:
+            logger.warning("the local copy at %s images is left out: %s", f"{listed.images_seen:,}", error)
+            continue
+        if context.rank == 0:
+            seconds = time.monotonic() - began
+            logger.info("the state at %s images came from local copies in %.2f s", f"{listed.images_seen:,}", seconds)
+        return found
+    return None
 
 
 def _load(context: RunContext, uri: str, state: CheckpointState, tensors: Mapping[str, Tensor]) -> _Loaded:

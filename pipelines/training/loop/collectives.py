@@ -81,12 +81,16 @@ def broadcast(values: Mapping[str, Tensor], tensors: Mapping[str, Tensor], devic
             tensor.copy_(whole)
 
 
-def all_gather_objects(value: Any) -> list[Any]:
-    """Return the values of all ranks on every rank, in their order; they must pickle."""
+def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the values of all ranks on every rank, in their order; they must pickle.
+
+    Args:
+        group: of all ranks; the default one where not given.
+    """
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group)
     return found
 
 

@@ -11,29 +11,42 @@ from typing import cast
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config import ClusterConfig
 from pipelines.shards.read import Batch
 from pipelines.training.loop.collectives import world_size
+from pipelines.training.loop.hardware import Precision
 
 
-def apply_fsdp(network: nn.Module, cluster: ClusterConfig, device: torch.device) -> None:
+def gathered_dtype(cluster: ClusterConfig, precision: Precision) -> torch.dtype | None:
+    """Return the dtype in which a sharded network gathers its weights; None for their own."""
+    return torch.bfloat16 if cluster.param_dtype == "bf16" and precision == "bf16" else None
+
+
+def apply_fsdp(
+    network: nn.Module, cluster: ClusterConfig, device: torch.device, gathered: torch.dtype | None = None
+) -> None:
     """Shard a network's parameters over the ranks, in place, where the configuration asks for FSDP2 or HSDP.
 
     Modules of the classes in the network's attribute `fsdp_units` are sharded one by one: their parameters are gathered
     for their own forward and backward, and freed afterwards. A network without the attribute is one unit.
+
+    Args:
+        gathered: dtype in which weights are gathered; None for their own. Gradients are reduced in float32.
     """
     if world_size() == 1 or cluster.parallel == "ddp":
         return
     mesh = _mesh(cluster, device)
+    # Inputs stay as they are: a timestep in bf16 would be another one, and autocast converts where it has to.
+    policy = MixedPrecisionPolicy(gathered, gathered and torch.float32, cast_forward_inputs=False)
     units = cast("tuple[type[nn.Module], ...]", getattr(network, "fsdp_units", ()))
     for unit in [module for module in network.modules() if isinstance(module, units)]:
         if cluster.compile:  # inside the hooks that gather and free, which a compiled graph could not hold
             unit.compile()
-        fully_shard(unit, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
 def _mesh(cluster: ClusterConfig, device: torch.device) -> DeviceMesh:

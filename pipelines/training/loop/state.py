@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from ddpm.ema import EMA, PowerEMA
+from ddpm.first_weights import build_on_meta
 from ddpm.learned_weight import LearnedWeight
 from ddpm.model import make_classifier
 from ddpm.models.unet import UNetConfig
 from ddpm.timesteps import TimestepSampler
 from pipelines.config import Config, learned_weight, network_config, timestep_sampler
-from pipelines.training.loop.collectives import broadcast, local_part
+from pipelines.training.loop.collectives import broadcast, held_rows, local_part
 from pipelines.training.loop.hardware import Precision, place_network, weight_dtype
 from pipelines.training.loop.loss_scale import LossScale
 from pipelines.training.loop.optimizer import make_optimizer
-from pipelines.training.loop.parallel import apply_fsdp, wrap
+from pipelines.training.loop.parallel import apply_fsdp, gathered_dtype, wrap
 
 RESIDUAL, LOSS_SCALE = "residual.", "loss_scale"
 ADDED = (RESIDUAL, LOSS_SCALE)
@@ -43,6 +44,7 @@ class TrainingState:
         loss_scale: the factor of the loss, 1 unless the precision is fp16.
         length: images after which the run ends, as far as is known now: `config.images`, or what fits the seconds that
             it may train.
+        gathered: dtype in which a sharded network gathers its weights; None for their own.
         images_seen: the ordinal of the next batch's first sample.
         optimizer_steps: the number of updates made.
         skipped: the number of updates left out because a loss or gradient was not finite.
@@ -58,6 +60,7 @@ class TrainingState:
     learned_weight: LearnedWeight | None
     loss_scale: LossScale
     length: int
+    gathered: torch.dtype | None = None
     images_seen: int = 0
     optimizer_steps: int = 0
     skipped: int = 0
@@ -99,17 +102,21 @@ class TrainingState:
 
 
 def make_state(config: Config, device: torch.device, precision: Precision) -> TrainingState:
-    """Return a fresh network, the same on every rank, with its optimizer and averages.
+    """Return a fresh network, the same on any number of ranks, with its optimizer and averages.
+
+    No rank ever holds more of a sharded network than its part.
 
     Args:
         precision: what forward and backward compute in.
     """
     optim = config.optim
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        network = make_network(config)
-    network = place_network(network.to(weight_dtype(optim)), config, device)
-    apply_fsdp(network, config.cluster, device)
+    network, distributions = build_on_meta(lambda: make_network(config))
+    network = network.to(weight_dtype(optim))
+    gathered = gathered_dtype(config.cluster, precision)
+    apply_fsdp(network, config.cluster, device, gathered)
+    network = place_network(network.to_empty(device=device), config, device)
+    for rows in held_rows(dict(network.named_parameters())):
+        distributions[rows.name].fill(rows.values, config.seed, rows.name, rows.shape, rows.first)
     return TrainingState(
         network,
         wrap(network, config.cluster, device),
@@ -120,6 +127,7 @@ def make_state(config: Config, device: torch.device, precision: Precision) -> Tr
         learned_weight(config),
         LossScale(enabled=precision == "fp16"),
         config.images,
+        gathered,
     )
 
 
@@ -147,15 +155,19 @@ def load_weights(state: TrainingState, weights: Mapping[str, Tensor], device: to
 
 @contextmanager
 def ema_weights(state: TrainingState) -> Iterator[nn.Module]:
-    """Return the bare network in evaluation mode with the averaged weights, for as long as the context lasts."""
-    network = state.network
+    """Return the bare network in evaluation mode with the averaged weights, for as long as the context lasts.
+
+    Where its weights are gathered in bf16, it computes in bf16.
+    """
+    network, device = state.network, next(state.network.parameters()).device
     live = [local_part(t.detach()) for t in network.state_dict().values()]
     kept = [t.clone() for t in live]
     with torch.no_grad():
         torch._foreach_copy_(live, [local_part(t) for t in state.ema.shadow.values()])
     network.eval()
     try:
-        yield network
+        with torch.autocast(device.type, torch.bfloat16, enabled=state.gathered is not None):
+            yield network
     finally:
         network.train()
         if isinstance(network, FSDPModule):

@@ -28,6 +28,7 @@ from pipelines.training.loop.context import RunContext, Shell
 from pipelines.training.loop.data import training_stream
 from pipelines.training.loop.health import Health, SkipGuard, say
 from pipelines.training.loop.initial import load_initial_model, with_teacher
+from pipelines.training.loop.local_copies import LocalCopies
 from pipelines.training.loop.log import finish_log, open_log
 from pipelines.training.loop.losses import batch_texts, losses
 from pipelines.training.loop.optimizer import learning_rate
@@ -218,7 +219,8 @@ class _Rank:
         self.state = make_state(self.config, context.device, context.precision)
         if context.rank == 0 and not isinstance(self.state.network, FSDPModule):  # parts need no disk
             warn_if_short(sum(t.nbytes for t in self.state.tensors().values()), "a checkpoint before its upload")
-        restored, damaged = restore(context, self.state, self.log)
+        self.copies = LocalCopies(context, self.log) if self.config.checkpoint.local_every else None
+        restored, damaged = restore(context, self.state, self.log, self.copies)
         if not restored and self.config.init_from is not None:
             load_initial_model(context, self.state)
         self.context = context = with_teacher(context)
@@ -228,7 +230,7 @@ class _Rank:
 
         self.stream = training_stream(context, self.resumed_at)
         resources.callback(self.stream.reader.close)
-        self.checkpointer = Checkpointer(context, self.log, damaged)
+        self.checkpointer = Checkpointer(context, self.log, damaged, self.copies)
         resources.callback(self.checkpointer.close)
         self.health = Health(self.config, self.resumed_at)
         self.preview = Preview(context, self.log, self.health)
@@ -334,10 +336,16 @@ class _Rank:
         due = self._crossed(self.config.checkpoint.every) or self._crossed(self.config.evaluation.every)
         if self.finished or result.stop or result.checkpoint or due:
             self._save()
+        elif self._crossed(self.config.checkpoint.local_every):
+            self.state.trained_s = self.length.trained_s()
+            with self.clock.during("checkpoint"):
+                self.checkpointer.keep(self.state)
 
     def finish(self) -> None:
         """Wait until all checkpoints and metrics are stored."""
         self._finish_uploads()
+        if self.copies and self.finished:
+            self.copies.delete()
         if self.log:
             if not math.isnan(self.loss):
                 self._report_progress(self.loss)

@@ -14,7 +14,7 @@ from tests.pipelines.training.loop.ranks import last_checkpoint, tiny_config, tr
 
 def test_the_lineage_names_the_weights_that_a_run_started_from_and_keeps_them_when_it_goes_on(digits, tmp_path):
     base, tuned = tmp_path / "base", tmp_path / "tuned"
-    assert initial_lineage(tiny_config(base, 50, 25), new=True) == {}
+    assert initial_lineage(tiny_config(base, 50, 25), new=True) == {"first_weights": 1}
     train_here(base, digits, tiny_config(base, 50, 25))
     model = last_checkpoint(base)
     config = tiny_config(tuned, 50, 25, f"init_from={model}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ddpm.models import NETWORKS
+from pipelines.checkpoints import load_checkpoint
 from tests.forked import start_ranks
 from tests.pipelines.training.loop.ranks import (
     NO_GRIDS,
@@ -79,6 +80,20 @@ def test_two_ranks_have_the_losses_of_one_under_ddp_and_fsdp(digits, tmp_path, n
     reference = trace(tmp_path / "one")
     for parallel in runs:
         assert worst(trace(tmp_path / parallel), reference) < 1e-9
+
+
+@pytest.mark.heavy
+def test_with_weights_gathered_in_bf16_losses_are_those_of_one_rank_in_bf16_up_to_its_rounding(digits, tmp_path):
+    runs = {}
+    for network in TINY:
+        alone, shared = tmp_path / f"{network}-1", tmp_path / f"{network}-2"
+        run(alone, digits, network, "optim.precision=bf16", NO_GRIDS)
+        chosen = ["optim.precision=bf16", "cluster.parallel=fsdp", "cluster.param_dtype=bf16"]
+        runs[alone] = (shared, config(shared, network, *chosen))
+    on_two_ranks(tmp_path, digits, list(runs.values()))
+    for alone, (shared, _) in runs.items():
+        assert 0 < worst(trace(shared), trace(alone)) < 0.02
+        assert all(tensor.dtype != torch.bfloat16 for tensor in load_checkpoint(last_checkpoint(shared))[1].values())
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from pipelines.training.loop.collectives import (
     written_rows,
 )
 from pipelines.training.loop.parallel import micro_batches, shard_size
-from pipelines.training.loop.state import make_network
+from pipelines.training.loop.state import make_network, make_state
 from tests.forked import start_ranks
 from tests.pipelines.training.loop.ranks import TINY, process_group, tiny_config, train_here
 
@@ -172,3 +172,26 @@ def test_a_sharded_run_uses_no_collective_whose_name_gloos_threads_would_write_a
         names = json.loads((tmp_path / f"collectives-{rank}.json").read_text())
         assert "c10d._allgather_base_.default" in names
         assert not any(name.startswith("_c10d_functional.all_gather") or "coalesced" in name for name in names)
+
+
+def keep_first_weights(rank, world, rendezvous, folder):
+    with process_group(rank, world, rendezvous):
+        for parallel in ("ddp", "fsdp", "hsdp"):
+            chosen = [f"cluster.parallel={parallel}", *(["cluster.shard_size=2"] if parallel == "hsdp" else [])]
+            state = make_state(tiny_config(folder, 25, 25, *chosen, network="dit"), torch.device("cpu"), "fp32")
+            rows = [(rows.name, rows.first, rows.values.clone()) for rows in held_rows(state.tensors())]
+            torch.save(rows, folder / f"{parallel}-{rank}.pt")
+
+
+@pytest.mark.integration
+def test_first_weights_and_averages_are_equal_to_the_bit_on_every_mesh(tmp_path):
+    start_ranks(keep_first_weights, (4, tmp_path / "rendezvous", tmp_path), 4)
+    whole = make_state(tiny_config(tmp_path, 25, 25, network="dit"), torch.device("cpu"), "fp32").tensors()
+    for parallel, share in (("ddp", 4), ("fsdp", 1), ("hsdp", 2)):
+        held = 0
+        for rank in range(4):
+            for name, first, values in torch.load(tmp_path / f"{parallel}-{rank}.pt"):
+                expected = whole[name] if whole[name].dim() == 0 else whole[name][first : first + len(values)]
+                assert torch.equal(values, expected)
+                held += values.numel() if name.startswith("network.") else 0
+        assert held == share * sum(t.numel() for name, t in whole.items() if name.startswith("network."))
