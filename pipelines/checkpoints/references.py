@@ -250,6 +250,11 @@ def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, devic
     return Resolved(reference, model, found.tracker, found.version, found.published, encoder)
 
 
+def open_model(reference: str, config: Config, device: str = "cpu") -> Resolved:
+    """Return what `resolve` does at the services of a configuration."""
+    return resolve(reference, tracking_uri=config.tracking.uri, storage=Storage.of(config), device=device)
+
+
 def _require_finite(model: Model, reference: str) -> None:
     """Refuse a model with weights that are not finite: its samples would be blank, without any error.
 

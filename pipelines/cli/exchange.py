@@ -30,9 +30,8 @@ def export(
 
     from ddpm.diffusers import export_diffusers
     from pipelines.checkpoints import ModelError, references
-    from pipelines.storage import Storage
 
-    resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=Storage.of(config))
+    resolved = references.open_model(model, config)
     try:
         export_diffusers(resolved.model, to)
     except ValueError as error:

@@ -119,12 +119,11 @@ def _drawn(result: FlowResult, config: Config, out: Path) -> str:
     """Draw images from the registered model into a folder, and return the path of their grid."""
     from pipelines.checkpoints import references
     from pipelines.inference.files import write_samples
-    from pipelines.storage import Storage
 
     version, scores = result.results.version, result.results.evaluation
     assert version is not None
     assert scores is not None
-    resolved = references.resolve(version.uri, tracking_uri=config.tracking.uri, storage=Storage.of(config))
+    resolved = references.open_model(version.uri, config)
     return str(write_samples(resolved, out, 8, (scores.prompts or {}).get("examples")))
 
 

@@ -30,8 +30,11 @@ from pipelines.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ddpm.generate import Sampling
     from pipelines.checkpoints.references import Resolved
+    from pipelines.cli.terminal import Terminal
     from pipelines.config import Config
 
 
@@ -44,25 +47,12 @@ def evaluate(
 
     Samples are drawn with the model's own settings and scored with those of its run, except for overrides given here.
     """
-    config = connect_for_model(model, overrides, more=SERVICES)
+    asked, _ = _asked(model, overrides or [])
 
-    from pipelines.checkpoints import lookup, references
     from pipelines.evaluation.scoring import score_and_record
-    from pipelines.storage import Storage
-    from pipelines.training.ray_train.resources import connect_ray
 
-    storage, config = Storage.of(config), lookup.judged_as_before(config, overrides or [], model)
-    resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
-    settings, dataset_uri = _asked(resolved, config, overrides)
     with terminal.live():
-        scores, _ = score_and_record(
-            resolved,
-            settings,
-            config,
-            terminal,
-            lambda: connect_ray(config),
-            dataset_uri,
-        )
+        scores, _ = score_and_record(*asked)
     for name, text in scores.lines():
         terminal.stage(name, text)
     terminal.stage("samples", scores.samples)
@@ -84,37 +74,35 @@ def register(
     from pipelines.config import quoted_override
 
     named = [] if name is None else [quoted_override("registry.model", name)]
-    overrides = [*(overrides or []), *named]
-    config = connect_for_model(model, overrides, more=SERVICES)
+    asked, alias = _asked(model, [*(overrides or []), *named])
 
     from pipelines import registry
-    from pipelines.checkpoints import lookup, references
-    from pipelines.storage import Storage
-    from pipelines.training.ray_train.resources import connect_ray
 
-    storage, config = Storage.of(config), lookup.judged_as_before(config, overrides, model)
-    resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=storage)
-    settings, dataset_uri = _asked(resolved, config, overrides)
     with terminal.live():
-        version = registry.register_scored(
-            resolved,
-            settings,
-            config,
-            terminal,
-            lambda: connect_ray(config),
-            dataset_uri=dataset_uri,
-        )
-    terminal.stage("registry", f"{version.uri}; `ddpm promote {version.uri} --alias {config.registry.alias}`")
+        version = registry.register_scored(*asked)
+    terminal.stage("registry", f"{version.uri}; `ddpm promote {version.uri} --alias {alias}`")
     answer_json(as_json, {"model": version.uri, "scores": json.loads(version.tags["scores"])})
 
 
-def _asked(resolved: Resolved, config: Config, overrides: list[str] | None) -> tuple[Sampling, str | None]:
-    """Return the model's sampling settings with overrides applied, and the address of the dataset if overridden."""
-    from pipelines.config import changed_sampling, override_settings
+def _asked(
+    model: str, overrides: list[str]
+) -> tuple[tuple[Resolved, Sampling, Config, Terminal, Callable[[], None], str | None], str]:
+    """Return the arguments with which a model is scored, and the alias that a version of it may get.
 
-    settings = changed_sampling(resolved.model.spec.sampling, overrides or [])
-    other_data = bool({"data", "data.uri"} & override_settings(overrides or []).keys())
-    return settings, config.data.uri if other_data else None
+    Its own sampling settings have the overrides applied; the dataset is None unless it is overridden.
+    """
+    config = connect_for_model(model, overrides, more=SERVICES)
+
+    from pipelines.checkpoints import lookup, references
+    from pipelines.config import changed_sampling, override_settings
+    from pipelines.training.ray_train.resources import connect_ray
+
+    config = lookup.judged_as_before(config, overrides, model)
+    resolved = references.open_model(model, config)
+    settings = changed_sampling(resolved.model.spec.sampling, overrides)
+    other_data = bool({"data", "data.uri"} & override_settings(overrides).keys())
+    dataset_uri = config.data.uri if other_data else None
+    return (resolved, settings, config, terminal, partial(connect_ray, config), dataset_uri), config.registry.alias
 
 
 def promote(

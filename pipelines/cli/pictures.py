@@ -162,10 +162,8 @@ def likelihood(
 
     from pipelines.checkpoints import references
     from pipelines.evaluation.devices import task_device
-    from pipelines.storage import Storage
 
-    storage = Storage.of(config)
-    resolved = references.resolve(model, tracking_uri=config.tracking.uri, storage=storage, device=str(task_device()))
+    resolved = references.open_model(model, config, str(task_device()))
     read = bits.read_data(data, resolved.model, images, config, lambda text: terminal.stage("note", text))
     with terminal.live():
         found = bits.measure(

@@ -248,7 +248,7 @@ class Promote(Stage[Verdict]):
     def _scored_anew(self, champion: ModelVersion, gate: Gate, site: Site) -> ModelVersion:
         """Score the model of the champion, with the settings that it serves, on the data of the configuration."""
         site.display.stage(self.name, f"{champion.uri} was scored on other data or otherwise: scoring it anew")
-        resolved = references.resolve(champion.uri, tracking_uri=gate.uri, storage=site.storage)
+        resolved = references.open_model(champion.uri, self.config)
         return registry.register_scored(
             resolved,
             resolved.model.spec.sampling,

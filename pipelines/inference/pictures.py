@@ -97,13 +97,13 @@ def open_model(reference: str, request: Request, config: Config) -> Resolved:
         ModelError: the model, or a guiding network, does not exist.
         RequestError: the request changes the sampling settings in a way that does not work.
     """
-    storage = Storage.of(config)
-    uri, device = config.tracking.uri, str(task_device())
-    resolved = references.resolve(reference, tracking_uri=uri, storage=storage, device=device)
+    device = str(task_device())
+    resolved = references.open_model(reference, config, device)
     settings = _sampling(request, resolved.model.spec)
     if settings.guidance == resolved.model.spec.sampling.guidance:
         return resolved
-    return replace(resolved, model=references.guided(resolved.model, settings, uri, storage).to(device))
+    model = references.guided(resolved.model, settings, config.tracking.uri, Storage.of(config))
+    return replace(resolved, model=model.to(device))
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,6 @@ def register_scored(
     config: Config,
     display: Display,
     connect: Callable[[], None],
-    *,
     dataset_uri: str | None = None,
 ) -> ModelVersion:
     """Score a model with settings as `ddpm evaluate` does, and register it as a new version that serves them.

@@ -34,7 +34,6 @@ from pipelines.presentation.progress import Notice, no_notice
 from pipelines.report.facts import Facts, FilmStrip, Levels
 from pipelines.report.subject import ReportSubject
 from pipelines.shards.read import spread_positions
-from pipelines.storage import Storage
 
 FILMED = 4
 """Pictures of the film."""
@@ -146,9 +145,7 @@ def _resolve(facts: Facts, subject: ReportSubject, config: Config) -> Resolved:
     """Return the model that is shown."""
     asked = subject.reference.startswith("models:/")
     reference = subject.reference if asked else f"runs:/{subject.tracker.run_id}/{facts.images_seen}"
-    return references.resolve(
-        reference, tracking_uri=config.tracking.uri, storage=Storage.of(config), device=str(task_device())
-    )
+    return references.open_model(reference, config, str(task_device()))
 
 
 def _short(sampling: Sampling) -> Sampling:

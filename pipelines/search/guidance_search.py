@@ -135,7 +135,7 @@ class GuidanceSearch(Search):
     def begin(self) -> Dataset:
         """Find the model, and begin with its own sampling settings."""
         config, self.subject = self.config, self.reference
-        resolved = references.resolve(self.reference, tracking_uri=config.tracking.uri, storage=self.storage)
+        resolved = references.open_model(self.reference, config)
         if resolved.version is not None:
             registry.check_signing(config.registry)  # the winner becomes a version
         self.resolved, spec = resolved, resolved.model.spec

@@ -170,9 +170,7 @@ def search_steps(
         ConfigError: the steps of such a sampler or model cannot be chosen.
         ModelError: there is no such model.
     """
-    resolved = references.resolve(
-        reference, tracking_uri=config.tracking.uri, storage=Storage.of(config), device=str(task_device())
-    )
+    resolved = references.open_model(reference, config, str(task_device()))
     try:
         settings = _settings(resolved, changes)
         seeds = trials_seed(config, name), confirmation_seed(config, name, [])

@@ -213,11 +213,8 @@ class TrainingSearch(Search):
         models: dict[str, SampledModel] = {}
         for trial, record in selected.items():
             try:
-                found = references.resolve(
-                    f"runs:/{record.run_id}/{int(record.scores['images_seen'])}",
-                    tracking_uri=self.base.tracking.uri,
-                    storage=self.storage,
-                )
+                reference = f"runs:/{record.run_id}/{int(record.scores['images_seen'])}"
+                found = references.open_model(reference, self.base)
                 settings = sampling(apply(self.base, record.params))
                 models[trial] = subject_of(found.model, digest_of(found), settings, self.data)
             except ModelError as error:

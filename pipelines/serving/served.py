@@ -34,7 +34,6 @@ from pipelines.serving.limits import Limits, RefusedRequest
 from pipelines.shards.ingest.encode import ImageFormat, decode_grey, encode_image
 from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.shards.text import TextEncoder
-from pipelines.storage import Storage
 from pipelines.tracking import Scoring
 
 
@@ -210,10 +209,7 @@ def load(reference: str, config: Config, executor: Executor) -> Served:
     Raises:
         ModelError: the model does not exist, or draws something that is not a number.
     """
-    device = str(task_device())
-    resolved = references.resolve(
-        reference, tracking_uri=config.tracking.uri, storage=Storage.of(config), device=device
-    )
+    resolved = references.open_model(reference, config, str(task_device()))
     serving, model = config.serving, resolved.model
 
     def draw(drawing: Drawing) -> Drawn:
