@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
 from pipelines.config import Config, ConfigError
-from pipelines.flow.stage import INGEST, Results, Site, Stage, StageSpec, StageStatus
+from pipelines.flow.stage import INGEST, Results, Site, Stage, StageSpec, StageStatus, digest
 from pipelines.presentation.progress import Display
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.ingest.encode import CaptionEncoder
@@ -173,5 +171,4 @@ def ingest_key(config: Config) -> str:
     data = config.data
     assert data.source is not None
     settings = data.model_dump(mode="json", include=set(INGEST_SETTINGS))
-    content = [source_digest(data.source, Storage.of(config)), settings]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return digest([source_digest(data.source, Storage.of(config)), settings])

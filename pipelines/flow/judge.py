@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +20,19 @@ from pipelines.evaluation.evaluators import (
 )
 from pipelines.evaluation.scores import Scores
 from pipelines.evaluation.scoring import find_scores, score_and_record
-from pipelines.flow.stage import EVALUATE, EVALUATOR, GATE, REGISTER, Results, Site, Stage, StageSpec, StageStatus
+from pipelines.flow.stage import (
+    EVALUATE,
+    EVALUATOR,
+    GATE,
+    REGISTER,
+    Results,
+    Site,
+    Stage,
+    StageSpec,
+    StageStatus,
+    digest,
+    there,
+)
 from pipelines.presentation.errors import PipelineError
 from pipelines.registry import Gate, Verdict, check_signing
 from pipelines.shards.quarantine import read_quarantine, stream_digest
@@ -48,8 +58,8 @@ class MakeEvaluator(Stage[Evaluator]):
 
     def inputs(self, site: Site, given: Results) -> dict[str, str]:
         """Return the digest of the data, and the kind of the evaluator."""
-        assert given.dataset is not None
-        return {"data": given.dataset.digest, "kind": evaluator_kind(self.config, given.dataset)}
+        dataset = there(given.dataset)
+        return {"data": dataset.digest, "kind": evaluator_kind(self.config, dataset)}
 
     def check(self, site: Site, given: Results) -> None:
         """Check that there can be an evaluator for the dataset.
@@ -67,18 +77,17 @@ class MakeEvaluator(Stage[Evaluator]):
 
     def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[Evaluator]:
         """Look whether the evaluator is there: stored with the dataset, or loaded from `evaluation.weights`."""
-        assert given.dataset is not None
-        found = find_evaluator(self.config, given.dataset)
+        dataset = there(given.dataset)
+        found = find_evaluator(self.config, dataset)
         if found is None:
-            return StageStatus(None, f"{given.dataset.uri} has no evaluator ({inputs['kind']}) yet")
+            return StageStatus(None, f"{dataset.uri} has no evaluator ({inputs['kind']}) yet")
         return StageStatus(found, f"the evaluator ({found.kind}) is there already (digest {found.digest[:12]})")
 
     def run(self, site: Site, given: Results) -> Evaluator:
         """Train the evaluator in a Ray task, and store it."""
-        assert given.dataset is not None
         return open_evaluator(
             self.config,
-            given.dataset,
+            there(given.dataset),
             lambda text: site.display.stage(self.name, text),
             connect=lambda: connect_ray(self.config),
         )
@@ -97,14 +106,11 @@ class Evaluate(Stage[Scores]):
 
     def inputs(self, site: Site, given: Results) -> dict[str, str]:
         """Return the digests of the checkpoint, of the data that it is compared with, and of the settings."""
-        assert given.dataset is not None
-        assert given.run is not None
-        assert given.run.published is not None
-        settings = [sampling(self.config).key(), self.config.evaluation.model_dump(mode="json")]
+        dataset = there(given.dataset)
         return {
-            "model": given.run.published.digest,
-            "data": stream_digest(given.dataset, read_quarantine(given.dataset.uri, site.storage)),
-            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+            "model": there(there(given.run).published).digest,
+            "data": stream_digest(dataset, read_quarantine(dataset.uri, site.storage)),
+            "settings": digest([sampling(self.config).key(), self.config.evaluation.model_dump(mode="json")]),
         }
 
     def check(self, site: Site, given: Results) -> None:
@@ -118,12 +124,10 @@ class Evaluate(Stage[Scores]):
 
     def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[Scores]:
         """Look whether the run has scores of this checkpoint with these settings, data and evaluator."""
-        assert given.run is not None
-        published = given.run.published
-        assert published is not None
+        run = there(given.run)
+        published = there(run.published)
         spec = checkpoints.published_spec(published, site.storage)
-        settings = sampling(self.config)
-        scores = find_scores(given.run.tracker, spec, inputs["model"], settings, self.config)
+        scores = find_scores(run.tracker, spec, inputs["model"], sampling(self.config), self.config)
         if scores is None:
             return StageStatus(
                 None, f"the model of {published.images_seen:,} images was not scored with these settings yet"
@@ -132,16 +136,8 @@ class Evaluate(Stage[Scores]):
 
     def run(self, site: Site, given: Results) -> Scores:
         """Draw samples on the Ray cluster and score them."""
-        assert given.run is not None
-        config, storage = self.config, site.storage
-        scores, _ = score_and_record(
-            _loaded(given.run, storage),
-            sampling(config),
-            config,
-            site.display,
-            lambda: connect_ray(config),
-        )
-        return scores
+        model, config = _loaded(there(given.run), site.storage), self.config
+        return score_and_record(model, sampling(config), config, site.display, lambda: connect_ray(config))[0]
 
 
 @dataclass(frozen=True)
@@ -157,11 +153,8 @@ class Register(Stage[ModelVersion]):
 
     def inputs(self, site: Site, given: Results) -> dict[str, str]:
         """Return the digests of the checkpoint and of its scores."""
-        assert given.run is not None
-        assert given.run.published is not None
-        assert given.evaluation is not None
-        scores = json.dumps(given.evaluation.to_plain(), sort_keys=True)
-        return {"model": given.run.published.digest, "scores": hashlib.sha256(scores.encode()).hexdigest()}
+        scores = digest(there(given.evaluation).to_plain())
+        return {"model": there(there(given.run).published).digest, "scores": scores}
 
     def check(self, site: Site, given: Results) -> None:
         """Check that a version can be signed, and that the text encoder that it would carry is here.
@@ -175,24 +168,19 @@ class Register(Stage[ModelVersion]):
 
     def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[ModelVersion]:
         """Look whether a version has this checkpoint with these scores."""
-        assert given.run is not None
-        assert given.run.published is not None
-        assert given.evaluation is not None
-        name = self.config.registry.model
-        found = registry.find_version(given.run.tracker.uri, name, given.evaluation, inputs["model"])
+        name, uri = self.config.registry.model, there(given.run).tracker.uri
+        found = registry.find_version(uri, name, there(given.evaluation), inputs["model"])
         if found is None:
             return StageStatus(None, f"no version of {name} has this model with these scores")
-        if not registry.is_candidate(given.run.tracker.uri, found):
+        if not registry.is_candidate(uri, found):
             return StageStatus(None, f"version {found.version} of {name} lacks the alias {CANDIDATE}")
         return StageStatus(found, f"this model is {name} version {found.version} already")
 
     def run(self, site: Site, given: Results) -> ModelVersion:
         """Register the version, and say so on the page of its run, unless that was done."""
-        assert given.run is not None
-        assert given.evaluation is not None
-        resolved = _loaded(given.run, site.storage)
+        resolved = _loaded(there(given.run), site.storage)
         uri = resolved.model.spec.lineage["dataset_uri"]
-        return registry.register_once(resolved, given.evaluation, self.config, site.display, uri)
+        return registry.register_once(resolved, there(given.evaluation), self.config, site.display, uri)
 
 
 @dataclass(frozen=True)
@@ -208,22 +196,19 @@ class Promote(Stage[Verdict]):
 
     def inputs(self, site: Site, given: Results) -> dict[str, str]:
         """Return the digest of the weights and settings that the version serves."""
-        assert given.version is not None
-        return {"served": given.version.tags.get("served_digest", "")}
+        return {"served": there(given.version).tags.get("served_digest", "")}
 
     def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[Verdict]:
         """Look whether the alias is at the version, by the gate's log and in MLflow, or was taken from it again."""
-        assert given.version is not None
-        gate = self.gate(site)
-        verdict = gate.holds(given.version)
+        gate, found = self.gate(site), there(given.version)
+        version, verdict = found.version, gate.holds(found)
         if verdict is not None:
-            return StageStatus(verdict, f"{gate.alias} is at version {given.version.version} already")
-        taken = gate.taken(given.version)
+            return StageStatus(verdict, f"{gate.alias} is at version {version} already")
+        taken = gate.taken(found)
         if taken is None:
-            return StageStatus(None, f"{gate.alias} of {gate.model} is not at version {given.version.version}")
-        version = given.version.version
+            return StageStatus(None, f"{gate.alias} of {gate.model} is not at version {version}")
         reason = f"a rollback took {gate.alias} from version {version}"
-        again = f"`ddpm promote {given.version.uri} --alias {gate.alias}` gives it back"
+        again = f"`ddpm promote {found.uri} --alias {gate.alias}` gives it back"
         verdict = Verdict(False, f"{reason} at {taken.at}; {again}", gate.model, gate.alias, version, at=taken.at)
         return StageStatus(verdict, reason)
 
@@ -233,17 +218,16 @@ class Promote(Stage[Verdict]):
         Where the data have changed since the champion was scored, it is scored anew first. The version that this makes
         takes the alias, as the same model with evidence that can be compared.
         """
-        assert given.version is not None
-        gate = self.gate(site)
-        champion = gate.incomparable(given.version)
+        gate, version = self.gate(site), there(given.version)
+        champion = gate.incomparable(version)
         if champion is not None:
             try:
                 gate.promote(self._scored_anew(champion, gate, site))
                 # The version that this made is newer than the one that is to be judged, which stays the candidate.
-                tracking.set_alias(gate.uri, self.config.registry.model, CANDIDATE, given.version.version)
+                tracking.set_alias(gate.uri, self.config.registry.model, CANDIDATE, version.version)
             except PipelineError as error:
                 site.display.stage(self.name, f"{champion.uri} cannot be scored anew: {error}")
-        return gate.promote(given.version)
+        return gate.promote(version)
 
     def _scored_anew(self, champion: ModelVersion, gate: Gate, site: Site) -> ModelVersion:
         """Score the model of the champion, with the settings that it serves, on the data of the configuration."""
@@ -267,8 +251,7 @@ class Promote(Stage[Verdict]):
 
 def _loaded(run: TrainingResult, storage: Storage) -> Resolved:
     """Return the newest published checkpoint of a run, loaded."""
-    assert run.published is not None
-    return _resolved(f"runs:/{run.tracker.run_id}/{run.published.images_seen}", run.tracker.uri, storage)
+    return _resolved(f"runs:/{run.tracker.run_id}/{there(run.published).images_seen}", run.tracker.uri, storage)
 
 
 @lru_cache(maxsize=1)

@@ -5,6 +5,8 @@ This module imports nothing that takes long, so that whoever only asks for the g
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -87,6 +89,17 @@ class Results:
     def missing(self, spec: StageSpec) -> tuple[str, ...]:
         """Return the names of results that a stage needs and that are not there."""
         return tuple(name for name in spec.needs if getattr(self, name) is None)
+
+
+def there(result: T | None) -> T:
+    """Return a result that a stage needs, which is there before the stage is looked at."""
+    assert result is not None
+    return result
+
+
+def digest(plain: Any) -> str:
+    """Return the SHA-256 of JSON types, for what a stage is made from."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

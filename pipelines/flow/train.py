@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +9,7 @@ from typing import Any, ClassVar
 
 from pipelines import checkpoints
 from pipelines.config import Config
-from pipelines.flow.stage import TRAIN, Results, Site, Stage, StageSpec, StageStatus
+from pipelines.flow.stage import TRAIN, Results, Site, Stage, StageSpec, StageStatus, digest, there
 from pipelines.presentation.progress import Display, Notice, Report, TimeBreakdown, no_report
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.storage import join, layout
@@ -40,11 +38,10 @@ class Train(Stage[TrainingResult]):
 
     def inputs(self, site: Site, given: Results) -> dict[str, str]:
         """Return the digests of the data with their quarantine, and of the settings that decide the loss trace."""
-        assert given.dataset is not None
-        settings = {**self.config.identity(), "images": self.config.images}
+        dataset = there(given.dataset)
         return {
-            "data": stream_digest(given.dataset, read_quarantine(given.dataset.uri, site.storage)),
-            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+            "data": stream_digest(dataset, read_quarantine(dataset.uri, site.storage)),
+            "settings": digest({**self.config.identity(), "images": self.config.images}),
         }
 
     def done(self, site: Site, given: Results, inputs: Mapping[str, str]) -> StageStatus[TrainingResult]:
@@ -54,13 +51,12 @@ class Train(Stage[TrainingResult]):
             ModelError: the run has other settings or data.
             TrainingError: the MLflow run of its name is that of a run in another folder.
         """
-        assert given.dataset is not None
         config, storage = self.config, site.storage
         state = checkpoints.newest_checkpoint(config)
         if state is None:
             return StageStatus(None, f"run '{config.name}' has no checkpoint")
         quarantine = read_quarantine(config.data.uri, storage)
-        checkpoints.check_resumable(state, config, given.dataset, quarantine)
+        checkpoints.check_resumable(state, config, there(given.dataset), quarantine)
         length = state.ends_at(config)
         if state.images_seen < length:
             return StageStatus(None, f"run '{config.name}' has seen {state.images_seen:,} of {length:,} images")

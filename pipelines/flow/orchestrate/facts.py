@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +12,7 @@ from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.scores import Scores
 from pipelines.flow.ingest import Ingest
 from pipelines.flow.renew import for_data
-from pipelines.flow.stage import Results, Site
+from pipelines.flow.stage import Results, Site, digest, there
 from pipelines.presentation.progress import Silent
 from pipelines.registry import Verdict
 from pipelines.shards.index import Dataset
@@ -103,17 +101,17 @@ def _dataset(dataset: Dataset, results: Results, uri: str) -> tuple[Metadata, st
 
 
 def _run(run: TrainingResult, results: Results, uri: str) -> tuple[Metadata, str]:
-    assert run.published is not None
+    published = there(run.published)
     metadata = {
         "mlflow": url(run.tracker.url),
         "run_id": run.tracker.run_id,
         "images_seen": run.images_seen,
-        "checkpoint": run.published.uri,
-        "digest": run.published.digest,
+        "checkpoint": published.uri,
+        "digest": published.digest,
     }
     if run.goodput is not None:
         metadata["goodput"] = run.goodput.fraction
-    return metadata, run.published.digest
+    return metadata, published.digest
 
 
 def _evaluator(evaluator: Evaluator, results: Results, uri: str) -> tuple[Metadata, str]:
@@ -123,12 +121,11 @@ def _evaluator(evaluator: Evaluator, results: Results, uri: str) -> tuple[Metada
 
 
 def _evaluation(scores: Scores, results: Results, uri: str) -> tuple[Metadata, str]:
-    assert results.run is not None
-    digest = hashlib.sha256(json.dumps(scores.to_plain(), sort_keys=True).encode()).hexdigest()
+    found = digest(scores.to_plain())
     metadata: Metadata = {f"scores/{name}": estimate.value for name, estimate in scores.estimates.items()}
     metadata |= dict(scores.lines())
     metadata |= {"n": scores.n, "evaluator": scores.evaluator, "evaluator_digest": scores.evaluator_digest}
-    return {"mlflow": url(results.run.tracker.url), "digest": digest, **metadata}, digest
+    return {"mlflow": url(there(results.run).tracker.url), "digest": found, **metadata}, found
 
 
 def _version(version: ModelVersion, results: Results, uri: str) -> tuple[Metadata, str]:
@@ -144,15 +141,15 @@ def _version(version: ModelVersion, results: Results, uri: str) -> tuple[Metadat
 
 
 def _champion(verdict: Verdict, results: Results, uri: str) -> tuple[Metadata, str]:
-    assert results.version is not None
+    version = there(results.version)
     metadata: Metadata = {
         "mlflow": url(f"{uri}/{links.version_page(verdict.model, verdict.version)}"),
-        "model": results.version.uri,
+        "model": version.uri,
         "alias": verdict.alias,
         "verdict": str(verdict),
         "table": text_table(gate_table(verdict)),
     }
-    return metadata, results.version.tags.get("served_digest", "")
+    return metadata, version.tags.get("served_digest", "")
 
 
 _FACTS: dict[str, Callable[..., tuple[Metadata, str]]] = {
