@@ -279,7 +279,7 @@ def webdataset_(storage: Storage, cache: Path, cores: int) -> Make:
 @lru_cache(maxsize=2)
 def _s3_client(storage: Storage, process: int) -> Any:
     """Return the client of a process: a forked loader worker must not share its parent's connections."""
-    from pipelines.storage.s3_client import S3Client
+    from pipelines.storage.s3 import S3Client
 
     return S3Client(storage)
 

@@ -51,7 +51,7 @@ from pipelines.shards.ingest.write import ingest
 from pipelines.shards.read import opened_split, read_split
 from pipelines.shards.stream import StreamSettings, open_stream
 from pipelines.stack import StackState
-from pipelines.storage import Storage, join, s3_client
+from pipelines.storage import Storage, join, s3
 from pipelines.tracking import RunLog, Tracker, outbox
 from pipelines.tracking.mlflow_sink import MlflowSink
 from tests.chaos.fault_proxy import Active, Fault, FaultProxy
@@ -416,7 +416,7 @@ def table() -> Iterator[list[Cell]]:
 @pytest.mark.parametrize("name", FAULTS)
 def test_nothing_is_lost_to_a_short_fault(services, table, tmp_path, monkeypatch, name):
     # A server that sends nothing for longer than a test is noticed sooner than in a run.
-    monkeypatch.setattr(s3_client, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(s3, "TIMEOUT_S", 1.0)
     monkeypatch.setattr(outbox, "RETRY_S", 0.3)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

@@ -154,7 +154,7 @@ def test_every_server_that_hangs_is_reported(hanging, tmp_path, monkeypatch):
     monkeypatch.setattr(services, "RAY_S", 0.5)
     monkeypatch.setattr(services, "CONNECT_S", 0.3)
     monkeypatch.setattr(services.http_date, "__defaults__", (0.3,))
-    monkeypatch.setattr("pipelines.storage.s3_client.MAX_ATTEMPTS", 0)  # its thread ends with the server
+    monkeypatch.setattr("pipelines.storage.s3.MAX_ATTEMPTS", 0)  # its thread ends with the server
     found = doctor.examine(hanging, os.environ)
     checks = {check.name: check for check in found}
     assert all(checks[name].status == "failed" for name in ("storage", "mlflow", "ray"))

@@ -17,7 +17,7 @@ from tenacity import wait_fixed
 
 from pipelines.config import compose
 from pipelines.storage import NotFoundError, Storage, StorageError, TransientStorageError
-from pipelines.storage.s3_client import S3Client
+from pipelines.storage.s3 import S3Client
 from pipelines.storage.s3_errors import ExpiredCredentialsError, sort_error
 from tests.http_server import Answer, Request, serving
 
@@ -27,8 +27,8 @@ URI = "s3://bucket/shards/train-000403.tar"
 
 @pytest.fixture(autouse=True)
 def _impatient(no_pauses_of_boto, monkeypatch, tmp_path):
-    monkeypatch.setattr("pipelines.storage.s3_client.MAX_ATTEMPTS", 1)
-    monkeypatch.setattr("pipelines.storage.s3_client.TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pipelines.storage.s3.MAX_ATTEMPTS", 1)
+    monkeypatch.setattr("pipelines.storage.s3.TIMEOUT_S", 0.2)
     monkeypatch.setattr("pipelines.storage.retry.BACKOFF", wait_fixed(0.02))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
@@ -72,7 +72,7 @@ class Store:
 @pytest.mark.parametrize("stalls", [True, False], ids=["stalls", "breaks"])
 @pytest.mark.parametrize("broken", [1, 6])  # the transfer manager gives up after five
 def test_a_body_that_breaks_off_is_asked_for_again(tmp_path, monkeypatch, stalls, broken):
-    monkeypatch.setattr("pipelines.storage.s3_client.TIMEOUT_S", 0.05)  # an answer that is late is asked for again, too
+    monkeypatch.setattr("pipelines.storage.s3.TIMEOUT_S", 0.05)  # an answer that is late is asked for again, too
     with serving(Store(broken, stalls)) as server:
         storage = storage_at(server.url, tmp_path)
         assert storage.read(URI) == DATA

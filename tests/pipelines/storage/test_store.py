@@ -117,7 +117,7 @@ def test_addresses_are_checked():
 
 
 def test_an_unreachable_server_is_worth_another_try_and_says_which(tmp_path, monkeypatch, no_pauses_of_boto):
-    monkeypatch.setattr("pipelines.storage.s3_client.MAX_ATTEMPTS", 1)
+    monkeypatch.setattr("pipelines.storage.s3.MAX_ATTEMPTS", 1)
     (tmp_path / "keys").write_text("[default]\naws_access_key_id=a\naws_secret_access_key=b\n")
     away = Storage("http://127.0.0.1:9", str(tmp_path / "keys"))
     with pytest.raises(TransientStorageError, match=r"127\.0\.0\.1:9"):
@@ -125,8 +125,8 @@ def test_an_unreachable_server_is_worth_another_try_and_says_which(tmp_path, mon
 
 
 def test_a_server_that_stalls_is_worth_another_try(tmp_path, monkeypatch, no_pauses_of_boto):
-    monkeypatch.setattr("pipelines.storage.s3_client.MAX_ATTEMPTS", 1)
-    monkeypatch.setattr("pipelines.storage.s3_client.TIMEOUT_S", 0.2)
+    monkeypatch.setattr("pipelines.storage.s3.MAX_ATTEMPTS", 1)
+    monkeypatch.setattr("pipelines.storage.s3.TIMEOUT_S", 0.2)
     (tmp_path / "keys").write_text("[default]\naws_access_key_id=a\naws_secret_access_key=b\n")
     with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections and never answers
         stalled = Storage(f"http://127.0.0.1:{silent.getsockname()[1]}", str(tmp_path / "keys"))
