@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from pipelines import checkpoints
+from pipelines.checkpoints import newest_checkpoint
 from pipelines.config import Config
 from pipelines.flow.stage import TRAIN, Results, Site, Stage, StageSpec, StageStatus, digest, there
 from pipelines.presentation.progress import Display, Notice, Report, TimeBreakdown, no_report
+from pipelines.shards.index import read_dataset
 from pipelines.shards.quarantine import read_quarantine, stream_digest
-from pipelines.storage import join, layout
+from pipelines.storage import Storage, join, layout
 from pipelines.training import driver
 from pipelines.training.describe import workers_text
 from pipelines.training.driver import TrainingResult
@@ -131,3 +133,22 @@ def show_end(result: TrainingResult, display: Display) -> None:
         goodput = result.goodput
         title = f"goodput {goodput.fraction:.1%}"
         display.breakdown(TimeBreakdown("goodput", title, goodput.parts(), goodput.wall_s, goodput.lines()))
+
+
+def for_data(config: Config) -> Config:
+    """Return the configuration whose run is of the data that are there now, because a run goes on with its own only.
+
+    That is the given one where its run is of these data, may go on with others (`data.allow_changed`), or is not there
+    yet; else one with the name NAME-DIGEST, the same for the same data. The registered model stays the same.
+
+    Raises:
+        DatasetError: there is no dataset.
+        ModelError: none of the run's checkpoints is complete.
+    """
+    storage = Storage.of(config)
+    state = newest_checkpoint(config)
+    dataset = read_dataset(config.data.uri, storage)
+    digest = stream_digest(dataset, read_quarantine(config.data.uri, storage))
+    if state is None or state.stream_digest == digest or config.data.allow_changed:
+        return config
+    return config.model_copy(update={"name": f"{config.name}-{digest[:8]}"})

@@ -14,7 +14,7 @@ from typing import Any
 import ddpm
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation.errors import PipelineError
-from pipelines.signing.folder import differences, files_below, sha256
+from pipelines.signing.sign import differences, files_below, sha256
 from pipelines.storage import layout
 
 MODEL = "model"

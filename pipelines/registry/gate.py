@@ -16,9 +16,8 @@ from pipelines.evaluation.scores import Scores
 from pipelines.presentation.progress import Display
 from pipelines.registry.card import describe
 from pipelines.registry.comparison import compare, gate_seed, open_data, request_of, subject_of
-from pipelines.registry.contents import check_version
+from pipelines.registry.contents import check_version, model_folder
 from pipelines.registry.decision import SAMPLES, absolute_bounds, comparable, decide
-from pipelines.registry.envelope import model_folder
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import RegistryError
 from pipelines.registry.verdict import Verdict, VerdictLog, VerdictRow, now, standing

@@ -13,8 +13,7 @@ from pipelines.checkpoints.lookup import find_registered
 from pipelines.environment.scratch import temporary_folder
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Notice, no_notice
-from pipelines.registry.contents import check_version
-from pipelines.registry.envelope import model_folder
+from pipelines.registry.contents import check_version, model_folder
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import RegistryError
 from pipelines.registry.probe import ProbeError, redraw

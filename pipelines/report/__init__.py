@@ -6,8 +6,7 @@ makes the HTML, and `make` does all of it.
 """
 
 from pipelines.report.facts import Facts
-from pipelines.report.make import ARTIFACT, Report, make
-from pipelines.report.page import page
+from pipelines.report.make import ARTIFACT, Report, make, page
 from pipelines.report.sections import sections
 from pipelines.report.subject import ReportSubject, SubjectError, find_subject
 

@@ -1,21 +1,40 @@
-"""Making of the report of a RUN or MODEL, and storing it as an artifact of the run."""
+"""The report of a RUN or MODEL, one HTML file that loads nothing, and its storing as an artifact of the run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipelines.config import Config
 from pipelines.inference.files import file_name
+from pipelines.presentation import html
+from pipelines.presentation.blocks import Code, Link, Section
 from pipelines.presentation.progress import Notice, no_notice
 from pipelines.report.ask_model import ask_model
+from pipelines.report.facts import Facts
 from pipelines.report.gather import gather
-from pipelines.report.page import page
 from pipelines.report.sections import sections
 from pipelines.report.subject import find_subject
 from pipelines.tracking import Tracker, links
 
 ARTIFACT = "report.html"
 """Artifact of the run with its newest report."""
+
+
+def page(facts: Facts, shown: Sequence[Section]) -> str:
+    """Return the page of a report with these sections."""
+    about = [facts.reference]
+    if facts.version and facts.version != facts.reference:
+        about.append(facts.version)
+    if facts.images_seen is not None:
+        about.append(f"{facts.images_seen:,} images seen")
+    if facts.made_at:
+        about.append(f"report of {facts.made_at}")
+    words: list[str | Link] = [" · ".join(about)]
+    if facts.link:
+        words += [" · ", Link("its page in MLflow", facts.link)]
+    footer = ("Made by ", Code("ddpm report"), ". This file holds all that it shows.")
+    return html.page(facts.name, words, shown, footer, tab=f"Report of {facts.name}")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ configuration decides which signatures are trusted, never the signed data.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING
 from pipelines.config import RegistryConfig
 from pipelines.environment.scratch import temporary_folder
 from pipelines.presentation.errors import ConfigError, PipelineError
-from pipelines.signing.folder import differences, files_below, sha256
 from pipelines.signing.keys import (
     check_public_key,
     check_signing_certificate,
@@ -31,6 +31,28 @@ from pipelines.signing.keys import (
 
 if TYPE_CHECKING:
     from model_signing import signing, verifying
+
+
+def differences(recorded: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
+    """Return descriptions, file by file, of how digests by path differ from recorded ones."""
+    other = [f"{name} is another" for name in sorted(recorded.keys() & there.keys()) if recorded[name] != there[name]]
+    missing = [f"{name} is missing" for name in sorted(recorded.keys() - there.keys())]
+    return other + missing + [f"{name} is new" for name in sorted(there.keys() - recorded.keys())]
+
+
+def files_below(folder: Path) -> list[str]:
+    """Return the paths of all files in a folder, relative to it, in order; a link is one, wherever it leads."""
+    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file; empty for a link, which is not content of the folder."""
+    if path.is_symlink():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 SIGNED_TEXT = "text"
 

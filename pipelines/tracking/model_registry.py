@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipelines.tracking.client import TrackingError, ask, authenticate, pages
 from pipelines.tracking.run import Tracker
-from pipelines.tracking.signature import table_signature
+from pipelines.tracking.scoring import table_signature
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

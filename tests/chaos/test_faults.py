@@ -52,7 +52,7 @@ from pipelines.shards.read import opened_split, read_split
 from pipelines.shards.stream import StreamSettings, open_stream
 from pipelines.stack import StackState
 from pipelines.storage import Storage, join, s3
-from pipelines.tracking import RunLog, Tracker, outbox
+from pipelines.tracking import RunLog, Tracker, run_log
 from pipelines.tracking.mlflow_sink import MlflowSink
 from tests.chaos.fault_proxy import Active, Fault, FaultProxy
 from tests.pipelines.checkpoints.tiny import SMALL, fetch_newest
@@ -417,7 +417,7 @@ def table() -> Iterator[list[Cell]]:
 def test_nothing_is_lost_to_a_short_fault(services, table, tmp_path, monkeypatch, name):
     # A server that sends nothing for longer than a test is noticed sooner than in a run.
     monkeypatch.setattr(s3, "TIMEOUT_S", 1.0)
-    monkeypatch.setattr(outbox, "RETRY_S", 0.3)
+    monkeypatch.setattr(run_log, "RETRY_S", 0.3)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     assert_nothing_is_lost(services, table, tmp_path, name, OUTAGE_S)

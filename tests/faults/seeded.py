@@ -301,22 +301,22 @@ AROUND = (
     Fault(
         "point_sent_twice",
         "A resumed run sends no point of a curve a second time.",
-        "pipelines/tracking/outbox.py",
+        "pipelines/tracking/run_log.py",
         "if step > self.last_steps.get(k, -1)}",
         "if step >= self.last_steps.get(k, -1)}",
         (
-            "tests/pipelines/tracking/test_outbox.py"
+            "tests/pipelines/tracking/test_run_log.py"
             "::test_the_next_process_sends_what_a_killed_one_could_not_and_drops_what_it_computes_again",
         ),
     ),
     Fault(
         "point_lost",
         "Points wait while the server is away, and none is lost.",
-        "pipelines/tracking/outbox.py",
+        "pipelines/tracking/run_log.py",
         "            self._wait(path, error)\n            return False",
         "            self._wait(path, error)",
         (
-            "tests/pipelines/tracking/test_outbox.py"
+            "tests/pipelines/tracking/test_run_log.py"
             "::test_points_wait_for_a_server_that_is_away_and_arrive_in_order_once",
         ),
     ),

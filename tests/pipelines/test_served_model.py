@@ -27,7 +27,7 @@ from pipelines.inference.pictures import picture
 from pipelines.inference.request import EditRequest, InpaintRequest, SampleRequest
 from pipelines.serving.served import load
 from pipelines.shards.ingest.encode import ImageFormat, encode_image
-from pipelines.tracking.signature import table_signature
+from pipelines.tracking.scoring import table_signature
 from tests.pipelines.drawing import model_folder, save_picture
 from tests.pipelines.serving.bad_requests import bomb
 

@@ -101,7 +101,7 @@ def run_stage(
     config = connect(compose(overrides), os.environ, services, notice=display.stage)  # before ray is imported
 
     from pipelines.flow.graph import stages
-    from pipelines.flow.renew import for_data
+    from pipelines.flow.train import for_data
     from pipelines.flow.walk import walk
     from pipelines.storage import Storage
 

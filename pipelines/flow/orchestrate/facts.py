@@ -11,8 +11,8 @@ from pipelines.config import Config
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.scores import Scores
 from pipelines.flow.ingest import Ingest
-from pipelines.flow.renew import for_data
 from pipelines.flow.stage import Results, Site, digest, there
+from pipelines.flow.train import for_data
 from pipelines.presentation.progress import Silent
 from pipelines.registry import Verdict
 from pipelines.shards.index import Dataset

@@ -25,7 +25,7 @@ def command_of(stage: str, overrides: Sequence[str], launch: Sequence[str], conf
         stage: its name.
         overrides: of the configuration.
         launch: overrides of the launch, such as `launch.image=…`.
-        config: that of the overrides, whose run may have another name; see `pipelines.flow.renew`.
+        config: that of the overrides, whose run may have another name; see `pipelines.flow.train`.
 
     Raises:
         ConfigError: the settings do not fit each other.

@@ -25,8 +25,7 @@ from pipelines.config import compose
 from pipelines.flow import Results, Site
 from pipelines.flow import train as flow_train
 from pipelines.flow.judge import Promote, Register
-from pipelines.flow.renew import for_data
-from pipelines.flow.train import Train
+from pipelines.flow.train import Train, for_data
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Silent
 from pipelines.registry import Signer, Verdict, VerdictLog

@@ -4,8 +4,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from pipelines.registry.contents import check_version
-from pipelines.registry.envelope import signature_file
+from pipelines.registry.contents import check_version, signature_file
 from pipelines.signing import Signer, Trust
 from tests.pipelines.registry.version import CONFIG, a_model, a_version, scores
 

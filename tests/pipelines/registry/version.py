@@ -16,7 +16,7 @@ from ddpm.model import Model, ModelSpec
 from ddpm.models.unet import UNet
 from pipelines.config import RegistryConfig
 from pipelines.evaluation.scores import Estimate, Scores
-from pipelines.registry.envelope import model_folder, signature_file
+from pipelines.registry.contents import model_folder, signature_file
 from pipelines.registry.evidence import Evidence, file_digests
 from pipelines.registry.package import pyfunc_of, write_version
 from pipelines.signing import Signer

@@ -14,8 +14,8 @@ from PIL import Image
 from pipelines.presentation.images import Picture
 from pipelines.registry import Verdict
 from pipelines.report import Facts, sections
-from pipelines.report import page as page_of
 from pipelines.report.facts import FilmStrip, Tried
+from pipelines.report.make import page as page_of
 from tests.pipelines.report.facts import FULL, GOODPUT, SCORES, picture
 
 EVERY = ["training", "time", "curves", "scores", "gate", "samples", "growth", "film", "levels"]

@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.config import compose
 from pipelines.storage import Storage, TransientStorageError
-from pipelines.tracking import Destination, RunLog, Tracker, jsonl, outbox
+from pipelines.tracking import Destination, RunLog, Tracker, jsonl, run_log
 
 TRACKER = Tracker("http://nowhere", "run")
 
@@ -35,7 +35,7 @@ class Flaky(Storage):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(outbox, "RETRY_S", 0.01)
+    monkeypatch.setattr(run_log, "RETRY_S", 0.01)
 
 
 def open_log(root: Path, node: str, storage: Storage | None = None) -> RunLog:

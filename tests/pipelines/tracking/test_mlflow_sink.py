@@ -15,10 +15,10 @@ from botocore.exceptions import ClientError, EndpointConnectionError, NoCredenti
 from mlflow.exceptions import MlflowException, RestException
 
 from pipelines.storage.retry import TransientError
-from pipelines.tracking import Tracker, TrackingError, UnreachableError, outbox
+from pipelines.tracking import Tracker, TrackingError, UnreachableError, run_log
 from pipelines.tracking.client import client, http_status, reporting
 from pipelines.tracking.mlflow_sink import MlflowSink
-from pipelines.tracking.outbox import Outbox
+from pipelines.tracking.run_log import Outbox
 from tests.http_server import Answer, Request, serving
 
 PIXELS = np.zeros((2, 2, 1), np.uint8)
@@ -26,7 +26,7 @@ PIXELS = np.zeros((2, 2, 1), np.uint8)
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(outbox, "RETRY_S", 0.01)
+    monkeypatch.setattr(run_log, "RETRY_S", 0.01)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     client.cache_clear()

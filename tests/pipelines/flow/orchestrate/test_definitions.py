@@ -27,8 +27,8 @@ from pipelines.flow.ingest import write_dataset  # noqa: E402
 from pipelines.flow.orchestrate.child import CHECK, report  # noqa: E402
 from pipelines.flow.orchestrate.definitions import asset_of, make_definitions  # noqa: E402
 from pipelines.flow.orchestrate.settings import OrchestrateSettings  # noqa: E402
-from pipelines.flow.renew import for_data  # noqa: E402
 from pipelines.flow.stage import REGISTER, TRAIN  # noqa: E402
+from pipelines.flow.train import for_data  # noqa: E402
 from pipelines.presentation.progress import Silent  # noqa: E402
 from pipelines.registry import Verdict  # noqa: E402
 from pipelines.registry.verdict import VerdictRow  # noqa: E402

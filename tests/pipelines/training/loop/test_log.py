@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from pipelines.storage import Storage, StorageError
-from pipelines.tracking import UnreachableError, outbox
-from pipelines.training.loop import log as run_log
+from pipelines.tracking import UnreachableError, run_log
+from pipelines.training.loop import log
 from pipelines.training.loop.context import Job
 from pipelines.training.loop.log import finish_log, open_log, send_unsent
 from tests.pipelines.training.loop import ranks
@@ -31,8 +31,8 @@ class Away(MemoryTracker):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(outbox, "RETRY_S", 0.02)
-    monkeypatch.setattr(run_log, "FLUSH_S", 0.3)
+    monkeypatch.setattr(run_log, "RETRY_S", 0.02)
+    monkeypatch.setattr(log, "FLUSH_S", 0.3)
 
 
 def job_of(folder, config, tracker) -> Job:

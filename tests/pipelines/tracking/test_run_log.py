@@ -12,9 +12,8 @@ import pytest
 from pipelines.config import ConfigError, compose
 from pipelines.config.sections import TrackingConfig
 from pipelines.storage import Fence, FencedError, Storage, TransientStorageError
-from pipelines.tracking import RunLog, TrackingError, UnreachableError, outbox
-from pipelines.tracking.outbox import Outbox
-from pipelines.tracking.run_log import SINKS
+from pipelines.tracking import RunLog, TrackingError, UnreachableError, run_log
+from pipelines.tracking.run_log import SINKS, Outbox
 
 
 class Server:
@@ -73,7 +72,7 @@ class Server:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(outbox, "RETRY_S", 0.01)
+    monkeypatch.setattr(run_log, "RETRY_S", 0.01)
 
 
 PIXELS = np.zeros((2, 2, 1), np.uint8)
