@@ -20,7 +20,7 @@ from tests.times import ROOT
 STEPS = 2
 """From a test to a changed module, at most."""
 OTHERS = {
-    "conf/": ("tests/pipelines/config/test_config.py", "tests/pipelines/config/test_explain.py", "tests/docs"),
+    "conf/": ("tests/pipelines/config/test_config.py", "tests/pipelines/config/test_fields.py", "tests/docs"),
     "docs/": ("tests/docs",),
     "benchmarks/": ("tests/docs", "tests/benchmarks"),
     "infra/": ("tests/infra", "tests/pipelines/launch"),

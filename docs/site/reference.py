@@ -13,8 +13,7 @@ import typer
 
 from pipelines.cli.app import app
 from pipelines.cli.config import written
-from pipelines.config.explain import explain
-from pipelines.config.fields import ConfigField, choices, config_fields, kind_meanings, sections
+from pipelines.config.fields import ConfigField, choices, config_fields, explain, kind_meanings, sections
 from pipelines.evaluation.scores import LABELS
 from pipelines.tracking.metric_names import METRICS
 

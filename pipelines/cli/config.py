@@ -13,8 +13,7 @@ from rich.text import Text
 from pipelines.cli.common import Json, answer_json
 
 if TYPE_CHECKING:
-    from pipelines.config.explain import Explained
-    from pipelines.config.fields import ConfigChoice
+    from pipelines.config.fields import ConfigChoice, Explained
 
 EXPERIMENT = "experiment"
 """The only group of `conf/` that is not a section of the configuration."""
@@ -35,8 +34,7 @@ def config(
         raise typer.BadParameter(f"{' and '.join(keys)}: name one section or field, or none to see everything")
     key = keys[0] if keys else ""
 
-    from pipelines.config.explain import explain
-    from pipelines.config.fields import choices, kind_meanings, sections
+    from pipelines.config.fields import choices, explain, kind_meanings, sections
 
     found = [] if key == EXPERIMENT else explain(overrides, key)
     files = choices(key)

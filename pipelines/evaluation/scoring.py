@@ -22,8 +22,8 @@ from pipelines.checkpoints import list_published, lookup, record_scores, referen
 from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config
 from pipelines.evaluation.data import EvaluationData
-from pipelines.evaluation.evaluate import Evaluation, evaluate
 from pipelines.evaluation.likelihoods import Likelihood
+from pipelines.evaluation.measure import Evaluation, evaluate
 from pipelines.evaluation.plots import MAX_COLUMNS, class_grid, grid_choice
 from pipelines.evaluation.recorded import Scored, recorded
 from pipelines.evaluation.samples import SampledModel, SampleSpec, read_images

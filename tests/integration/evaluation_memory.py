@@ -19,9 +19,9 @@ from ddpm.model import Model, ModelSpec
 from ddpm.models import UNetConfig
 from pipelines.config import compose
 from pipelines.evaluation.data import EvaluationData
-from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
+from pipelines.evaluation.measure import evaluate
 from pipelines.evaluation.samples import SampledModel, SampleSpec
 from pipelines.shards.index import read_dataset
 from pipelines.storage import Storage

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipelines.environment.scratch import temporary_folder
 from pipelines.evaluation.evaluators.base import Encoded, Evaluator, in_parts
-from pipelines.evaluation.evaluators.pixels import rgb
+from pipelines.evaluation.evaluators.encoder import rgb
 from pipelines.presentation.errors import ConfigError
 
 ADDRESS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"

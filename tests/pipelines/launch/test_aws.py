@@ -13,7 +13,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from pipelines.config import ConfigError
 from pipelines.launch import aws
-from pipelines.launch.aws_policies import lifecycle
+from pipelines.launch.aws import lifecycle
 from pipelines.storage import layout
 from tests.pipelines.launch.rendered import GPU, TRAIN, command
 

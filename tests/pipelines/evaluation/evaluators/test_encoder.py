@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from pipelines.evaluation.evaluators import check_evaluator, open_evaluator
-from pipelines.evaluation.evaluators.encoder import features_of
-from pipelines.evaluation.evaluators.pixels import Preparation
+from pipelines.evaluation.evaluators.encoder import Preparation, features_of
 from pipelines.presentation.errors import ConfigError
 
 SMALL = ["evaluation.encoder_size=12", "evaluation.encoder_mean=[0.5,0.4,0.3]", "evaluation.encoder_std=[0.2,0.3,0.4]"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipelines.config import ConfigError, compose, flatten, groups
-from pipelines.config.explain import explain, origins
-from pipelines.config.fields import choices, config_fields, in_words, sections
+from pipelines.config.fields import choices, config_fields, explain, in_words, origins, sections
 
 
 @pytest.mark.parametrize("field", config_fields(), ids=lambda field: f"{field.key}-{'-'.join(field.kinds)}")
