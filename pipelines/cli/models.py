@@ -204,8 +204,7 @@ def guard(
     from pipelines.registry import Guard, Logs, Trust, watch
     from pipelines.storage import Storage
 
-    say, uri = partial(terminal.stage, "guard"), config.tracking.uri
-    assert uri is not None
+    say, uri = partial(terminal.stage, "guard"), config.tracking.server
     logs = Logs(config.storage.root, Storage.of(config), Trust.of(config.registry), say)
     guarding = Guard(uri, logs, (config.registry.model, config.registry.alias), say)
     if once:

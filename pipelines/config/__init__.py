@@ -23,21 +23,17 @@ from pipelines.config.compose import (
     suggest,
 )
 from pipelines.config.launch import AwsLaunch, KubeRayLaunch, RayLaunch
-from pipelines.config.schema import FORMER_DEFAULTS, Config, flatten
-from pipelines.config.sections import (
+from pipelines.config.model_sections import (
     CANDIDATE,
     MODEL_NAME,
     MODEL_NAME_RULE,
-    NAME,
     PREVIOUS,
-    ClusterConfig,
-    DataConfig,
     EvaluationConfig,
-    OptimConfig,
     RegistryConfig,
-    Seed,
     ServingConfig,
 )
+from pipelines.config.schema import FORMER_DEFAULTS, Config, flatten
+from pipelines.config.sections import NAME, ClusterConfig, DataConfig, OptimConfig, Seed
 from pipelines.presentation.errors import ConfigError
 
 __all__ = [

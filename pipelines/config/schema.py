@@ -13,16 +13,14 @@ from ddpm.models import NETWORKS, UNNAMED_NETWORK, UNetConfig
 from ddpm.timesteps import TIMESTEPS
 from pipelines.config.choices import ConfigSection
 from pipelines.config.launch import LaunchConfig
+from pipelines.config.model_sections import EvaluationConfig, RegistryConfig, ServingConfig
 from pipelines.config.sections import (
     CheckpointConfig,
     ClusterConfig,
     DataConfig,
-    EvaluationConfig,
     Name,
     OptimConfig,
-    RegistryConfig,
     Seed,
-    ServingConfig,
     StorageConfig,
     TrackingConfig,
 )

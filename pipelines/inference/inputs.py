@@ -17,7 +17,7 @@ from ddpm.inference import check_mask
 from pipelines.inference.request import Request, RequestError, parse_box
 from pipelines.presentation.progress import Notice
 from pipelines.shards.ingest.encode import ImageFormat, decode_grey, encode_image
-from pipelines.shards.ingest.trees import UnreadableError
+from pipelines.shards.ingest.readers import UnreadableError
 
 T = TypeVar("T")
 DRAWN = ("box:", "half:")

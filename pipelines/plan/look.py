@@ -16,9 +16,9 @@ from pipelines.plan.facts import Mirror, SourceFacts
 from pipelines.plan.mirror import tell_mirrored
 from pipelines.presentation.errors import ConfigError
 from pipelines.shards.ingest.encode import ImageFormat, open_image
+from pipelines.shards.ingest.readers import UnreadableError
 from pipelines.shards.ingest.sources import SourceImage, open_source
 from pipelines.shards.ingest.tasks import seconds_of_image
-from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.shards.text import DEFAULT_ENCODER, TextEncoder
 from pipelines.storage import Storage
 

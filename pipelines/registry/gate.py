@@ -87,8 +87,7 @@ class Gate:
     @property
     def uri(self) -> str:
         """Address of the MLflow server."""
-        assert self.config.tracking.uri is not None
-        return self.config.tracking.uri
+        return self.config.tracking.server
 
     def promote(self, version: ModelVersion, *, margin: float | None = None, dry_run: bool = False) -> Verdict:
         """Decide whether a version may take the alias, record the decision, and move the alias if it may.
@@ -110,7 +109,7 @@ class Gate:
         if _is(version, self._let_through(verdicts)):
             wrong = self._wrong(version)
             if wrong is not None:
-                return _refused(Verdict(False, "", self.model, self.alias, version.version), [wrong])
+                return Verdict(False, "", self.model, self.alias, version.version).refused([wrong])
             if dry_run:
                 reason = f"the alias {self.alias} belongs there by the log of decisions"
                 return Verdict(True, reason, self.model, self.alias, version.version)
@@ -281,7 +280,7 @@ class Gate:
             if evidence is not None:
                 rows += [*check_data(evidence, self.storage), *absolute_bounds(evidence.scores)]
             if not all(row.passed for row in rows):
-                return candidate, _refused(verdict, rows)
+                return candidate, verdict.refused(rows)
             verdict = replace(verdict, rows=tuple(rows))
             if champion is None:
                 return candidate, replace(verdict, passed=True, reason=first)
@@ -312,7 +311,7 @@ class Gate:
             if verdict.content_digest == present:
                 reason = f"it is the model of {name}, with evidence that can be compared from now on"
                 return replace(verdict, passed=True, reason=reason)
-            refused = _refused(verdict, [*verdict.rows, *unlike])
+            refused = verdict.refused([*verdict.rows, *unlike])
             command = " ".join(["ddpm register", name, *_other_settings(candidate, champion)])
             remedy = f"first `{command}`, which scores it anew, and promote the version that this makes"
             if present is None:
@@ -371,12 +370,6 @@ def _other_settings(candidate: OpenedVersion, champion: OpenedVersion) -> list[s
     if theirs is None or theirs.evaluator != ours.evaluator:
         settings.append(f"evaluation.evaluator={ours.evaluator}")
     return settings
-
-
-def _refused(verdict: Verdict, rows: Sequence[VerdictRow]) -> Verdict:
-    """Return the verdict that names the first line of the table that does not pass."""
-    wrong = next(row for row in rows if not row.passed)
-    return replace(verdict, reason=f"{wrong.name}: {wrong.figure}; asked for: {wrong.bound}", rows=tuple(rows))
 
 
 def _judged_before(verdicts: Sequence[Verdict], verdict: Verdict, alike: Sequence[VerdictRow]) -> Verdict | None:

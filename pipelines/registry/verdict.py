@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -87,6 +87,11 @@ class Verdict:
     def outcome(self) -> str:
         """Return "passed" or "refused"."""
         return "passed" if self.passed else "refused"
+
+    def refused(self, rows: Sequence[VerdictRow]) -> Verdict:
+        """Return this verdict with a table, of which it names the first line that does not pass."""
+        wrong = next(row for row in rows if not row.passed)
+        return replace(self, reason=f"{wrong.name}: {wrong.figure}; asked for: {wrong.bound}", rows=tuple(rows))
 
     def to_plain(self) -> dict[str, Any]:
         """Return the verdict as JSON types."""

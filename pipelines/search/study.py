@@ -196,9 +196,8 @@ def open_study_run(config: Config, name: str, kind: str, note: str) -> Tracker:
         kind: of the study.
         note: shown as the run's description.
     """
-    assert config.tracking.uri is not None
     tags = {"ddpm.study": name, "ddpm.study.kind": kind, "mlflow.note.content": note}
-    return tracking.open_run(config.tracking.uri, config.tracking.experiment, f"study-{name}", tags)[0]
+    return tracking.open_run(config.tracking.server, config.tracking.experiment, f"study-{name}", tags)[0]
 
 
 # --- noise seeds ---------------------------------------------------------------------------------------------

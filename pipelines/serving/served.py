@@ -32,7 +32,7 @@ from pipelines.serving.batcher import Batcher
 from pipelines.serving.bodies import decode_base64, model_of, read_body, write_answer
 from pipelines.serving.limits import Limits, RefusedRequest
 from pipelines.shards.ingest.encode import ImageFormat, decode_grey, encode_image
-from pipelines.shards.ingest.trees import UnreadableError
+from pipelines.shards.ingest.readers import UnreadableError
 from pipelines.shards.text import TextEncoder
 from pipelines.tracking import Scoring
 

@@ -46,7 +46,7 @@ def find_training_run(config: Config, patience_s: float = FIRST_ANSWER_S) -> Tra
         TrackingError: no MLflow server answers.
         TrainingError: the MLflow run of its name is that of a run in another folder.
     """
-    uri, folder = _uri(config), checkpoints.run_folder(config)
+    uri, folder = config.tracking.server, checkpoints.run_folder(config)
     found = tracking.runs_of(uri, config.tracking.experiment, config.name, patience_s)
     if not found:
         return None
@@ -85,7 +85,9 @@ def open_training_run(
                 found.tags({ID_TAG: run_id})
             return found
         opened = {**(tags or {}), ID_TAG: run_id}
-        tracker, existed = tracking.open_run(_uri(config), config.tracking.experiment, config.name, opened, patience_s)
+        tracker, existed = tracking.open_run(
+            config.tracking.server, config.tracking.experiment, config.name, opened, patience_s
+        )
         if not existed:  # else somebody was faster, here or in another folder
             return tracker
 
@@ -115,8 +117,3 @@ def _is_of(tracker: Tracker, config: Config) -> bool:
         return lineage.get("run_id") in (None, tracker.run_id)
     folder = checkpoints.run_folder(config)
     return any(entry.uri != join(folder, layout.RUN) for entry in storage.list(folder))
-
-
-def _uri(config: Config) -> str:
-    assert config.tracking.uri is not None
-    return config.tracking.uri

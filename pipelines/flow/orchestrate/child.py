@@ -120,8 +120,7 @@ def report(stage: str, result: FlowResult, config: Config, context: PipesContext
     from pipelines.flow.orchestrate.facts import facts, gate_table, plain_json, text_table
 
     (spec,) = [spec for spec in GRAPH if spec.name == stage]
-    assert config.tracking.uri is not None
-    metadata, digest = facts(spec.gives, result.results, config.tracking.uri)
+    metadata, digest = facts(spec.gives, result.results, config.tracking.server)
     why = result.skipped.get(stage)
     metadata |= {"skipped": why is not None, "inputs": plain_json(result.inputs[stage])}
     metadata["why"] = "its result was not there" if why is None else f"skipped: {why}"

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.shards.ingest.encode import open_image
+from pipelines.shards.ingest.readers import UnreadableError
 from pipelines.shards.ingest.sources import Source, SourceImage
-from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.storage import Storage
 
 SIDE, LOWEST, SMALL = 32, 8, 12

@@ -27,7 +27,7 @@ from PIL import (
 from ddpm.conditioning import Conditioning
 from pipelines.config.sections import Encoding, Geometry
 from pipelines.shards.index import DatasetError
-from pipelines.shards.ingest.trees import UnreadableError
+from pipelines.shards.ingest.readers import UnreadableError
 from pipelines.shards.members import on_white
 
 CaptionEncoder = Callable[[Sequence[str]], Conditioning]

@@ -16,21 +16,10 @@ import numpy as np
 from PIL import Image
 
 from pipelines.shards.index import DatasetError
+from pipelines.shards.ingest.readers import InMemory, Read, UnreadableError
 from pipelines.shards.ingest.report import BadImage
 from pipelines.shards.ingest.tables import METADATA, ImageRow, ImageTable, parse_table
-from pipelines.shards.ingest.trees import (
-    File,
-    InMemory,
-    Read,
-    Tree,
-    UnreadableError,
-    address,
-    find_files,
-    open_tree,
-    read_table,
-    shown,
-    text,
-)
+from pipelines.shards.ingest.trees import File, Tree, address, find_files, open_tree, read_table, shown, text
 from pipelines.storage import Storage, is_local, local_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")

@@ -26,9 +26,9 @@ import webdataset
 from pipelines.environment.scratch import temporary_folder
 from pipelines.shards.index import index_tar
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat, encode_image, pack_embeddings
+from pipelines.shards.ingest.readers import UnreadableError, is_remote
 from pipelines.shards.ingest.report import BadImage, PixelSums, ShardRecord
 from pipelines.shards.ingest.sources import SourceImage
-from pipelines.shards.ingest.trees import UnreadableError, is_remote
 from pipelines.storage import NotFoundError, Storage, join, layout
 
 LAYOUT_VERSION = 2  # of the members of a sample; with another version every shard is written again

@@ -6,20 +6,17 @@ import errno
 import io
 import os
 import stat
-import struct
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
-from pipelines.presentation.errors import PipelineError
 from pipelines.shards.index import DatasetError
+from pipelines.shards.ingest.readers import Read, StoredFile, ZipMember
 from pipelines.storage import (
     SYSTEM_FOLDERS,
     Entry,
-    NotFoundError,
     Storage,
     StorageError,
     check_address,
@@ -33,20 +30,14 @@ KINDS = (
     "a source is `digits`, a folder of class folders, a folder with metadata.jsonl or metadata.csv, a .zip of either, "
     "or a .csv or .jsonl of paths; on this machine or at an address such as s3://BUCKET/KEY"
 )
+WINDOWS = 0
+"""Code of Windows and DOS programs as the creator of a zip entry."""
 
 
 class NoSourceError(DatasetError):
     """The name of a source does not refer to one, as far as this machine can tell without a service."""
 
     exit_code = 2
-
-
-class UnreadableError(PipelineError):
-    """A file of a source cannot be read, or is not an image; the ingest leaves it out."""
-
-
-Read = Callable[[Storage], bytes]
-"""Returns the bytes of a file; raises `UnreadableError`, and can be pickled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,94 +70,6 @@ class Tree:
     folders: frozenset[str]
     bad: tuple[tuple[str, str], ...] = ()
     no_files: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """Reads a file that is stored on this machine or in a store."""
-
-    uri: str
-
-    def __call__(self, storage: Storage) -> bytes:
-        """Return the bytes.
-
-        Raises:
-            UnreadableError: there is no such file, or a local one cannot be read.
-            StorageError: the store refuses or does not answer, which is no fault of the file.
-        """
-        try:
-            return storage.read(self.uri)
-        except NotFoundError as error:
-            raise UnreadableError("no such file") from error
-        except StorageError as error:
-            if is_local(self.uri):
-                raise UnreadableError(str(error)) from error
-            raise
-
-
-@dataclass(frozen=True, slots=True)
-class InMemory:
-    """Returns bytes that are in memory."""
-
-    data: bytes
-
-    def __call__(self, storage: Storage) -> bytes:
-        """Return the bytes."""
-        return self.data
-
-
-WINDOWS = 0
-"""Code of Windows and DOS programs as the creator of a zip entry."""
-LARGEST = 1 << 30
-"""Bytes of a file in a zip, which is read into memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class ZipMember:
-    """Reads a file inside a zip, local or in a store, by one ranged read."""
-
-    uri: str
-    offset: int
-    compressed: int
-    size: int
-    method: int
-    crc: int
-    encrypted: bool
-
-    def __call__(self, storage: Storage) -> bytes:
-        """Return the bytes, checked against the zip's CRC."""
-        if self.encrypted:
-            raise UnreadableError("is encrypted: make the zip without a password")
-        if max(self.size, self.compressed) > LARGEST:
-            held = max(self.size, self.compressed) / 2**30
-            raise UnreadableError(f"holds {held:.1f} GiB, where a picture has at most {LARGEST / 2**30:.0f}")
-        # The length of the local header is not known before it is read; 1 KiB is nearly always enough.
-        block = storage.read(self.uri, self.offset, self.offset + 1024 + self.compressed)
-        if block[:4] != b"PK\x03\x04" or len(block) < 30:
-            raise UnreadableError("the zip's directory points to no file: the zip is damaged")
-        begin = 30 + sum(struct.unpack_from("<HH", block, 26))
-        if len(block) < begin + self.compressed:
-            block = storage.read(self.uri, self.offset, self.offset + begin + self.compressed)
-        data = self._inflate(block[begin : begin + self.compressed])
-        if len(data) != self.size or zlib.crc32(data) != self.crc:
-            raise UnreadableError("does not have the checksum that the zip records: the zip is damaged")
-        return data
-
-    def _inflate(self, data: bytes) -> bytes:
-        if self.method == zipfile.ZIP_STORED:
-            return data
-        if self.method != zipfile.ZIP_DEFLATED:
-            raise UnreadableError(f"is compressed by method {self.method}: make the zip anew, stored or deflated")
-        try:
-            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size + 1)
-        except zlib.error as error:
-            raise UnreadableError(f"cannot be decompressed: {error}: the zip is damaged") from error
-
-
-def is_remote(read: Read) -> bool:
-    """Return whether a file is on S3, so that reading many at a time is faster."""
-    uri = getattr(read, "uri", None)
-    return uri is not None and not is_local(uri)
 
 
 def address(source: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from pipelines.shards.ingest.encode import ImageFormat, decode_grey, encode_image
-from pipelines.shards.ingest.trees import UnreadableError
+from pipelines.shards.ingest.readers import UnreadableError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 RGB = Image.fromarray(PIXELS)

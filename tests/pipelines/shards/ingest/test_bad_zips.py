@@ -9,8 +9,8 @@ import zipfile
 import pytest
 
 from pipelines.shards.index import DatasetError
+from pipelines.shards.ingest.readers import UnreadableError
 from pipelines.shards.ingest.sources import open_source
-from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.storage import Storage
 
 STORAGE = Storage()

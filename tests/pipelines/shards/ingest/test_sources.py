@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.shards.index import DatasetError
+from pipelines.shards.ingest.readers import UnreadableError
 from pipelines.shards.ingest.sources import absolute, open_source, source_digest
 from pipelines.shards.ingest.tables import parse_table
-from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.storage import Storage, StorageError
 from tests.pipelines.shards.ingest.sources import Bucket, every_kind, jsonl, pictures, write_files, write_zip
 
@@ -416,7 +416,7 @@ def test_backslashes_are_slashes_in_a_zip_of_windows_and_letters_in_others(tmp_p
 
 def test_what_is_larger_than_any_picture_is_not_unpacked(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "z.zip", {"cat/a.png": b"\0" * 3_000_000, "cat/b.png": b"b"})
-    monkeypatch.setattr("pipelines.shards.ingest.trees.LARGEST", 1 << 20)
+    monkeypatch.setattr("pipelines.shards.ingest.readers.LARGEST", 1 << 20)
     images = {image.origin: image for image in open_source(str(path), STORAGE).images}
     with pytest.raises(UnreadableError, match=r"holds 0\.0 GiB, where a picture has at most"):
         images["cat/a.png"].read(STORAGE)

@@ -21,8 +21,8 @@ from PIL import Image, ImageOps
 from ddpm.conditioning import Conditioning
 from pipelines.shards.index import DatasetError, ShardIndex, index_tar, read_dataset
 from pipelines.shards.ingest.encode import ImageFormat, encode_image, pack_embeddings
+from pipelines.shards.ingest.readers import UnreadableError
 from pipelines.shards.ingest.report import PixelSums, ShardRecord
-from pipelines.shards.ingest.trees import UnreadableError
 from pipelines.shards.ingest.write import ingest
 from pipelines.shards.members import unpack_embedding
 from pipelines.shards.text import TextEncoder
