@@ -13,62 +13,17 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
-from pipelines.presentation.errors import PipelineError
 from pipelines.shards.index import Member, ShardInfo
+from pipelines.shards.source import ShardCorruptError
 from pipelines.storage import StorageError, join
 
 logger = logging.getLogger(__name__)
 STALLED_S = 60.0
 """Seconds without progress of another process after which it is no longer waited for: it may be stopped."""
-
-
-class ShardCorruptError(PipelineError):
-    """The bytes of a shard differ from what its dataset records, on two reads."""
-
-
-class ShardShortError(ShardCorruptError):
-    """A shard has fewer bytes than its dataset records."""
-
-
-@dataclass
-class FetchStats:
-    """Counts of a process's reads from the store and from the node's cache.
-
-    Attributes:
-        requests: GETs of shards, including those that resumed after a broken connection.
-        bytes: bytes of shards that were fetched.
-        whole_shards: shards that this process put into the cache.
-        cached_reads: members read from complete shards in the cache.
-        block_reads: members read by ranged requests.
-    """
-
-    requests: int = 0
-    bytes: int = 0
-    whole_shards: int = 0
-    cached_reads: int = 0
-    block_reads: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
-
-    def metrics(self) -> dict[str, float]:
-        """Return the counts since the start of the process as metrics of a run."""
-        reads = self.cached_reads + self.block_reads
-        return {
-            "worker/fetched_mib": self.bytes / 2**20,
-            "worker/requests": float(self.requests),
-            "worker/whole_shards": float(self.whole_shards),
-            "worker/cache_hits": self.cached_reads / reads if reads else 0.0,
-        }
-
-    def add(self, **counts: int) -> None:
-        """Add to the counts, from any thread."""
-        with self._lock:
-            for name, count in counts.items():
-                setattr(self, name, getattr(self, name) + count)
 
 
 class ShardCache:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
-from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.index import Dataset, DatasetError, ShardIndex
 from pipelines.shards.members import FlawError, decode_label, require_member, unpack_embedding
 from pipelines.shards.read import ShardReader
+from pipelines.shards.source import ShardCorruptError
 from pipelines.storage import Storage, join, layout
 
 LOOKED_AT = 10

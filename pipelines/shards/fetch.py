@@ -14,16 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from pipelines.shards.cache import (
-    STALLED_S,
-    FetchStats,
-    PartialShard,
-    ShardCache,
-    ShardCorruptError,
-    ShardShortError,
-)
-from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo
-from pipelines.storage import ShortObjectError, Storage, StorageError, join, layout
+from pipelines.shards.cache import STALLED_S, PartialShard, ShardCache
+from pipelines.shards.index import Dataset, Member, ShardIndex, ShardInfo
+from pipelines.shards.source import ShardSource
+from pipelines.storage import Storage, StorageError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -69,9 +63,9 @@ class ShardFetcher:
         requests: int = 16,
         downloads: int = 2,
     ) -> None:
-        self.uri, self.storage, self.cache = uri, storage, cache
+        self.source, self.cache = ShardSource(uri, storage), cache
         self.block_bytes = block_bytes
-        self.stats = FetchStats()
+        self.stats = self.source.stats
         self._ranged = ThreadPoolExecutor(requests, thread_name_prefix="ranged")
         self._whole = ThreadPoolExecutor(downloads, thread_name_prefix="whole")
         self._closed = threading.Event()
@@ -124,7 +118,7 @@ class ShardFetcher:
             futures = []
             for shard in shards:
                 if shard.sha256 not in self._indexes:
-                    self._indexes[shard.sha256] = self._ranged.submit(self._read_index, shard)
+                    self._indexes[shard.sha256] = self._ranged.submit(self.source.read_index, shard)
                 self._indexes.move_to_end(shard.sha256)
                 futures.append(self._indexes[shard.sha256])
             while len(self._indexes) > max(256, len(shards)):
@@ -178,7 +172,7 @@ class ShardFetcher:
             pool.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             for partial in self._partial.values():
-                partial.give_up(StorageError(f"{self.uri} was closed while {partial.shard.name} was being read"))
+                partial.give_up(StorageError(f"{self.source.uri} was closed while {partial.shard.name} was being read"))
             self._partial.clear()
 
     # --- whole shards ----------------------------------------------------------------------------------------
@@ -238,7 +232,7 @@ class ShardFetcher:
             if not partial.admit():
                 self._fetch_into(partial, 0, partial.shard.bytes)
                 if not partial.admit():
-                    raise partial.corrupt(self.uri)
+                    raise partial.corrupt(self.source.uri)
             self.stats.add(whole_shards=1)
             partial.finish(partial.cache.path(partial.shard))
             with self._lock:  # its readers hold it themselves
@@ -301,12 +295,12 @@ class ShardFetcher:
             return self._by_ranges(partial.shard, members)() if cached is None else cached
         wrong = [m for m, data in zip(members, found, strict=True) if zlib.crc32(data) != m.crc32]
         partial.forget(sorted({n for m in wrong for n in partial.numbers(m)}))
-        return self._verified(partial.shard, members, found)
+        return self.source.verified(partial.shard, members, found)
 
     def _by_ranges(self, shard: ShardInfo, members: Sequence[Member]) -> Callable[[], list[memoryview]]:
         """Send the requests for members of a shard that is not in the cache; the returned function waits for them."""
         spans = coalesce(members)
-        futures = [self._submit(self._get, shard, start, stop) for start, stop in spans]
+        futures = [self._submit(self.source.get, shard, start, stop) for start, stop in spans]
         return lambda: self._from_spans(shard, members, spans, futures)
 
     def _from_spans(
@@ -317,30 +311,7 @@ class ShardFetcher:
         for m in members:
             i = bisect_right(starts, m.offset) - 1
             found.append(parts[i][m.offset - starts[i] :][: m.size])
-        return self._verified(shard, members, found)
-
-    def _verified(self, shard: ShardInfo, members: Sequence[Member], found: Sequence[memoryview]) -> list[memoryview]:
-        """Return the members' bytes; those whose CRC is not that of the sidecar are fetched again."""
-        return [
-            data if zlib.crc32(data) == m.crc32 else self._once_more(shard, m)
-            for m, data in zip(members, found, strict=True)
-        ]
-
-    def _once_more(self, shard: ShardInfo, member: Member) -> memoryview:
-        """Fetch a member whose CRC was wrong a second time.
-
-        Raises:
-            ShardCorruptError: it is wrong again.
-        """
-        start, stop = member.offset, member.offset + member.size
-        data = self._get(shard, start, stop)
-        if zlib.crc32(data) != member.crc32:
-            raise ShardCorruptError(
-                f"{join(self.uri, shard.name)}: bytes {start:,} to {stop:,} do not have the CRC that "
-                f"{layout.index_name(shard.name)} records, on two reads: the shard is damaged: write it again, or "
-                f"leave it out with `ddpm check {self.uri} --quarantine`"
-            )
-        return data
+        return self.source.verified(shard, members, found)
 
     def _fetch_run(self, partial: PartialShard, run: Sequence[int]) -> None:
         """Fetch consecutive blocks into the partial file.
@@ -365,43 +336,7 @@ class ShardFetcher:
             partial.put(at, part)
             at += len(part)
 
-        self._fetch(partial.shard, start, stop, sink)
-
-    def _get(self, shard: ShardInfo, start: int, stop: int) -> memoryview:
-        """Fetch bytes [start, stop) of a shard."""
-        data = bytearray()
-        self._fetch(shard, start, stop, data.extend)
-        return memoryview(data)
-
-    def _fetch(self, shard: ShardInfo, start: int, stop: int, sink: Callable[[bytes], object]) -> None:
-        """Pass bytes [start, stop) of a shard to `sink`, and count them.
-
-        Raises:
-            ShardShortError: the shard has fewer bytes.
-            StorageError: they cannot be fetched.
-        """
-        if start == stop:
-            return
-        uri = join(self.uri, shard.name)
-        try:
-            requests = self.storage.fetch(uri, start, stop, sink)
-        except ShortObjectError as error:
-            sizes = {entry.uri: entry.size for entry in self.storage.list(self.uri)}
-            raise ShardShortError(
-                f"{uri} is cut short: it has {sizes.get(uri, 0):,} bytes, the index says {shard.bytes:,}: write it "
-                f"again; `ddpm check {self.uri}` finds the rest of what is wrong, and with --quarantine it is left out"
-            ) from error
-        self.stats.add(requests=requests, bytes=stop - start)
-
-    def _read_index(self, shard: ShardInfo) -> ShardIndex:
-        where = join(self.uri, layout.index_name(shard.name))
-        try:
-            index = ShardIndex.from_json(self.storage.read(where))
-        except DatasetError as error:
-            raise ShardCorruptError(f"{where}: {error}") from error
-        if len(index) != shard.samples:
-            raise ShardCorruptError(f"{where} lists {len(index)} samples, dataset.json says {shard.samples}")
-        return index
+        self.source.fetch(partial.shard, start, stop, sink)
 
 
 def coalesce(members: Sequence[Member], gap: int = GAP_BYTES) -> list[Span]:

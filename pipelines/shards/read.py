@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pipelines.presentation.errors import PipelineError
-from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Dataset, Member, ShardIndex, ShardInfo
 from pipelines.shards.members import (
@@ -32,6 +31,7 @@ from pipelines.shards.members import (
 )
 from pipelines.shards.order import Located
 from pipelines.shards.quarantine import Quarantine, kept_samples, kept_shards, read_quarantine
+from pipelines.shards.source import ShardCorruptError
 from pipelines.storage import Storage, join
 
 

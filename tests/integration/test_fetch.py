@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.shards.cache import ShardCache, ShardShortError
+from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Member, ShardInfo
+from pipelines.shards.source import ShardShortError
 from pipelines.storage import ShortObjectError, Storage, StorageError
 from pipelines.training.goodput import measure
 from pipelines.training.ledger import read_sessions

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from pipelines.environment.scratch import warn_if_short
-from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import Batch, default_cache_dir
+from pipelines.shards.source import ShardCorruptError
 from pipelines.training.loop import hardware
 from pipelines.training.loop.checkpoint import Checkpointer, restore
 from pipelines.training.loop.collectives import broadcast_object

@@ -19,7 +19,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from pipelines import tracking
 from pipelines.checkpoints import ModelError
 from pipelines.presentation.errors import PipelineError
-from pipelines.shards.cache import ShardCorruptError
+from pipelines.shards.source import ShardCorruptError
 from pipelines.storage import FencedError
 from pipelines.training.loop.context import Job, RunContext
 from pipelines.training.loop.progress import Progress

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.captions import caption_width, read_captions
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.write import ingest
 from pipelines.shards.read import opened_split
+from pipelines.shards.source import ShardCorruptError
 from pipelines.storage import Storage
 from tests.pipelines.captioned import WIDTH, captions, embed, write_shapes
 from tests.pipelines.evaluation.test_prompts import some_captions

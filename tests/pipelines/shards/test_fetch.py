@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from pipelines.shards import cache as cache_module
 from pipelines.shards import fetch
-from pipelines.shards.cache import ShardCache, ShardCorruptError, ShardShortError
+from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher, coalesce, fits
 from pipelines.shards.index import Dataset, Member, ShardInfo
+from pipelines.shards.source import ShardCorruptError, ShardShortError
 from pipelines.storage import Storage, StorageError, TransientStorageError
 
 DATA = random.Random(0).randbytes(100_000)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.shards.audit.foreign import index_tars
-from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.read import CacheFolderError, default_cache_dir, read_split, spread_positions
+from pipelines.shards.source import ShardCorruptError
 from pipelines.storage import Storage
 from tests.pipelines.shards.tars import picture, reader, write_shard
 

@@ -7,13 +7,14 @@ import torch
 import webdataset
 from PIL import Image
 
-from pipelines.shards.cache import ShardCache, ShardCorruptError
+from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import DatasetError, ShardIndex, index_tar, read_dataset
 from pipelines.shards.ingest.sources import Source
 from pipelines.shards.ingest.write import ingest, source_digest
 from pipelines.shards.order import SampleOrder
 from pipelines.shards.read import ShardReader, read_split
+from pipelines.shards.source import ShardCorruptError
 from pipelines.shards.stream import TrainingStream
 from pipelines.storage import Storage, layout
 

@@ -21,9 +21,9 @@ from ddpm.objectives import Objective
 from pipelines import checkpoints
 from pipelines.checkpoints import ModelError, complete_checkpoints
 from pipelines.evaluation.plots import MIN_TILE
-from pipelines.shards.cache import ShardCorruptError
 from pipelines.shards.ingest.write import ingest
 from pipelines.shards.order import SampleOrder
+from pipelines.shards.source import ShardCorruptError
 from pipelines.storage import Storage
 from tests.forked import start_ranks
 from tests.pipelines.shards.ingest.sources import jsonl, pictures, write_files
