@@ -44,10 +44,11 @@ def bucket() -> Iterator[str]:
         yield "gs://ddpm"
 
 
-@pytest.fixture(params=["local", "gs"])
+@pytest.fixture(params=["file", "local", "gs"])
 def root(request, tmp_path: Path) -> str:
-    if request.param == "local":
-        return f"local://{tmp_path}/store"
+    """The address of an empty folder; file:/// is not of fsspec, and keeps the same promises."""
+    if request.param != "gs":
+        return f"{request.param}://{tmp_path}/store"
     return join(request.getfixturevalue("bucket"), uuid.uuid4().hex)
 
 
@@ -125,7 +126,7 @@ def test_folders_are_listed_in_order_and_go_whole(root, tmp_path):
     assert STORAGE.list(join(root, "none")) == []
     STORAGE.download_folder(join(root, "a"), tmp_path / "copy")
     assert (tmp_path / "copy" / "d").read_bytes() == b"a/d"
-    with pytest.raises(NotFoundError):
+    with pytest.raises(NotFoundError, match="nothing is stored there"):
         STORAGE.download_folder(join(root, "none"), tmp_path / "copy")
     STORAGE.delete_folder(join(root, "a"))
     assert [entry.uri for entry in STORAGE.list(root)] == [join(root, "ab/e"), join(root, "b")]
@@ -148,6 +149,7 @@ def test_files_go_up_and_down_and_across(root, tmp_path):
     assert STORAGE.read(join(root, "x"), 5, 9) == data[5:9]
 
 
+@pytest.mark.parametrize("root", ["local", "gs"], indirect=True)
 def test_another_process_sees_at_once_what_this_one_stores(root):
     assert STORAGE.list(root) == []
     with elsewhere(write_five, root) as (writer, _):
@@ -160,6 +162,7 @@ def test_another_process_sees_at_once_what_this_one_stores(root):
         assert heard.recv() == (b"new", False)
 
 
+@pytest.mark.parametrize("root", ["local", "gs"], indirect=True)
 def test_a_writer_that_is_killed_leaves_the_old_bytes_or_the_new_ones(root):
     uri = join(root, "state")
     STORAGE.write(uri, b"\0" * (1 << 20))

@@ -4,7 +4,6 @@ import os
 import shutil
 import socket
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -23,35 +22,6 @@ from pipelines.storage.retry import retry
 from pipelines.storage.s3 import split_s3
 
 STORAGE = Storage()
-
-
-def test_files_round_trip_and_ranges_are_half_open(tmp_path):
-    uri = f"file://{tmp_path}/a/b.bin"
-    STORAGE.write(uri, b"0123456789")
-    assert STORAGE.read(uri) == b"0123456789"
-    assert STORAGE.read(uri, 3, 6) == b"345"
-    assert STORAGE.read(uri, 8) == b"89"
-    assert STORAGE.exists(uri)
-    STORAGE.delete(uri)
-    STORAGE.delete(uri)
-    assert not STORAGE.exists(uri)
-
-
-def test_folders_are_listed_in_order_and_downloaded_whole(tmp_path):
-    for name in ("b", "a/c", "a/d"):
-        STORAGE.write(f"file://{tmp_path}/store/{name}", name.encode())
-    listed = STORAGE.list(f"file://{tmp_path}/store")
-    assert [e.uri.rsplit("store/")[1] for e in listed] == ["a/c", "a/d", "b"]
-    assert [e.size for e in listed] == [3, 3, 1]
-    assert all(abs(e.modified - time.time()) < 60 for e in listed)
-    STORAGE.write(f"file://{tmp_path}/store/b", b"B")
-    assert [(e.size, e.tag) for e in STORAGE.list(f"file://{tmp_path}/store")][2] not in {
-        (e.size, e.tag) for e in listed
-    }
-    STORAGE.download_folder(f"file://{tmp_path}/store", tmp_path / "copy")
-    assert (tmp_path / "copy" / "a" / "d").read_bytes() == b"a/d"
-    with pytest.raises(NotFoundError, match="nothing is stored there"):
-        STORAGE.download_folder(f"file://{tmp_path}/empty", tmp_path / "copy")
 
 
 @pytest.fixture
@@ -170,18 +140,6 @@ def test_workers_are_told_paths_and_endpoints_only():
         "AWS_SHARED_CREDENTIALS_FILE": "/c",
         "AWS_DEFAULT_REGION": "r",
     }
-
-
-def test_a_copy_is_whole_and_replaces_what_was_there(tmp_path):
-    storage, source, target = Storage(), f"file://{tmp_path}/a", f"file://{tmp_path}/deep/b"
-    storage.write(source, b"one")
-    storage.copy(source, target)
-    storage.write(source, b"two")
-    assert storage.read(target) == b"one"
-    storage.copy(source, target)
-    assert storage.read(target) == b"two"
-    with pytest.raises(NotFoundError):
-        storage.copy(f"file://{tmp_path}/none", target)
 
 
 def test_a_full_disk_and_a_missing_permission_say_what_to_do(tmp_path, monkeypatch):
