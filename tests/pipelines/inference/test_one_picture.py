@@ -80,7 +80,7 @@ def of_a_training_trial(model, settings, labels, tmp_path):
     judge = RungJudge(
         (1,), COUNT, cond, Kept(1, 8).eval(), reference, (torch.zeros(0, 1, 8, 8), None), SEED, Storage(), uri
     )
-    state = SimpleNamespace(network=model.network, ema=EMA(model.network, 100.0), images_seen=1)
+    state = SimpleNamespace(network=model.network, ema=EMA(model.network, 100.0), images_seen=1, gathered=None)
     judge(state, replace(model.spec, sampling=settings), torch.device("cpu"))
     return np.concatenate(seen)
 

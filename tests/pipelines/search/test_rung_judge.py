@@ -32,7 +32,7 @@ def test_a_trial_of_data_without_labels_is_judged_by_its_samples_and_the_bound(t
     judge = RungJudge((100,), 16, None, encoder, reference, (real[:4], None), 3, Storage(), uri)
     assert judge.due(0, 128)
     assert not judge.due(128, 256)
-    state = SimpleNamespace(network=network, ema=EMA(network, 100.0), images_seen=128)
+    state = SimpleNamespace(network=network, ema=EMA(network, 100.0), images_seen=128, gathered=None)
     judge(state, spec, torch.device("cpu"))
     found = json.loads((tmp_path / "scores" / "000000000128.json").read_text())
     with torch.no_grad():
@@ -68,7 +68,8 @@ def test_a_trial_is_asked_for_captions_and_classes_as_far_as_its_network_takes_t
     network.register_forward_pre_hook(lambda module, given: seen.append(given[2]))
     uri = f"file://{tmp_path}/scores"
     judge = RungJudge((100,), 16, drawn, encoder, reference, (real[:2], held), 3, Storage(), uri)
-    judge(SimpleNamespace(network=network, ema=EMA(network, 100.0), images_seen=128), spec, torch.device("cpu"))
+    state = SimpleNamespace(network=network, ema=EMA(network, 100.0), images_seen=128, gathered=None)
+    judge(state, spec, torch.device("cpu"))
     for asked, wanted in ((seen[0], drawn[torch.arange(16) % 3]), (seen[-1], held)):
         for name, there in (("pooled", text_dim), ("text", text_dim), ("label", classes)):
             value = None if asked is None else getattr(asked, name)
