@@ -1,21 +1,21 @@
 """Models as folders: `model.json` describes the model, `model.safetensors` holds the weights. No pickle.
 
-Networks that guide a model may lie in folders below its own, each a model folder itself; see `save_guides`.
+The weights of a large model are in several files with an index; see `ddpm.tensor_files`. Networks that guide a model
+may lie in folders below its own, each a model folder itself; see `save_guides`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, generate
@@ -24,8 +24,12 @@ from ddpm.models import NETWORKS, UNNAMED_NETWORK, NetworkConfig, UNetConfig
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.prediction import NetworkDenoiser, Parameterization
 from ddpm.schedule import NoiseSchedule, make_schedule
+from ddpm.tensor_files import LARGEST_FILE, read_weights, save_weights
+
+N = TypeVar("N", bound=nn.Module)
 
 FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
 CLASSIFIER = "classifier"
 WEAK = "weak"
 TEXT_ENCODER = "text_encoder"
@@ -188,8 +192,11 @@ class Model:
         )
 
 
-def save_model(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
+def save_model(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor], largest: int = LARGEST_FILE) -> None:
     """Write a model folder, with the weights as float32.
+
+    Args:
+        largest: bytes of weights above which they are in several files.
 
     Examples:
         >>> import tempfile
@@ -201,10 +208,7 @@ def save_model(folder: Path, spec: ModelSpec, weights: Mapping[str, Tensor]) -> 
         (['model.json', 'model.safetensors'], True)
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: w.detach().float().cpu().contiguous() for name, w in weights.items()},
-        folder / "model.safetensors",
-    )
+    save_weights(folder, WEIGHTS, weights, largest)
     (folder / "model.json").write_text(spec.to_json())
 
 
@@ -235,15 +239,44 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Model:
     Raises:
         ValueError: the folder is not a model folder, its version or task differs, or the weights do not fit.
     """
-    spec = read_spec(folder)
-    if spec.task != "denoiser":
-        raise ValueError(f"{folder} holds a {spec.task}, which cannot sample: name a model that was trained to denoise")
+    spec = _read_denoiser(folder)
     return Model(
         spec,
-        build_network(spec.network, read_weights(folder / "model.safetensors"), device),
+        build_network(spec.network, read_weights(folder, WEIGHTS), device),
         load_classifier(folder / CLASSIFIER, device)[1] if (folder / CLASSIFIER).is_dir() else None,
         load_model(folder / WEAK, device) if (folder / WEAK).is_dir() else None,
     )
+
+
+def stored_weights(folder: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """Return (description, weights in float32) of a model folder, for one tensor after another to be copied.
+
+    The values are read from the mapped files when they are used, so that the network is never in memory.
+
+    Raises:
+        ValueError: as for `load_model`.
+
+    Examples:
+        >>> import tempfile
+        >>> config = UNetConfig(channels=(8,), attention=(False,), norm_groups=4, head_dim=None, layers_per_block=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(Path(folder), ModelSpec(config, {}, "eps", image_size=8), config.build().state_dict())
+        ...     stored_weights(Path(folder))[1]["conv_in.weight"].shape
+        torch.Size([8, 3, 3, 3])
+    """
+    spec = _read_denoiser(folder)
+    weights = {name: tensor.float() for name, tensor in read_weights(folder, WEIGHTS).items()}
+    with _NoFirstWeights():
+        network = spec.network.build()
+    _load(network, weights, assign=True)
+    return spec, weights
+
+
+def _read_denoiser(folder: Path) -> ModelSpec:
+    spec = read_spec(folder)
+    if spec.task != "denoiser":
+        raise ValueError(f"{folder} holds a {spec.task}, which cannot sample: name a model that was trained to denoise")
+    return spec
 
 
 def load_classifier(folder: Path, device: torch.device | str = "cpu") -> tuple[ModelSpec, NoisyClassifier]:
@@ -257,9 +290,8 @@ def load_classifier(folder: Path, device: torch.device | str = "cpu") -> tuple[M
         raise ValueError(f"{folder} holds a {spec.task}: train a classifier with task=classifier")
     if not isinstance(spec.network, UNetConfig):
         raise ValueError(f"{folder} holds a classifier on another network than a UNet")
-    classifier = make_classifier(spec.network, len(spec.classes))
-    _load(classifier, read_weights(folder / "model.safetensors"))
-    return spec, classifier.eval().requires_grad_(False).to(device)
+    network, classes = spec.network, len(spec.classes)
+    return spec, _loaded(lambda: make_classifier(network, classes), read_weights(folder, WEIGHTS), device)
 
 
 def make_classifier(network: UNetConfig, classes: int) -> NoisyClassifier:
@@ -297,27 +329,6 @@ def read_spec(folder: Path) -> ModelSpec:
         raise ValueError(f"{folder} is not a model folder: model.json is missing") from error
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, by name.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-
-    Examples:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_file({"bias": torch.ones(2)}, Path(folder) / "model.safetensors")
-        ...     read_weights(Path(folder) / "model.safetensors")["bias"].tolist()
-        [1.0, 1.0]
-    """
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.parent} holds no weights: {path.name} is missing") from error
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): copy or save it again") from error
-
-
 def tensors_digest(tensors: Mapping[str, Tensor], *first: str) -> str:
     """Return the SHA-256 over tensors by name and value, and over some text before them.
 
@@ -331,7 +342,7 @@ def tensors_digest(tensors: Mapping[str, Tensor], *first: str) -> str:
     found = hashlib.sha256("".join(first).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -386,13 +397,33 @@ def build_network(
         >>> network.training, any(parameter.requires_grad for parameter in network.parameters())
         (False, False)
     """
-    network = config.build()
+    return _loaded(config.build, weights, device)
+
+
+def _loaded(build: Callable[[], N], weights: Mapping[str, Tensor], device: torch.device | str) -> N:
+    """Return a network with these weights, in evaluation mode, which are in memory once."""
+    with torch.device(device), _NoFirstWeights():
+        network = build()
     _load(network, weights)
-    return network.eval().requires_grad_(False).to(device)
+    return network.eval().requires_grad_(False)
 
 
-def _load(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def _load(network: nn.Module, weights: Mapping[str, Tensor], *, assign: bool = False) -> None:
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict(weights, assign=assign)
     except RuntimeError as error:
         raise ValueError(f"the weights do not fit the network that is described beside them: {error}") from error
+
+
+class _NoFirstWeights(TorchFunctionMode):
+    """A context in which new parameters keep whatever is in memory, which no page is taken for before it is written."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        target = args[0] if args else given.get("tensor")  # by position, or as `torch.nn.init` passes it on
+        name = func.__name__
+        if isinstance(target, nn.Parameter) and name.endswith("_") and name != "requires_grad_" and name[:2] != "__":
+            return target
+        return func(*args, **given)

@@ -2,7 +2,7 @@
 
     model_index.json                            the pipeline's class and parts
     unet/config.json                            shape of the `UNet2DModel`
-    unet/diffusion_pytorch_model.safetensors    its weights, named as ours are
+    unet/diffusion_pytorch_model.safetensors    its weights, named as ours are; large ones in several files
     scheduler/scheduler_config.json             schedule, parameterization and clipping
     model.json                                  our own file, for what diffusers has no fields for
 
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ddpm.diffusers.fields import scheduler_fields, scheduler_settings, unet_config, unet_fields, whole
-from ddpm.model import Model, ModelSpec, build_network, read_weights
+from ddpm.model import Model, ModelSpec, build_network
 from ddpm.models.unet import UNetConfig
+from ddpm.tensor_files import LARGEST_FILE, files_of, read_weights, save_weights
 
 LastRow = Literal["null", "class"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -41,7 +41,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 OLD_NAME = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)$")
 
 
-def export_diffusers(model: Model, folder: Path) -> None:
+def export_diffusers(model: Model, folder: Path, largest: int = LARGEST_FILE) -> None:
     """Write a model as a folder that diffusers' `DDIMPipeline.from_pretrained` reads.
 
     Guidance, sampler and number of steps are call arguments in diffusers, so only `model.json` holds them.
@@ -49,6 +49,7 @@ def export_diffusers(model: Model, folder: Path) -> None:
     Args:
         model: unconditional or class-conditional. The null condition is the last row of the class embedding.
         folder: created if missing; files of the same names are replaced.
+        largest: bytes of weights above which they are in several files with an index.
 
     Raises:
         ValueError: diffusers' `UNet2DModel` with `DDIMScheduler` cannot express the model.
@@ -70,8 +71,7 @@ def export_diffusers(model: Model, folder: Path) -> None:
     (folder / "scheduler").mkdir(exist_ok=True)
     # Removed first and written last: a folder that has this file is complete.
     (folder / "model_index.json").unlink(missing_ok=True)
-    weights = {name: w.detach().float().cpu().contiguous() for name, w in model.network.state_dict().items()}
-    save_file(weights, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
+    save_weights(folder / "unet", WEIGHTS, model.network.state_dict(), largest, {"format": "pt"})
     _write(folder / "unet" / "config.json", "UNet2DModel", unet)
     _write(folder / "scheduler" / "scheduler_config.json", "DDIMScheduler", scheduler)
     (folder / "model.json").write_text(model.spec.to_json())
@@ -204,7 +204,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Return the weights as float32, with our parameter names."""
-    if not (folder / WEIGHTS).exists():
+    if not files_of(WEIGHTS, [path.name for path in folder.iterdir()]):
         others = sorted(p.name for p in folder.glob("diffusion_pytorch_model*"))
         raise ValueError(
             f"{folder}: {WEIGHTS} is missing"
@@ -212,7 +212,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         )
     return {
         OLD_NAME.sub(lambda m: f"{m[1]}.{OLD_ATTENTION[m[2]]}.{m[3]}", name): w.float()
-        for name, w in read_weights(folder / WEIGHTS).items()
+        for name, w in read_weights(folder, WEIGHTS).items()
     }
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm.model import ModelSpec, save_model
+from ddpm.tensor_files import files_of, read_weights
 from pipelines.checkpoints.errors import ModelError
 from pipelines.checkpoints.sharded import read_index, read_tensors
 from pipelines.config import FORMER_DEFAULTS, Config, override_value
@@ -170,14 +171,17 @@ def load_checkpoint(folder: Path) -> tuple[CheckpointState, dict[str, Tensor]]:
 
 
 def load_tensors(folder: Path, state: CheckpointState) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint folder that has been verified, whole, by their names in `Checkpoint`."""
+    """Return the tensors of a checkpoint folder that has been verified, whole, by their names in `Checkpoint`.
+
+    Those of a checkpoint in whole files are read when they are used, so that one of them at a time is in memory.
+    """
     if state.sharded:
         address = f"file://{folder.resolve()}"
         return read_tensors(Storage(), address, read_index(Storage(), address, state.files))
     tensors = load_file(folder / layout.TRAINING_TENSORS)
-    tensors |= {EMA + name: tensor for name, tensor in load_file(folder / layout.WEIGHTS).items()}
-    if layout.POWER_EMA in state.files:
-        tensors |= load_file(folder / layout.POWER_EMA)
+    tensors |= {EMA + name: tensor for name, tensor in read_weights(folder, layout.WEIGHTS).items()}
+    if files_of(layout.POWER_EMA, state.files):
+        tensors |= read_weights(folder, layout.POWER_EMA)
     return tensors
 
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ddpm.ema import PowerSnapshot, reconstruct
 from ddpm.model import ModelSpec
+from ddpm.tensor_files import LARGEST_FILE, files_of, index_name, index_text, read_weights, split_files
 from pipelines import tracking
 from pipelines.checkpoints.errors import ModelError
 from pipelines.checkpoints.files import EMA, POWER, CheckpointState, file_sha256
@@ -82,15 +82,25 @@ def publish(storage: Storage, uri: str, target_uri: str, state: CheckpointState)
 
 
 def _assemble(storage: Storage, uri: str, target_uri: str, state: CheckpointState) -> CheckpointState:
-    """Store the averaged weights of a sharded checkpoint as whole files, and return the state that names them."""
+    """Store the averaged weights of a sharded checkpoint as whole tensors, and return the state that names the files.
+
+    Above `LARGEST_FILE` they are in several files with an index.
+    """
     index = read_index(storage, uri, state.files)
-    averaged = {name: name.removeprefix(EMA) for name in index.tensors if name.startswith(EMA)}
-    power = {name: name for name in index.tensors if name.startswith(POWER)}
     storage.copy(join(uri, layout.MODEL), join(target_uri, layout.MODEL))
     files, sizes = {layout.MODEL: state.files[layout.MODEL]}, {layout.MODEL: state.sizes[layout.MODEL]}
-    for file, names in ((layout.WEIGHTS, averaged), (layout.POWER_EMA, power)):
-        if names:
-            files[file], sizes[file] = Assembled(storage, uri, index, names).upload(join(target_uri, file))
+    averaged = {name.removeprefix(EMA): name for name in index.tensors if name.startswith(EMA)}
+    power = {name: name for name in index.tensors if name.startswith(POWER)}
+    for name, stored in ((layout.WEIGHTS, averaged), (layout.POWER_EMA, power)):
+        bytes_of = {tensor: index.tensors[there].nbytes for tensor, there in stored.items()}
+        groups = split_files(name, bytes_of, LARGEST_FILE) if stored else {}
+        for file, inside in groups.items():
+            assembled = Assembled(storage, uri, index, {stored[tensor]: tensor for tensor in inside})
+            files[file], sizes[file] = assembled.upload(join(target_uri, file))
+        if len(groups) > 1:
+            text, file = index_text(groups, bytes_of).encode(), index_name(name)
+            storage.write(join(target_uri, file), text)
+            files[file], sizes[file] = hashlib.sha256(text).hexdigest(), len(text)
     return replace(state, files=files, sizes=sizes)
 
 
@@ -101,11 +111,14 @@ def _digest_of(state: CheckpointState) -> str:
 def fetch_published(published: Published, storage: Storage, folder: Path, *names: str) -> CheckpointState:
     """Download files of a published checkpoint, each of which has to be what was published; return its state.
 
+    Args:
+        names: of files; tensors in several files go by the name of the one that would hold them all.
+
     Raises:
         ModelError: a file or `state.json` is not the one whose digest was recorded, or is not there.
     """
     state = published_state(published, storage)
-    for name in names:
+    for name in (file for wanted in names for file in files_of(wanted, state.files) or [wanted]):
         storage.download(join(published.uri, name), folder / name)
         found = file_sha256(folder / name)
         if found != state.files.get(name):
@@ -206,13 +219,13 @@ def reconstruct_average(
     with tempfile.TemporaryDirectory(prefix="power-", dir=scratch_folder()) as scratch:
         for published in list_published(tracker):
             state = published_state(published, storage)
-            if layout.POWER_EMA not in state.files:
+            if not files_of(layout.POWER_EMA, state.files):
                 continue
             folder = Path(scratch, str(published.images_seen))
             folder.mkdir()
             fetch_published(published, storage, folder, layout.POWER_EMA)
             by_width: dict[int, dict[str, Tensor]] = defaultdict(dict)
-            for full, tensor in load_file(folder / layout.POWER_EMA).items():
+            for full, tensor in read_weights(folder, layout.POWER_EMA).items():
                 _, number, name = full.split(".", 2)
                 by_width[int(number)][name] = tensor
             widths = state.identity["optim.power_ema"]

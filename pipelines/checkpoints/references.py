@@ -21,6 +21,7 @@ from ddpm.model import (
     load_model,
     read_spec,
     save_model,
+    stored_weights,
     tensors_digest,
 )
 from ddpm.models.classifier import NoisyClassifier
@@ -161,7 +162,7 @@ class InitialModel:
     """The model that `init_from` names, for the network of the configuration.
 
     Attributes:
-        weights: by the names of that network.
+        weights: by the names of that network, read when they are used.
         prediction: parameterization that they were trained for.
         digest: SHA-256 of the model's own weights.
     """
@@ -174,6 +175,8 @@ class InitialModel:
 def initial_model(config: Config, tracking_uri: str | None) -> InitialModel:
     """Return the model that `init_from` names, for the network of the configuration.
 
+    Its weights are read when they are used, so that one tensor at a time is in memory.
+
     An inpainting network can start from a network without inpainting; its initial outputs are the same.
 
     Raises:
@@ -181,22 +184,26 @@ def initial_model(config: Config, tracking_uri: str | None) -> InitialModel:
             that differs.
     """
     assert config.init_from is not None
-    model = resolve(config.init_from, tracking_uri=tracking_uri, storage=Storage.of(config)).model
-    weights: dict[str, Tensor] = dict(model.network.state_dict())
+    with _fetched(config.init_from, tracking_uri, Storage.of(config)) as found:
+        try:
+            spec, weights = stored_weights(found.folder)
+        except ValueError as error:
+            raise ModelError(f"{config.init_from}: {error}") from error
+    _require_finite(weights, config.init_from)
     digest = tensors_digest(weights)
-    wanted, there = network_config(config), model.spec.network
+    wanted, there = network_config(config), spec.network
     if wanted.context_channels and not there.context_channels and type(wanted) is type(there):
         weights = wanted.extend_for_inpainting(weights)
         there = replace(there, context_channels=wanted.context_channels)
     ours, theirs = vars(wanted), vars(there)
     named = [name for name, value in theirs.items() if value != ours.get(name) and name != "dropout"]
     differing = [f"{name}: {theirs[name]} there, {ours.get(name)} here" for name in named]
-    skipping = (model.spec.prediction, config.objective.prediction) == ("x0", "x0_skip")  # alike where noise prevails
-    if model.spec.prediction != config.objective.prediction and not skipping:
+    skipping = (spec.prediction, config.objective.prediction) == ("x0", "x0_skip")  # alike where noise prevails
+    if spec.prediction != config.objective.prediction and not skipping:
         raise ModelError(
-            f"init_from = {config.init_from} predicts {model.spec.prediction}, and objective.prediction = "
+            f"init_from = {config.init_from} predicts {spec.prediction}, and objective.prediction = "
             f"{config.objective.prediction}: its weights are of no use for that; set "
-            f"objective.prediction={model.spec.prediction}, or start without init_from"
+            f"objective.prediction={spec.prediction}, or start without init_from"
         )
     if differing:
         listed = "\n  ".join(differing)
@@ -204,7 +211,7 @@ def initial_model(config: Config, tracking_uri: str | None) -> InitialModel:
             f"init_from = {config.init_from} is another network than the configuration's:\n  {listed}\n"
             "Set model.* to what it has, or start without init_from"
         )
-    return InitialModel(weights, model.spec.prediction, digest)
+    return InitialModel(weights, spec.prediction, digest)
 
 
 @dataclass(frozen=True)
@@ -244,7 +251,7 @@ def resolve(reference: str, *, tracking_uri: str | None, storage: Storage, devic
             model = load_model(found.folder, device)
         except ValueError as error:
             raise ModelError(f"{reference}: {error}") from error
-        _require_finite(model, reference)
+        _require_finite(model.network.state_dict(), reference)
         encoder = _kept_encoder(found) or model.spec.lineage.get("text_encoder")
     model = guided(model, model.spec.sampling, tracking_uri, storage).to(device)
     return Resolved(reference, model, found.tracker, found.version, found.published, encoder)
@@ -255,13 +262,13 @@ def open_model(reference: str, config: Config, device: str = "cpu") -> Resolved:
     return resolve(reference, tracking_uri=config.tracking.uri, storage=Storage.of(config), device=device)
 
 
-def _require_finite(model: Model, reference: str) -> None:
-    """Refuse a model with weights that are not finite: its samples would be blank, without any error.
+def _require_finite(weights: Mapping[str, Tensor], reference: str) -> None:
+    """Refuse weights that are not finite: samples of them would be blank, without any error.
 
     Raises:
         ModelError: a weight is not a finite number.
     """
-    wrong = next((name for name, weight in model.network.state_dict().items() if not weight.isfinite().all()), None)
+    wrong = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
     if wrong is not None:
         raise ModelError(
             f"{reference}: weights in {wrong} are not finite numbers, so its training has diverged: name an earlier "

@@ -172,8 +172,9 @@ def check_version(
     if tags is not None:
         differing = [_tag(name, evidence.tags()[name], tags) for name in evidence.differing_tags(tags)]
         rows.append(_row("tags", differing, f"{len(evidence.tags())} tags are equal", "as in the evidence"))
-    weights = evidence.files.get(layout.WEIGHTS, "")[:12]
-    equal = f"{len(evidence.files)} files, {layout.WEIGHTS} is {weights}"
+    weights = evidence.files.get(layout.WEIGHTS)
+    named = f"{layout.WEIGHTS} is {weights[:12]}" if weights else f"served_digest {evidence.served_digest[:12]}"
+    equal = f"{len(evidence.files)} files, {named}"
     rows += [
         _row("weights", evidence.differing_files(inside), equal, "the files of the evidence"),
         _row("settings", _differing_settings(inside, evidence), "of model.json are those of the scores", "as scored"),

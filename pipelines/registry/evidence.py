@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import ddpm
+from ddpm.model import TEXT_ENCODER
+from ddpm.tensor_files import files_of
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation.errors import PipelineError
 from pipelines.signing.sign import differences, files_below, sha256
@@ -70,7 +72,7 @@ class Evidence:
     @property
     def served_digest(self) -> str:
         """SHA-256 over the weights, those that guide included, and the settings: the same serve the same pictures."""
-        weights = {name: digest for name, digest in self.files.items() if name.endswith(layout.WEIGHTS)}
+        weights = {name: digest for name, digest in self.files.items() if _holds_weights(name)}
         content = [weights, self.scores.sampling]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -144,6 +146,13 @@ class Evidence:
     def differing_files(self, folder: Path) -> list[str]:
         """Return which files of the signed folder are not those of the evidence, in words."""
         return differences(self.files, file_digests(folder))
+
+
+def _holds_weights(name: str) -> bool:
+    """Return whether a file of a version has weights that decide its pictures."""
+    folder, _, file = name.rpartition("/")
+    # Digests of earlier versions have of a text encoder only what is in one file.
+    return name.endswith(layout.WEIGHTS) or (folder != TEXT_ENCODER and bool(files_of(layout.WEIGHTS, [file])))
 
 
 def packages(*, text: bool = False) -> dict[str, str]:

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec, load_model, save_guides, save_model
@@ -105,3 +106,29 @@ def test_missing_and_damaged_weights_are_named(folder):
 
 def test_an_image_has_the_channels_of_the_input_where_the_variance_is_learned():
     assert replace(SPEC, network=replace(CONFIG, in_channels=3, out_channels=6)).shape == (3, 8, 8)
+
+
+def test_weights_in_half_precision_are_computed_with_in_float32_and_are_not_trained(folder):
+    weights = {name: tensor.bfloat16() for name, tensor in UNet(CONFIG).state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    network = load_model(folder).network
+    assert not network.training
+    assert {(p.dtype, p.requires_grad) for p in network.parameters()} == {(torch.float32, False)}
+    assert all(torch.equal(p, weights[name].float()) for name, p in network.named_parameters())
+
+
+def test_a_network_keeps_what_its_constructor_computes_beside_its_weights(folder, monkeypatch):
+    class WithTables(UNet):
+        def __init__(self, config: UNetConfig) -> None:
+            super().__init__(config)
+            self.rates = torch.linspace(0, 1, 3).tolist()
+            self.plain = torch.ones(2)
+            self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+    monkeypatch.setattr(UNetConfig, "build", lambda config: WithTables(config))
+    before = torch.get_rng_state()
+    network = load_model(folder).network
+    assert torch.equal(torch.get_rng_state(), before)  # no first weights were drawn
+    assert network.rates[1] == 0.5
+    assert network.plain.tolist() == [1, 1]
+    assert network.table.tolist() == [0, 1, 2]

@@ -6,18 +6,37 @@ import hashlib
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ddpm.model import save_model
-from pipelines.checkpoints import ModelError, load_checkpoint, parts, publish, sharded, verify_checkpoint
+from ddpm.diffusers import export_diffusers, import_diffusers
+from ddpm.model import load_model, save_model
+from ddpm.tensor_files import read_weights
+from pipelines.checkpoints import (
+    ModelError,
+    fetch_published,
+    load_checkpoint,
+    parts,
+    publish,
+    published,
+    reconstruct_average,
+    record_published,
+    sharded,
+    verify_checkpoint,
+)
 from pipelines.checkpoints.parts import Part, PartsIndex, TensorRows
 from pipelines.checkpoints.sharded import Assembled, read_index, read_rows, read_tensors
+from pipelines.config import compose
+from pipelines.served_model import DiffusionModel
 from pipelines.storage import Storage, layout
+from tests.pipelines.checkpoints import tiny
 from tests.pipelines.checkpoints.tiny import a_checkpoint
+from tests.pipelines.training.loop.ranks import MemoryTracker
 
 STORAGE = Storage()
 
@@ -230,3 +249,50 @@ def test_a_file_that_is_assembled_is_never_in_memory_as_a_whole(tmp_path, monkey
     assert size > 32 * 2**20
     assert len(digest) == 64
     assert most <= sharded.REQUESTS_AT_ONCE + 3
+
+
+def test_a_large_published_copy_is_in_several_files_and_is_the_same_model_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "CONFIG", compose(["+experiment=digits", "optim.power_ema=[0.05,0.1]"]))
+    monkeypatch.setattr(published, "LARGEST_FILE", 2000)
+    checkpoint, state = a_sharded_checkpoint(tmp_path / "c", 3)
+    copy, tracker = publish(STORAGE, f"file://{tmp_path}/c", f"file://{tmp_path}/p", state), MemoryTracker()
+    record_published(tracker, copy)
+
+    # All files and both indexes are in the state, whose digest is that of the record.
+    there = verify_checkpoint(tmp_path / "p")
+    assert {p.name for p in (tmp_path / "p").iterdir()} == {*there.files, layout.TRAINING_STATE}
+    assert {"model.safetensors.index.json", "power_ema.safetensors.index.json"} < there.files.keys()
+    assert {name: (tmp_path / "p" / name).stat().st_size for name in there.sizes} == there.sizes
+    average = {n.removeprefix("ema."): t for n, t in checkpoint.tensors.items() if n.startswith("ema.")}
+    save_model(tmp_path / "whole", checkpoint.spec, average, 2000)
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "p" / path.name).read_bytes() == path.read_bytes()
+
+    # What is fetched is what the state names, checked; the averages of any width are in it.
+    (tmp_path / "fetched").mkdir()
+    state = fetch_published(copy, STORAGE, tmp_path / "fetched", layout.MODEL, layout.WEIGHTS)
+    assert state == there
+    assert {p.name for p in (tmp_path / "fetched").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+    assert equal(read_weights(tmp_path / "fetched", layout.WEIGHTS), average)
+    power = {n.removeprefix("power.1."): t for n, t in checkpoint.tensors.items() if n.startswith("power.1.")}
+    found = reconstruct_average(tracker, STORAGE, checkpoint.identity["optim.power_ema"][1])
+    assert all(torch.equal(found[name], tensor) for name, tensor in power.items())
+
+    # It draws, serves and exports what the model in one file does.
+    save_model(tmp_path / "one", checkpoint.spec, average)
+    labels = torch.tensor([0, 7])
+    drawn = [load_model(tmp_path / name).generate(labels, seed=3) for name in ("one", "fetched")]
+    assert torch.equal(*drawn)
+    pyfunc, served = DiffusionModel(), []
+    for name in ("one", "fetched"):
+        pyfunc.load_context(SimpleNamespace(artifacts={"model": str(tmp_path / name)}))
+        served.append(pyfunc.predict(None, pandas.DataFrame({"label": [1], "seed": [5]})))
+    assert (served[0] == served[1]).all()
+    export_diffusers(load_model(tmp_path / "fetched"), tmp_path / "d", 2000)
+    assert (tmp_path / "d" / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    assert equal(import_diffusers(tmp_path / "d").network.state_dict(), average)
+
+    lost = min((tmp_path / "p").glob("model-*"))
+    lost.write_bytes(b"")
+    with pytest.raises(ModelError, match=rf"{lost.name} is not the file that was published"):
+        fetch_published(copy, STORAGE, tmp_path / "fetched", layout.MODEL, layout.WEIGHTS)

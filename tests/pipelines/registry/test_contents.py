@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from ddpm.model import load_model, save_model
 from pipelines.registry.contents import check_version, signature_file
 from pipelines.signing import Signer, Trust
 from tests.pipelines.registry.version import CONFIG, a_model, a_version, scores
@@ -52,6 +53,24 @@ def test_one_bit_of_the_weights_is_found_and_the_evidence_not_believed(version):
         "weights": "model.safetensors is another",
     }
     assert rows(version)[0] is None
+
+
+def test_weights_in_several_files_are_checked_and_served_as_one_model(version):
+    model = load_model(version.inside)
+    save_model(version.inside, model.spec, model.network.state_dict(), largest=2000)
+    found = version.sign()
+    assert failed(found) == {}
+    evidence, checks = rows(found)
+    assert checks["weights"].figure.endswith(f"served_digest {evidence.served_digest[:12]}")
+
+    def served(name: str) -> str:
+        return replace(evidence, files={**evidence.files, name: "another"}).served_digest
+
+    for folder in ("", "weak/", "classifier/"):
+        for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "model.safetensors"):
+            assert served(folder + name) != evidence.served_digest
+    for name in ("probe.safetensors", "model.json", "text_encoder/model-00001-of-00002.safetensors"):
+        assert served(name) == evidence.served_digest
 
 
 def test_a_file_that_the_signature_does_not_look_at_is_found_all_the_same(version):
