@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from ddpm.generate import Sampling
 from ddpm.model import ModelSpec
@@ -39,6 +39,7 @@ from pipelines.storage import Storage, join, layout
 from pipelines.tracking import ModelVersion
 from pipelines.training.ledger import goodput_of, read_sessions
 
+T = TypeVar("T")
 SAMPLES, NEAREST = PICTURES
 """Keys of the pictures of an evaluation."""
 GRIDS = "samples"
@@ -94,15 +95,25 @@ class _Reader:
         """Return all facts that can be read."""
         tracker, version = self.subject.tracker, self.subject.version
         name = tracker.tag("ddpm.run") or tracker.run_id
-        settings: Mapping[str, Any] = {}
-        with self._part("the run's configuration"):
-            settings = tracking.recorded_config(tracker)
-        published: list[Published] = []
-        with self._part("the published checkpoints"):
-            published = list_published(tracker, deleted=True)
+        settings = self._read("the run's configuration", lambda: tracking.recorded_config(tracker)) or {}
+        published = self._read("the published checkpoints", lambda: list_published(tracker, deleted=True)) or []
         there = [one for one in published if not one.deleted]
         seen = self._images_seen(there)
-        facts = Facts(
+        of_time = self._read("how long the run took", lambda: self._time(settings, name)) or {}
+        described = (published_spec(one, self.storage) for one in there if one.images_seen == seen)
+        spec = self._read("the description of the model", lambda: next(described, None))
+        training = self._training(settings, spec, seen)
+        data = self._read("the data", lambda: self._data(settings)) or ()
+        curves = self._read("the curves", lambda: self._curves(published)) or {}
+        recorded = self._read("the scores", self._recorded) or []
+        of_scores = self._scores(recorded, published, spec, seen)
+        artifact = next((name for name, of in recorded if of == of_scores.get("scores")), None)
+        verdicts = self._read("the gate's decisions", lambda: _verdicts(version)) or ()
+        pictures = self._read("the pictures", lambda: self._pictures(artifact, seen)) or {}
+        bound = self._read("the terms of the bound", lambda: self._bound(artifact)) or ()
+        tried = tried_by_evaluations(recorded, seen)
+        tried += self._read("the studies of this model", self._tried_by_studies) or []
+        return Facts(
             name=name,
             reference=self.subject.reference,
             made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -110,32 +121,23 @@ class _Reader:
             classifier=settings.get("task") == "classifier",
             version=None if version is None else version.uri,
             link=self._link(),
+            training=training,
+            data=data,
+            curves=curves,
+            verdicts=verdicts,
+            bound=bound,
+            tried=tuple(tried),
+            notes=tuple(self.notes),
+            **of_time,
+            **of_scores,
+            **pictures,
         )
-        with self._part("how long the run took"):
-            facts = replace(facts, **self._time(settings, name))
-        spec: ModelSpec | None = None
-        with self._part("the description of the model"):
-            spec = next((published_spec(one, self.storage) for one in there if one.images_seen == seen), None)
-        facts = replace(facts, training=self._training(settings, spec, seen))
-        with self._part("the data"):
-            facts = replace(facts, data=self._data(settings))
-        with self._part("the curves"):
-            facts = replace(facts, curves=self._curves(published))
-        recorded: list[tuple[str, Scores]] = []
-        with self._part("the scores"):
-            recorded = self._recorded()
-        facts = replace(facts, **self._scores(recorded, published, spec, seen))
-        artifact = next((name for name, of in recorded if of == facts.scores), None)
-        with self._part("the gate's decisions"):
-            facts = replace(facts, verdicts=_verdicts(version))
-        with self._part("the pictures"):
-            facts = replace(facts, **self._pictures(artifact, seen))
-        with self._part("the terms of the bound"):
-            facts = replace(facts, bound=self._bound(artifact))
-        tried = tried_by_evaluations(recorded, seen)
-        with self._part("the studies of this model"):
-            tried += self._tried_by_studies()
-        return replace(facts, tried=tuple(tried), notes=tuple(self.notes))
+
+    def _read(self, what: str, read: Callable[[], T]) -> T | None:
+        """Return a part, or None where it cannot be read."""
+        with self._part(what):
+            return read()
+        return None
 
     @contextmanager
     def _part(self, what: str) -> Iterator[None]:
