@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from pipelines.storage.retry import PATIENCE_S
 from pipelines.tracking.client import TrackingError, ask, authenticate, pages
 from pipelines.tracking.run import Tracker
 from pipelines.tracking.scoring import table_signature
@@ -42,6 +43,11 @@ class ModelVersion:
     def uri(self) -> str:
         """models:/NAME/VERSION."""
         return f"models:/{self.name}/{self.version}"
+
+    @classmethod
+    def of(cls, found: Any, aliases: Iterable[str]) -> ModelVersion:
+        """Return a version as MLflow describes it, with aliases, which MLflow does not always name."""
+        return cls(found.name, str(found.version), found.run_id or "", dict(found.tags), tuple(aliases))
 
 
 @dataclass(frozen=True)
@@ -165,42 +171,39 @@ def register(tracker: Tracker, name: str, model_id: str, tags: Mapping[str, str]
 
 def version(uri: str, name: str, *, alias: str | None = None, number: str | None = None) -> ModelVersion | None:
     """Return a version by alias or number; None if there is none."""
-    from mlflow.exceptions import MlflowException
 
     def find(mlflow: MlflowClient) -> Any:
-        try:
-            return mlflow.get_model_version_by_alias(name, alias) if alias else mlflow.get_model_version(name, number)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise
+        return mlflow.get_model_version_by_alias(name, alias) if alias else mlflow.get_model_version(name, number)
 
-    found = ask(uri, find)
-    if found is None:
-        return None
-    return ModelVersion(name, str(found.version), found.run_id, dict(found.tags), tuple(found.aliases))
+    found = _if_there(uri, find)
+    return None if found is None else ModelVersion.of(found, found.aliases)
 
 
 def versions(uri: str, name: str) -> list[ModelVersion]:
     """Return every version of a registered model, newest first."""
     found = ask(uri, lambda mlflow: mlflow.search_model_versions(f"name = '{name}'"))
-    numbered = sorted(found, key=lambda v: -int(v.version))
-    return [ModelVersion(name, str(v.version), v.run_id, dict(v.tags), tuple(v.aliases)) for v in numbered]
+    return [ModelVersion.of(v, v.aliases) for v in sorted(found, key=lambda v: -int(v.version))]
 
 
 def aliases(uri: str, name: str) -> dict[str, str]:
     """Return alias -> version of a registered model, in one try; empty if there is no such model."""
+    found = _if_there(uri, lambda mlflow: mlflow.get_registered_model(name), patience_s=0)
+    return {} if found is None else {alias: str(number) for alias, number in found.aliases.items()}
+
+
+def _if_there(uri: str, find: Callable[[MlflowClient], Any], patience_s: float = PATIENCE_S) -> Any:
+    """Return what the server finds; None where it has no such thing."""
     from mlflow.exceptions import MlflowException
 
-    def find(mlflow: MlflowClient) -> dict[str, str]:
+    def look(mlflow: MlflowClient) -> Any:
         try:
-            return {alias: str(number) for alias, number in mlflow.get_registered_model(name).aliases.items()}
+            return find(mlflow)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return {}
+                return None
             raise
 
-    return ask(uri, find, patience_s=0)
+    return ask(uri, look, patience_s)
 
 
 def set_alias(uri: str, name: str, alias: str, number: str) -> None:
@@ -259,13 +262,4 @@ def all_versions(uri: str) -> list[ModelVersion]:
     for model in models:
         for alias, number in model.aliases.items():
             aliases.setdefault((model.name, str(number)), []).append(alias)
-    return [
-        ModelVersion(
-            v.name,
-            str(v.version),
-            v.run_id or "",
-            dict(v.tags),
-            tuple(sorted(aliases.get((v.name, str(v.version)), []))),
-        )
-        for v in found
-    ]
+    return [ModelVersion.of(v, sorted(aliases.get((v.name, str(v.version)), []))) for v in found]

@@ -29,7 +29,9 @@ class Registry:
         return list(self.versions)
 
     def create_model_version(self, name, source, *, run_id, model_id, tags):
-        made = SimpleNamespace(version=len(self.versions) + 1, source=source, run_id=run_id, tags=tags, aliases=())
+        made = SimpleNamespace(
+            name=name, version=len(self.versions) + 1, source=source, run_id=run_id, tags=tags, aliases=()
+        )
         self.versions.append(made)
         return self._answered(made)
 
@@ -87,7 +89,9 @@ def test_a_version_that_a_slow_server_has_made_twice_is_there_once_and_others_st
 
 
 def test_reading_a_version_and_moving_an_alias_wait_for_a_server_that_restarts(registry):
-    registry.versions.append(SimpleNamespace(version=1, source="models:/m", run_id="run", tags={}, aliases=()))
+    registry.versions.append(
+        SimpleNamespace(name="digits", version=1, source="models:/m", run_id="run", tags={}, aliases=())
+    )
     found = version("http://mlflow", "digits", number="1")
     assert found is not None
     assert found.uri == "models:/digits/1"
