@@ -312,19 +312,18 @@ def _encode_part(access: _Access, split: str, span: tuple[int, int], evaluator: 
     quarantine = read_quarantine(access.dataset.uri, access.storage)
     positions = np.arange(*span)
     batches = [positions[i : i + ENCODE_BATCH] for i in range(0, len(positions), ENCODE_BATCH)]
-    features, labels, reference, pixels = [], [], [], []
+    rows: list[dict[str, NDArray[Any]]] = []
     for batch in access.read(split, batches):
         levels = to_levels(batch.images)
-        features.append(encode(levels).features.numpy())
-        labels.append(np.full(len(levels), -1) if batch.labels is None else batch.labels.numpy())
-        reference.append(reference_mask(share, access.dataset, quarantine, batch.ordinals).numpy())
-        pixels.append(thumbnails(levels))
-    part = {
-        "features": np.concatenate(features),
-        "labels": np.concatenate(labels),
-        "reference": np.concatenate(reference),
-        "pixels": np.concatenate(pixels),
-    }
+        rows.append(
+            {
+                "features": encode(levels).features.numpy(),
+                "labels": np.full(len(levels), -1) if batch.labels is None else batch.labels.numpy(),
+                "reference": reference_mask(share, access.dataset, quarantine, batch.ordinals).numpy(),
+                "pixels": thumbnails(levels),
+            }
+        )
+    part = {name: np.concatenate([each[name] for each in rows]) for name in rows[0]}
     digest = stored.write(_part_name(split, span[0]), numpy_save(part))
     classes = len(access.dataset.classes)
     chosen = part["features"][part["reference"]]

@@ -121,13 +121,9 @@ def train_on_ray(training: Training, *, use_gpu: bool) -> Trained:
         TaskError: no node of the cluster can hold it.
     """
     needs = {"CPU": 1, "GPU": int(use_gpu)}
-    task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"])(_run)
+    task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"])(Training.__call__)
     ((_, trained),) = finished([task.remote(training)], needs, "train the evaluator")
     return trained
-
-
-def _run(training: Training) -> Trained:
-    return training()
 
 
 def untrained(
