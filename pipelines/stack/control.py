@@ -102,56 +102,74 @@ def up(
         for name, service in read_services(home).items():
             if name not in running:
                 end(service)  # its leader has ended; processes left in its session would hold ports and files
-        started: dict[str, StartedService] = {}
-        recording = threading.Lock()
-
-        def record() -> None:
-            with recording:
-                write_services(home, {**running, **started})
-
-        def is_up(name: str) -> bool:
-            if name not in running:
-                return False
-            if answers(running[name], home):
-                return True
-            notice(name, "slow to answer")
-            return answers_within(running[name], home, PATIENCE_S, SLOW_PROBE_S)
-
-        def start(name: str) -> None:
-            if is_up(name):
-                notice(name, "already running")
-                return
-            if name in running:
-                end(running.pop(name))
-            notice(name, "starting")
-            for attempts_left in reversed(range(START_ATTEMPTS)):
-                started[name] = service = STARTERS[name](home, running)
-                record()  # if this process is killed, `down` and the next `up` know about it
-                try:
-                    await_healthy(name, service, home, timeout_s)
-                    break
-                except StackError:
-                    end(service)
-                    if not attempts_left or not taken_ports(home, name):
-                        raise
-                    notice(name, "port taken, starting again")
-            running[name] = service
-            notice(name, "healthy")
-
+        starter = _Starter(home, running, notice, timeout_s)
         try:
             for group in TOGETHER:
                 with ThreadPoolExecutor(2) as pool:
-                    for future in [pool.submit(start, name) for name in group if name in wanted]:
+                    for future in [pool.submit(starter.start, name) for name in group if name in wanted]:
                         future.result()
         except BaseException:
-            for name, service in started.items():
-                end(service)
-                running.pop(name, None)
-            started.clear()
-            record()
+            starter.end_started()
             raise
-        record()
+        starter.record()
     return _state(home, running)
+
+
+class _Starter:
+    """Starts services of a stack, several at a time, and records them.
+
+    Args:
+        running: services that run, to which the started ones are added.
+    """
+
+    def __init__(self, home: Path, running: dict[str, StartedService], notice: StageNotice, timeout_s: float) -> None:
+        self.home, self.running, self.notice, self.timeout_s = home, running, notice, timeout_s
+        self.started: dict[str, StartedService] = {}
+        self._recording = threading.Lock()
+
+    def start(self, name: str) -> None:
+        """Start a service unless it answers, and wait until it does."""
+        if self._answers(name):
+            self.notice(name, "already running")
+            return
+        if name in self.running:
+            end(self.running.pop(name))
+        self.notice(name, "starting")
+        for attempts_left in reversed(range(START_ATTEMPTS)):
+            self.started[name] = service = STARTERS[name](self.home, self.running)
+            self.record()  # if this process is killed, `down` and the next `up` know about it
+            try:
+                await_healthy(name, service, self.home, self.timeout_s)
+                break
+            except StackError:
+                end(service)
+                if not attempts_left or not taken_ports(self.home, name):
+                    raise
+                self.notice(name, "port taken, starting again")
+        self.running[name] = service
+        self.notice(name, "healthy")
+
+    def _answers(self, name: str) -> bool:
+        """Return whether a service runs and answers, if need be within `PATIENCE_S` seconds."""
+        if name not in self.running:
+            return False
+        if answers(self.running[name], self.home):
+            return True
+        self.notice(name, "slow to answer")
+        return answers_within(self.running[name], self.home, PATIENCE_S, SLOW_PROBE_S)
+
+    def record(self) -> None:
+        """Write which services run."""
+        with self._recording:
+            write_services(self.home, {**self.running, **self.started})
+
+    def end_started(self) -> None:
+        """End what was started here."""
+        for name, service in self.started.items():
+            end(service)
+            self.running.pop(name, None)
+        self.started.clear()
+        self.record()
 
 
 def down(home: Path | None = None, *, notice: StageNotice = no_stage_notice) -> list[str]:
