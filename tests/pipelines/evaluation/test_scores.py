@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from pipelines.evaluation.scores import Estimate, Scores
+from tests.pipelines.evaluation import made_up
 
-SCORES = Scores(
+SCORES = made_up.scores(
     estimates={
         "frechet_distance": Estimate(10.0, 9.0, 11.0, 0.2, floor=5.0, ceiling=50.0),
         "class_accuracy": Estimate(0.97, 0.96, 0.98, 0.01),
@@ -14,13 +15,6 @@ SCORES = Scores(
     },
     n=2_000,
     seeds=(1, 2, 3),
-    evaluator="classifier",
-    evaluator_digest="e",
-    features=64,
-    real_accuracy=1.0,
-    dataset_digest="d",
-    stream_digest="s",
-    real={"train": 719, "test": 359},
     sampling={"steps": 50},
 )
 

@@ -7,8 +7,9 @@ import pytest
 
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.registry.decision import absolute_bounds
+from tests.pipelines.evaluation import made_up
 
-GOOD = Scores(
+GOOD = made_up.scores(
     estimates={
         "frechet_distance": Estimate(3.0, 2.8, 3.2, floor=2.5, ceiling=50.0),
         "class_accuracy": Estimate(0.98, 0.97, 0.99, floor=0.99, ceiling=0.1),
@@ -16,16 +17,8 @@ GOOD = Scores(
         "diversity": Estimate(9.0, 8.0, 10.0, floor=10.0),
         "finite": Estimate(1.0, 1.0, 1.0, floor=1.0),
     },
-    n=359,
     seeds=(1, 2, 3),
-    evaluator="classifier",
-    evaluator_digest="e",
-    features=64,
     real_accuracy=0.99,
-    dataset_digest="d",
-    stream_digest="s",
-    real={"train": 719, "test": 359},
-    sampling={},
     memorisation={"copies": False, "verdict": "none found"},
 )
 

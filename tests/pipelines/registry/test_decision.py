@@ -10,9 +10,9 @@ import torch
 from ddpm.quality import FeatureMoments, FrechetInfluence, Measured
 from pipelines.evaluation.measure import Measures
 from pipelines.evaluation.paired import level
-from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.registry.comparison import gate_seed
 from pipelines.registry.decision import ACCURACY_LEVEL, comparable, decide
+from tests.pipelines.evaluation import made_up
 
 REFERENCE = FeatureMoments.of(torch.randn(4_000, 8, generator=torch.Generator().manual_seed(1)))
 
@@ -163,19 +163,7 @@ def test_of_many_attempts_against_one_champion_hardly_any_passes_wrongly():
 
 
 def test_scores_of_another_evaluator_other_data_or_another_number_do_not_compare():
-    scores = Scores(
-        estimates={"frechet_distance": Estimate(1.0)},
-        n=359,
-        seeds=(1,),
-        evaluator="classifier",
-        evaluator_digest="e",
-        features=64,
-        real_accuracy=1.0,
-        dataset_digest="d",
-        stream_digest="s",
-        real={"train": 719, "test": 359},
-        sampling={},
-    )
+    scores = made_up.scores()
     assert all(row.passed for row in comparable(scores, scores, "it"))
     for change in ({"evaluator_digest": "x"}, {"stream_digest": "x"}, {"n": 10}, {"stream_digest": ""}):
         assert [row.passed for row in comparable(replace(scores, **change), scores, "it")].count(False) == 1

@@ -13,25 +13,20 @@ from pipelines import tracking
 from pipelines.checkpoints import references
 from pipelines.checkpoints.references import Resolved
 from pipelines.config import compose
-from pipelines.evaluation.scores import Estimate, Scores
+from pipelines.evaluation.scores import Estimate
 from pipelines.presentation.progress import Silent
 from pipelines.registry import RegistryError, package, register_scored
 from pipelines.signing import Signer
 from pipelines.tracking import ModelVersion
 from tests.pipelines.checkpoints.tiny import SMALL
+from tests.pipelines.evaluation import made_up
 
 CONFIG = compose(["+experiment=digits"])
 SETTINGS = Sampling.of(steps=7)
-SCORES = Scores(
+SCORES = made_up.scores(
     estimates={"frechet_distance": Estimate(3.0, 2.0, 4.0)},
     n=64,
     seeds=(0,),
-    evaluator="classifier",
-    evaluator_digest="e",
-    features=64,
-    real_accuracy=1.0,
-    dataset_digest="d",
-    stream_digest="s",
     real={},
     sampling=SETTINGS.to_json(),
 )

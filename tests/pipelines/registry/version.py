@@ -22,6 +22,7 @@ from pipelines.registry.package import pyfunc_of, write_version
 from pipelines.signing import Signer
 from pipelines.storage import layout
 from tests.pipelines.checkpoints.tiny import SMALL
+from tests.pipelines.evaluation import made_up
 
 CONFIG = RegistryConfig(model="digits")
 UNET = replace(SMALL, num_classes=2)
@@ -39,20 +40,8 @@ def a_model(seed: int = 0, **parts: Any) -> Model:
 
 
 def scores(sampling: Sampling = SAMPLING, **fields: Any) -> Scores:
-    plain = {
-        "estimates": {"frechet_distance": Estimate.of([10.0], [0.1], floor=5.0), "class_accuracy": Estimate(0.97)},
-        "n": 359,
-        "seeds": (1,),
-        "evaluator": "classifier",
-        "evaluator_digest": "e",
-        "features": 64,
-        "real_accuracy": 1.0,
-        "dataset_digest": "d",
-        "stream_digest": "s",
-        "real": {"train": 719, "test": 359},
-        "sampling": sampling.to_json(),
-    }
-    return Scores(**{**plain, **fields})
+    estimates = {"frechet_distance": Estimate.of([10.0], [0.1], floor=5.0), "class_accuracy": Estimate(0.97)}
+    return made_up.scores(**{"estimates": estimates, "sampling": sampling.to_json(), **fields})
 
 
 @dataclass(frozen=True)

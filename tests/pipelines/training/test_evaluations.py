@@ -15,7 +15,7 @@ from pipelines import tracking
 from pipelines.checkpoints import BEST, Published, list_published, record_published, run_folder
 from pipelines.config import compose
 from pipelines.evaluation.recorded import Scored
-from pipelines.evaluation.scores import Estimate, Scores
+from pipelines.evaluation.scores import Estimate
 from pipelines.presentation.errors import PipelineError
 from pipelines.storage import Fence, Storage, layout
 from pipelines.storage.retry import TransientError
@@ -24,6 +24,7 @@ from pipelines.training import evaluations as module
 from pipelines.training.evaluations import STATE_TAG, Evaluations, due, has_outstanding, to_score
 from pipelines.training.loop.context import Job
 from pipelines.training.scoring import CancelledError
+from tests.pipelines.evaluation import made_up
 
 # --- what is due ---
 
@@ -99,18 +100,11 @@ class Run:
         self.scored.append(images)
         name = f"evaluation/{images:012d}.json"
         pixels = np.zeros((4, 4, 1), np.uint8)
-        scores = Scores(
+        scores = made_up.scores(
             estimates={BEST.removeprefix("eval/"): Estimate(1e3 / images)},
-            n=359,
-            seeds=(1,),
-            evaluator="classifier",
-            evaluator_digest="e",
             features=8,
             real_accuracy=None,
-            dataset_digest="d",
-            stream_digest="s",
             real={},
-            sampling={},
         )
         return Scored(scores, name, images, ("digits", "e"), {"evaluation": pixels}, None, 1_000)
 
