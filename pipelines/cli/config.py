@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pipelines.cli.common import Json, answer_json
+from pipelines.cli.terminal import print_grid
 
 if TYPE_CHECKING:
     from pipelines.config.fields import ConfigChoice, Explained
@@ -97,12 +97,7 @@ def _print_grid(console: Console, rows: list[Any]) -> None:
         for row in rows:
             console.print(Text("  ".join(text for text, _ in row if text)))
         return
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    for column in range(len(rows[0])):
-        grid.add_column(no_wrap=column == 0, overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text(text, style) for text, style in row))
-    console.print(grid, soft_wrap=False)
+    print_grid(console, [[Text(text, style) for text, style in row] for row in rows], whole=1)
 
 
 def written(value: Any) -> str:

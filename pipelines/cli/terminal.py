@@ -28,12 +28,12 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.environment.credentials import redact
-from pipelines.presentation.lines import check_line
 from pipelines.presentation.progress import NOT_WORKING, Progress, Report, StageNotice, TimeBreakdown, TrainingStatus
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tabs and line breaks
 PLAIN_EVERY_S = 5.0
@@ -131,16 +131,15 @@ class Terminal:
         """Show findings, each as (status, name, finding, fix); aligned and wrapped on a terminal."""
         if not self.console.is_terminal:
             for status, name, found, fix in checks:
-                self.console.print(Text(redact(check_line(status, name, found, fix))))
+                line = f"{status:>8}  {name}: {found}" + (f"; fix: {fix}" if fix else "")
+                self.console.print(Text(redact(line)))
             return
         styles = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
-        table = Table.grid(padding=(0, 2, 0, 0))
-        for column in range(3):
-            table.add_column(no_wrap=column < 2, overflow="fold")
+        rows = []
         for status, name, found, fix in checks:
             advice = [("\n" + redact(fix), "bold")] if fix else []
-            table.add_row(Text(status, styles[status]), Text(name, "cyan"), Text.assemble(redact(found), *advice))
-        self.console.print(table, soft_wrap=False)
+            rows.append((Text(status, styles[status]), Text(name, "cyan"), Text.assemble(redact(found), *advice)))
+        print_grid(self.console, rows, whole=2)
 
     def table(self, rows: Sequence[tuple[str, str, str]]) -> None:
         """Show rows of (what, choice, reason): aligned and wrapped on a terminal, otherwise one line each."""
@@ -148,12 +147,11 @@ class Terminal:
             for what, choice, reason in rows:
                 self.stage("plan", f"{what}: {choice} ({reason})")
             return
-        table = Table.grid(padding=(0, 2, 0, 0))
-        for column in range(3):
-            table.add_column(no_wrap=column < 1, overflow="fold")
-        for what, choice, reason in rows:
-            table.add_row(Text(f"{what:>14}", "bold cyan"), Text(redact(choice), "bold"), Text(redact(reason), "dim"))
-        self.console.print(table, soft_wrap=False)
+        lines = [
+            (Text(f"{what:>14}", "bold cyan"), Text(redact(choice), "bold"), Text(redact(reason), "dim"))
+            for what, choice, reason in rows
+        ]
+        print_grid(self.console, lines, whole=1)
 
     def counter(self, description: str, unit: str) -> Progress:
         """Return a callback that shows progress over a known number of items, and an estimate of the remaining time."""
@@ -264,3 +262,17 @@ def _small_picture(samples: NDArray[np.uint8], width: int) -> RenderableType:
 def _visible(text: str) -> str:
     """Escape the control characters of a text: file names may contain terminal commands."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def print_grid(console: Console, rows: Sequence[Sequence[Text]], whole: int) -> None:
+    """Print rows in columns, of which the first ones are not wrapped.
+
+    Args:
+        whole: number of columns that are not.
+    """
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for column in range(max(map(len, rows), default=0)):
+        table.add_column(no_wrap=column < whole, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, soft_wrap=False)
