@@ -162,6 +162,17 @@ def test_our_own_round_trip_is_exact(tmp_path, config):
     assert same_weights(found, model)
 
 
+def test_weights_in_several_files_go_over_and_come_back(tmp_path):
+    model = make()
+    export_diffusers(model, tmp_path / "a", largest=20_000)
+    assert (tmp_path / "a" / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    assert_same_numbers(model, *theirs(tmp_path / "a"))
+    diffusers.UNet2DModel.from_pretrained(tmp_path / "a" / "unet").save_pretrained(
+        tmp_path / "a" / "unet", max_shard_size="30KB"
+    )
+    assert same_weights(import_diffusers(tmp_path / "a"), model)
+
+
 def same_weights(one, other):
     a, b = one.network.state_dict(), other.network.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
