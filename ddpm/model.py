@@ -140,6 +140,13 @@ class Model:
             None if self.weak is None else self.weak.denoiser,
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights in bytes, those of the networks that guide it included."""
+        networks = [n for n in (self.network, self.classifier) if n is not None]
+        own = sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
+        return own + (0 if self.weak is None else self.weak.nbytes)
+
     def to(self, device: torch.device | str) -> Model:
         """Return the model on a device; its networks are moved in place."""
         return replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ddpm.model import Model
 from ddpm.quality import Measured
 from pipelines.evaluation.cost import Meter
 from pipelines.evaluation.data import EvaluationData
-from pipelines.evaluation.devices import task_device
+from pipelines.evaluation.devices import actors_that_hold, seen_gpus, task_device
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.images import pack_samples, thumbnail_size, thumbnails, to_levels, unpack_samples
 from pipelines.evaluation.likelihoods import BATCH, Bounds, Likelihood, conditions, held_out_bound, likelihood
@@ -28,7 +28,8 @@ from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import DrawnRows, DrawnUnit, SampledModel, SampleFiles, SamplePlan, SampleSpec, Unit
 from pipelines.presentation.progress import Notice, Progress
-from pipelines.remote.actors import ActorPool, PooledActor, processors
+from pipelines.remote.actors import ActorPool, PooledActor
+from pipelines.remote.tasks import alive_nodes
 from pipelines.signing import Authority, Derived
 from pipelines.storage import Storage
 
@@ -69,14 +70,26 @@ class SamplingActors:
         request: how many samples are drawn of each subject, by how many actors, and whether each has a GPU.
         authority: says whose stored samples are believed, and signs the new ones; None to draw all of them.
         notice: called where an actor is lost, and where what is stored is not believed.
+        subjects: whose samples are drawn.
+
+    Raises:
+        TaskError: no device holds the weights of a subject, or not those of as many actors.
     """
 
-    def __init__(self, data: EvaluationData, request: SampleSpec, authority: Authority | None, notice: Notice) -> None:
+    def __init__(
+        self,
+        data: EvaluationData,
+        request: SampleSpec,
+        authority: Authority | None,
+        notice: Notice,
+        subjects: Iterable[SampledModel],
+    ) -> None:
         self.data, self.request, self.authority, self.notice = data, request, authority, notice
         n = request.n or data.real.test.count
         units = len(request.seeds) * -(-n // request.batch_size)
-        count = min(request.actors or processors(use_gpu=request.use_gpu), units)
-        needs = {"CPU": 1.0, "GPU": float(request.use_gpu)}
+        weights, gpus = max(subject.model.nbytes for subject in subjects), seen_gpus() if request.use_gpu else None
+        count = min(actors_that_hold(weights, request.actors, alive_nodes(), gpus), units)
+        needs = {"CPU": 1.0, "GPU": float(request.use_gpu), "memory": 0.0 if request.use_gpu else float(weights)}
         shared = ray.put(data.evaluator)
         self.pool = ActorPool(_SamplingActor, (shared, data.storage), needs, count, request.patience_s, notice)
         self._shared: dict[str, Any] = {}

@@ -91,7 +91,7 @@ def measure(
     found, distance, authority = {}, Distance.of(data.real), Authority.of(data.config.registry)
     with (
         temporary_folder("measures") as scratch,
-        SamplingActors(data, request, authority, partial(display.stage, stage)) as actors,
+        SamplingActors(data, request, authority, partial(display.stage, stage), subjects.values()) as actors,
     ):
         for number, (name, subject) in enumerate(subjects.items()):
             (folder := scratch / str(number)).mkdir()
@@ -152,7 +152,7 @@ def evaluate(
     """
     real, evaluator, prompts = data.real, data.evaluator, subject.prompts
     with temporary_folder("evaluation") as folder:
-        with SamplingActors(data, request, authority, notice) as actors:
+        with SamplingActors(data, request, authority, notice, [subject]) as actors:
             sampled = actors.draw(subject, folder, progress)
             plan, drawn = sampled.plan, sampled.rows
             noise = actors.noise(subject, min(plan.n, NOISE_IMAGES), plan.seeds[0])

@@ -35,12 +35,13 @@ from pipelines.flow.stage import (
 )
 from pipelines.presentation.errors import PipelineError
 from pipelines.registry import Gate, Verdict, check_signing
+from pipelines.remote.tasks import alive_nodes
 from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.storage import Storage, join, layout
 from pipelines.tracking import ModelVersion
 from pipelines.training import prepare
 from pipelines.training.driver import TrainingResult
-from pipelines.training.ray_train.resources import alive_nodes, connect_ray, has_room_beside
+from pipelines.training.ray_train.resources import connect_ray, has_room_beside
 from pipelines.training.scoring import needs
 
 

@@ -58,7 +58,7 @@ class ActorPool:
         self.arguments, self.needs = arguments, {name: need for name, need in needs.items() if need}
         # A second thread answers while the first one works.
         options = {"num_cpus": needs.get("CPU", 0), "num_gpus": needs.get("GPU", 0), "max_concurrency": 2}
-        self.kind = ray.remote(kind).options(**options)
+        self.kind = ray.remote(kind).options(**options, memory=needs.get("memory") or None)
         self.count, self.patience_s, self.notice = count, patience_s, notice
         self.actors, self.idle, self.lost = list[Any](), list[Any](), 0
         self.starting: dict[Any, Any] = {}

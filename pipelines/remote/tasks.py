@@ -92,8 +92,12 @@ def finished(
 
 def fits(needs: Mapping[str, float]) -> bool:
     """Return whether a live node has the resources of a task, free or in use."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return any(all(node.get(name, 0.0) >= need for name, need in needs.items()) for node in nodes)
+    return any(all(node.get(name, 0.0) >= need for name, need in needs.items()) for node in alive_nodes())
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """Return the resources of each live node, free or in use, by Ray's names."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def named(needs: Mapping[str, float]) -> str:

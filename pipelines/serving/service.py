@@ -20,8 +20,9 @@ from pipelines.config import Config, ConfigError
 from pipelines.environment.loopback import bypass_proxies, is_loopback
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Notice
+from pipelines.remote.tasks import alive_nodes
 from pipelines.serving.application import build
-from pipelines.training.ray_train.resources import alive_nodes, possible_workers
+from pipelines.training.ray_train.resources import possible_workers
 
 POLL_S = 0.5
 PAGE = "page"

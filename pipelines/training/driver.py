@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pipelines import checkpoints, tracking
 from pipelines.checkpoints import Published
 from pipelines.presentation.progress import NOT_WORKING, Notice, Report, TrainingStatus, no_notice, no_report
+from pipelines.remote.tasks import alive_nodes
 from pipelines.storage import StorageError
 from pipelines.tracking import Tracker
 from pipelines.training.describe import describe_run, report_goodput
@@ -27,7 +28,6 @@ from pipelines.training.loop.log import send_unsent
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.ray_train.monitor import only_driver
 from pipelines.training.ray_train.resources import (
-    alive_nodes,
     connect_ray,
     has_room_beside,
     is_free,

@@ -11,6 +11,7 @@ import ray
 from pipelines import tracking
 from pipelines.config import ClusterConfig, Config
 from pipelines.environment.loopback import bypass_proxies
+from pipelines.remote.tasks import alive_nodes
 from pipelines.storage import Storage
 from pipelines.training.errors import TrainingError
 
@@ -113,11 +114,6 @@ def shortage(cluster: ClusterConfig, nodes: Sequence[Mapping[str, float]]) -> st
         f"{len(nodes)} node{'s' * (len(nodes) != 1)} with {there} in all hold {fits}. "
         "Lower cluster.num_workers, cpus_per_worker or gpus_per_worker, or add nodes"
     )
-
-
-def alive_nodes() -> list[dict[str, float]]:
-    """Return the resources of each node that is alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def require_resources(config: Config, notice: Callable[[str], None] = lambda text: None) -> None:

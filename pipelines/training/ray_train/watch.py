@@ -16,6 +16,7 @@ from ray.train import ControllerError
 from pipelines.checkpoints import newest_checkpoint
 from pipelines.config import Config
 from pipelines.presentation.progress import Notice, Report, TrainingStatus
+from pipelines.remote.tasks import alive_nodes
 from pipelines.storage import FencedError, StorageError
 from pipelines.storage.retry import PATIENCE_S
 from pipelines.training.errors import TrainingError
@@ -23,7 +24,7 @@ from pipelines.training.ledger import Ledger
 from pipelines.training.loop.context import Job
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.ray_train.answers import answer
-from pipelines.training.ray_train.resources import alive_nodes, shortage
+from pipelines.training.ray_train.resources import shortage
 from pipelines.training.ray_train.worker_logs import LogDeduplicator
 from pipelines.training.states import AnotherDriver, Event, NodesCounted, WorkersEnded, WorkersUnreachable
 

@@ -32,5 +32,5 @@ def draw_here(monkeypatch: Any) -> None:
     """Let samples be drawn in this process."""
     monkeypatch.setattr(ray, "put", lambda value: SimpleNamespace(value=value))
     monkeypatch.setattr(ray, "get", lambda reference: reference.value)
-    monkeypatch.setattr(actors, "processors", lambda *, use_gpu: 1)
+    monkeypatch.setattr(actors, "alive_nodes", lambda: [{"CPU": 1.0}])
     monkeypatch.setattr(actors, "ActorPool", Pool)
