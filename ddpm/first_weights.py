@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm.noise import Purpose, normal, uniform
@@ -125,3 +126,23 @@ def build_on_meta(build: Callable[[], nn.Module]) -> tuple[nn.Module, dict[str, 
     if unknown := [name for name, distribution in fresh.items() if distribution is None]:
         raise ValueError(f"nobody has recorded how {unknown[0]} is filled: make it empty and fill it by torch.nn.init")
     return network, {name: distribution for name, distribution in fresh.items() if distribution is not None}
+
+
+class NoFirstWeights(TorchFunctionMode):
+    """A context in which new parameters keep whatever is in memory: no page of theirs is taken before it is written.
+
+    Examples:
+        >>> with NoFirstWeights():
+        ...     nn.Linear(3, 2).bias.shape
+        torch.Size([2])
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        target = args[0] if args else given.get("tensor")  # by position, or as `torch.nn.init` passes it on
+        name = func.__name__
+        if isinstance(target, nn.Parameter) and name.endswith("_") and name != "requires_grad_" and name[:2] != "__":
+            return target
+        return func(*args, **given)

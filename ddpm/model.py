@@ -1,12 +1,11 @@
 """Models as folders: `model.json` describes the model, `model.safetensors` holds the weights. No pickle.
 
-The weights of a large model are in several files with an index; see `ddpm.tensor_files`. Networks that guide a model
-may lie in folders below its own, each a model folder itself; see `save_guides`.
+Those of a large model are in several files; see `ddpm.tensor_files`. Networks that guide a model may lie in folders
+below its own, each a model folder itself; see `save_guides`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,9 +14,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ddpm.conditioning import Conditioning
+from ddpm.first_weights import NoFirstWeights
 from ddpm.generate import Sampling, generate
 from ddpm.guidance import Guides
 from ddpm.models import NETWORKS, UNNAMED_NETWORK, NetworkConfig, UNetConfig
@@ -29,9 +28,7 @@ from ddpm.tensor_files import LARGEST_FILE, read_weights, save_weights
 N = TypeVar("N", bound=nn.Module)
 
 FORMAT_VERSION = 1
-WEIGHTS = "model.safetensors"
-CLASSIFIER = "classifier"
-WEAK = "weak"
+WEIGHTS, CLASSIFIER, WEAK = "model.safetensors", "classifier", "weak"
 TEXT_ENCODER = "text_encoder"
 """Folder, below a model's own, of the text encoder that embedded its training data, where the model carries it."""
 ENCODER_MODULES = ("Transformer", "Pooling", "Normalize", "Dense")
@@ -143,8 +140,8 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Size of the weights in bytes, those of the networks that guide it included."""
-        networks = [n for n in (self.network, self.classifier) if n is not None]
-        own = sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
+        networks = [network for network in (self.network, self.classifier) if network is not None]
+        own = sum(weight.nbytes for network in networks for weight in network.state_dict().values())
         return own + (0 if self.weak is None else self.weak.nbytes)
 
     def to(self, device: torch.device | str) -> Model:
@@ -264,16 +261,14 @@ def stored_weights(folder: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
         ValueError: as for `load_model`.
 
     Examples:
-        >>> import tempfile
-        >>> config = UNetConfig(channels=(8,), attention=(False,), norm_groups=4, head_dim=None, layers_per_block=1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_model(Path(folder), ModelSpec(config, {}, "eps", image_size=8), config.build().state_dict())
-        ...     stored_weights(Path(folder))[1]["conv_in.weight"].shape
-        torch.Size([8, 3, 3, 3])
+        >>> stored_weights(Path("no-such-folder"))
+        Traceback (most recent call last):
+            ...
+        ValueError: no-such-folder is not a model folder: model.json is missing
     """
     spec = _read_denoiser(folder)
     weights = {name: tensor.float() for name, tensor in read_weights(folder, WEIGHTS).items()}
-    with _NoFirstWeights():
+    with NoFirstWeights():
         network = spec.network.build()
     _load(network, weights, assign=True)
     return spec, weights
@@ -336,23 +331,6 @@ def read_spec(folder: Path) -> ModelSpec:
         raise ValueError(f"{folder} is not a model folder: model.json is missing") from error
 
 
-def tensors_digest(tensors: Mapping[str, Tensor], *first: str) -> str:
-    """Return the SHA-256 over tensors by name and value, and over some text before them.
-
-    Examples:
-        >>> a, b = torch.zeros(2), torch.ones(2)
-        >>> tensors_digest({"a": a, "b": b}) == tensors_digest({"b": b, "a": a})
-        True
-        >>> tensors_digest({"a": a, "b": b}) == tensors_digest({"a": b, "b": a})
-        False
-    """
-    found = hashlib.sha256("".join(first).encode())
-    for name, tensor in sorted(tensors.items()):
-        found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 def check_text_encoder(folder: Path) -> None:
     """Check that the text encoder in a folder is made of known modules only, before anything of it is loaded.
 
@@ -409,10 +387,10 @@ def build_network(
 
 def _loaded(build: Callable[[], N], weights: Mapping[str, Tensor], device: torch.device | str) -> N:
     """Return a network with these weights, in evaluation mode, which are in memory once."""
-    with torch.device(device), _NoFirstWeights():
+    with torch.device(device), NoFirstWeights():
         network = build()
     _load(network, weights)
-    return network.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False).to(device)
 
 
 def _load(network: nn.Module, weights: Mapping[str, Tensor], *, assign: bool = False) -> None:
@@ -420,17 +398,3 @@ def _load(network: nn.Module, weights: Mapping[str, Tensor], *, assign: bool = F
         network.load_state_dict(weights, assign=assign)
     except RuntimeError as error:
         raise ValueError(f"the weights do not fit the network that is described beside them: {error}") from error
-
-
-class _NoFirstWeights(TorchFunctionMode):
-    """A context in which new parameters keep whatever is in memory, which no page is taken for before it is written."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = kwargs or {}
-        target = args[0] if args else given.get("tensor")  # by position, or as `torch.nn.init` passes it on
-        name = func.__name__
-        if isinstance(target, nn.Parameter) and name.endswith("_") and name != "requires_grad_" and name[:2] != "__":
-            return target
-        return func(*args, **given)

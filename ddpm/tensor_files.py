@@ -6,11 +6,13 @@ and so on, and `model.safetensors.index.json` says in which file each of them is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -94,7 +96,7 @@ def save_weights(
         metadata: of each file.
 
     Examples:
-        >>> import tempfile, torch
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_weights(Path(folder), "model.safetensors", {"a": torch.ones(2), "b": torch.ones(3)}, largest=8)
         ...     sorted(path.name[:8] for path in Path(folder).iterdir())
@@ -123,7 +125,7 @@ def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
         ValueError: a file is missing or damaged, or the index names other tensors than the files have.
 
     Examples:
-        >>> import tempfile, torch
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_weights(Path(folder), "model.safetensors", {"a": torch.ones(2), "b": torch.ones(3)}, largest=8)
         ...     len(list(Path(folder).iterdir())), read_weights(Path(folder), "model.safetensors")["a"].tolist()
@@ -144,6 +146,23 @@ def read_weights(folder: Path, name: str) -> dict[str, Tensor]:
             )
         found |= inside
     return found
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], *first: str) -> str:
+    """Return the SHA-256 over tensors by name and value, and over some text before them.
+
+    Examples:
+        >>> a, b = torch.zeros(2), torch.ones(2)
+        >>> tensors_digest({"a": a, "b": b}) == tensors_digest({"b": b, "a": a})
+        True
+        >>> tensors_digest({"a": a, "b": b}) == tensors_digest({"a": b, "b": a})
+        False
+    """
+    found = hashlib.sha256("".join(first).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from ddpm.inference import draw_table
-from ddpm.model import TEXT_ENCODER, check_text_encoder, load_model, tensors_digest
+from ddpm.model import TEXT_ENCODER, check_text_encoder, load_model
+from ddpm.tensor_files import tensors_digest
 
 
 class DiffusionModel(mlflow.pyfunc.PythonModel):

@@ -22,11 +22,11 @@ from ddpm.model import (
     read_spec,
     save_model,
     stored_weights,
-    tensors_digest,
 )
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.prediction import Parameterization
 from ddpm.settings import settings_of
+from ddpm.tensor_files import tensors_digest
 from pipelines import tracking
 from pipelines.checkpoints import (
     BEST,

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ddpm.generate import Sampling
-from ddpm.model import Model, ModelSpec, tensors_digest
+from ddpm.model import Model, ModelSpec
 from ddpm.settings import settings_of
+from ddpm.tensor_files import tensors_digest
 from pipelines import tracking
 from pipelines.checkpoints import list_published, lookup, record_scores, references
 from pipelines.checkpoints.references import Resolved

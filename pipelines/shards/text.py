@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
-from ddpm.model import check_text_encoder, tensors_digest
+from ddpm.model import check_text_encoder
+from ddpm.tensor_files import tensors_digest
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 """Errors that `sentence-transformers` raises for damaged or foreign folders."""

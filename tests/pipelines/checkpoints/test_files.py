@@ -1,9 +1,12 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from ddpm.models.unet import UNet
 from pipelines.checkpoints import (
     ModelError,
     check_resumable,
@@ -14,7 +17,7 @@ from pipelines.checkpoints import (
 from pipelines.checkpoints.references import resolve
 from pipelines.config import compose
 from pipelines.storage import Storage
-from tests.pipelines.checkpoints.tiny import CONFIG, DATASET, a_checkpoint
+from tests.pipelines.checkpoints.tiny import CONFIG, DATASET, SMALL, a_checkpoint
 
 
 @pytest.fixture
@@ -116,3 +119,37 @@ def test_a_file_that_is_added_later_is_checked_like_the_others(folder):
     (folder / "unsent.zip").write_bytes(b"paints")
     with pytest.raises(ModelError, match=r"unsent\.zip is missing or damaged"):
         load_checkpoint(folder)
+
+
+READ = """
+import sys
+from pathlib import Path
+from ddpm.model import stored_weights
+from ddpm.tensor_files import tensors_digest
+from pipelines.checkpoints import load_checkpoint
+
+def private():
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+before, most, kept = private(), 0, [stored_weights(Path(sys.argv[1]))[1], load_checkpoint(Path(sys.argv[1]))[1]]
+for tensors in kept:
+    tensors_digest(tensors)
+    for tensor in tensors.values():
+        tensor.contiguous().sum()
+        most = max(most, private() - before)
+print(most)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory of a process")
+def test_weights_and_checkpoints_are_read_without_holding_them_in_memory(tmp_path):
+    large = replace(SMALL, channels=(512,))
+    network = UNet(large).state_dict()
+    tensors = {f"{kind}{name}": tensor for kind in ("network.", "ema.") for name, tensor in network.items()}
+    checkpoint = a_checkpoint(100)
+    save_checkpoint(tmp_path, replace(checkpoint, spec=replace(checkpoint.spec, network=large), tensors=tensors))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    done = subprocess.run([sys.executable, "-c", READ, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert size > 100 * 2**20
+    assert int(done.stdout) < size / 4

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from ddpm.model import load_model, tensors_digest
+from ddpm.model import load_model
+from ddpm.tensor_files import tensors_digest
 from pipelines.checkpoints import ModelError
 from pipelines.training.prepare import initial_lineage
 from tests.pipelines.training.loop.ranks import last_checkpoint, tiny_config, train_here
