@@ -29,6 +29,7 @@ from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import DrawnRows, DrawnUnit, SampledModel, SampleFiles, SamplePlan, SampleSpec, Unit
 from pipelines.presentation.progress import Notice, Progress
 from pipelines.remote.actors import ActorPool, PooledActor
+from pipelines.remote.shared import packed, unpacked
 from pipelines.remote.tasks import alive_nodes
 from pipelines.signing import Authority, Derived
 from pipelines.storage import Storage
@@ -104,7 +105,7 @@ class SamplingActors:
     def _ask(self, subject: SampledModel, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Yield (place, result) of calls of a method of `Drawer` for a subject, as they finish."""
         if subject.digest not in self._shared:
-            self._shared[subject.digest] = ray.put((subject.model.to("cpu"), subject.prompts))
+            self._shared[subject.digest] = ray.put(packed((subject.model.to("cpu"), subject.prompts)))
         # Ray resolves an argument that is a reference at each call, and one in a list not.
         reference = [self._shared[subject.digest]]
         return self.pool.map("of", [(reference, method, call) for call in calls])
@@ -176,7 +177,7 @@ class _SamplingActor(PooledActor):
         """Return the result of a method of the `Drawer` of a subject, by its reference in Ray's object store."""
         if self._subject != subject:
             self._drawer = None  # its networks leave the device first
-            model, prompts = ray.get(subject[0])
+            model, prompts = unpacked(ray.get(subject[0]))
             self._drawer = Drawer(model, prompts, self.evaluator, self.storage)
             self._subject = subject
         return getattr(self._drawer, method)(*arguments)

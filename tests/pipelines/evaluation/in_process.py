@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import ray
 
 from pipelines.evaluation import actors
+
+
+class Reference:
+    """A value in the object store, equal to no other."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 class Pool:
@@ -30,7 +36,9 @@ class Pool:
 
 def draw_here(monkeypatch: Any) -> None:
     """Let samples be drawn in this process."""
-    monkeypatch.setattr(ray, "put", lambda value: SimpleNamespace(value=value))
+    monkeypatch.setattr(ray, "put", Reference)
+    for function in ("packed", "unpacked"):  # tests look into the model that draws
+        monkeypatch.setattr(actors, function, lambda value: value)
     monkeypatch.setattr(ray, "get", lambda reference: reference.value)
     monkeypatch.setattr(actors, "alive_nodes", lambda: [{"CPU": 1.0}])
     monkeypatch.setattr(actors, "ActorPool", Pool)
