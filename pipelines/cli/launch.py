@@ -75,6 +75,7 @@ def launch(
 def _to_kuberay(command: ClusterCommand, *, dry_run: bool, detach: bool, as_json: bool) -> None:
     from pipelines.launch import kubectl, kuberay
 
+    kuberay.require_memory(command)
     if dry_run:
         if as_json:
             answer_json(True, kuberay.rayjob(command))

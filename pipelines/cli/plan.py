@@ -57,10 +57,18 @@ def plan(
 
     made = make_plan(source, overrides, budget_s, services, Storage.of(services), terminal.stage, start_s=start_s)
     show_plan(made)
+    from pipelines.doctor.estimates import check_estimates, numbers, require_fit
+
+    config = from_dict(made.config)
+    checks = check_estimates(config, here=not (config.cluster.address or os.environ.get("RAY_ADDRESS")))
+    terminal.checks([(check.status, check.name, check.found, check.fix) for check in checks])
+    require_fit(checks)
     if save is not None:
-        save.write_text(to_yaml(made.plan, from_dict(made.config)))
+        save.write_text(to_yaml(made.plan, config))
         terminal.stage("saved", f"{save}: run it with `ddpm flow --config {save}`")
-    answer_json(as_json, {**made.plan.to_dict(), "saved": None if save is None else str(save)})
+    answer_json(
+        as_json, {**made.plan.to_dict(), "memory": numbers(checks), "saved": None if save is None else str(save)}
+    )
 
 
 def read_budget(budget: str, overrides: Sequence[str]) -> float:

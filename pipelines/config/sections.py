@@ -147,6 +147,9 @@ class ClusterConfig(ConfigSection):
         description="with parallel=fsdp or hsdp in bf16, dtype in which weights are gathered for forward and backward; "
         "bf16 halves what is gathered. Gradients are added up, and weights updated, in float32 either way",
     )
+    check_memory: bool = Field(
+        True, description="refuse a training whose estimated memory does not fit its nodes, as far as they are known"
+    )
     compile: bool = Field(
         False, description="compile the network with torch.compile; compiled code is cached on the node's disk"
     )

@@ -1,7 +1,7 @@
 """`ddpm doctor`: what is missing for a training, and the command or setting that fixes it. It starts nothing.
 
-`check` has the result of a probe and runs probes in parallel under one deadline; `machine`, `services` and `storage`
-have the probes, whose decisions are pure functions of what was observed. `gpu` is a test of its own.
+`check` has the result of a probe and runs probes in parallel under one deadline; `machine`, `estimates`, `services` and
+`storage` have the probes, whose decisions are pure functions of what was observed. `gpu` is a test of its own.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _probes(overrides: Sequence[str], environ: Mapping[str, str]) -> dict[str, P
     """Return name -> probe for a configuration; the name is shown if the probe has no result."""
     from pipelines import stack
     from pipelines.config import compose
-    from pipelines.doctor import services
+    from pipelines.doctor import estimates, services
     from pipelines.shards.read import default_cache_dir
     from pipelines.stack.connect import connect_running
 
@@ -68,6 +68,7 @@ def _probes(overrides: Sequence[str], environ: Mapping[str, str]) -> dict[str, P
         "disk": folders,
         "ports": lambda: [machine.port_check()],
         "gpu": lambda: machine.check_accelerators(cluster.gpus_per_worker if is_local else None),
+        "estimates": lambda: estimates.check_estimates(config, here=is_local),
         "local stack": lambda: [services.stack_check(stack.status(), needed, stack.find_weed() is not None)],
     }
     return probes | _service_probes(config, needed)

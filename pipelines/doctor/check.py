@@ -21,12 +21,14 @@ class Check:
         name: subject of the check, in a word or two.
         found: finding.
         fix: command or setting that fixes the problem; None if there is none.
+        numbers: bytes by what takes them, where the check is of an estimate.
     """
 
     name: str
     status: Status
     found: str
     fix: str | None = None
+    numbers: Mapping[str, int] | None = None
 
 
 THREAD = "doctor-probe"

@@ -9,7 +9,15 @@ import yaml
 
 from pipelines.config import ConfigError, KubeRayLaunch
 from pipelines.launch.command import ClusterCommand, require_reachable
-from pipelines.launch.pods import SIGNING_FOLDER, Plain, head_template, submitter_template, worker_template
+from pipelines.launch.pods import (
+    SIGNING_FOLDER,
+    Plain,
+    head_template,
+    pod_limits,
+    submitter_template,
+    worker_template,
+)
+from pipelines.training.capacity import placement_of, require_room
 
 RAY_VERSION = "2.60.0"
 """Ray version of the image: RAY_VERSION in infra/docker/Dockerfile."""
@@ -127,6 +135,17 @@ def launch_of(command: ClusterCommand) -> KubeRayLaunch:
     """Return the settings of the launch."""
     assert isinstance(command.config.launch, KubeRayLaunch)
     return command.config.launch
+
+
+def require_memory(command: ClusterCommand) -> None:
+    """Refuse a training that surely does not fit the pods of its workers.
+
+    Raises:
+        ConfigError: names the place, what takes it, and the setting that helps.
+    """
+    if command.verb in ("train", "flow"):
+        launch = launch_of(command)
+        require_room(command.config, placement_of(command.config, launch.workers_per_node), pod_limits(launch))
 
 
 def manifest(command: ClusterCommand) -> str:

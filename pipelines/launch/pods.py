@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from pipelines.config import Config, KubeRayLaunch
+from pipelines.environment.limits import Limits
 from pipelines.launch.command import ClusterCommand
 
 Plain = dict[str, Any]
@@ -17,8 +19,9 @@ SIGNING_FOLDER = "/var/run/secrets/ddpm/signing"
 CACHE_FOLDER = "/var/cache/ddpm"
 SPARE_CPUS = 2
 """Additional cores of a worker pod, for Ray's own processes and an evaluation during training."""
+GIB = 2**30
 LOGS_GIB = 10
-"""Disk of a pod for Ray's logs and spilled objects."""
+"""Disk of a pod for temporary files: Ray's logs and spilled objects, and checkpoints before their upload."""
 CACHE_MARGIN = 10
 """Factor of a volume for shards over `data.cache_gib`, for partial downloads and compiled networks."""
 
@@ -125,6 +128,15 @@ def worker_resources(config: Config, launch: KubeRayLaunch) -> dict[str, str]:
     if cluster.gpus_per_worker:
         found["nvidia.com/gpu"] = str(cluster.gpus_per_worker * per_node)
     return found
+
+
+def pod_limits(launch: KubeRayLaunch) -> Limits:
+    """Return what a worker pod has; the memory of its GPUs is known where the label of the nodes names it."""
+    named = re.search(r"(\d+)GB", launch.gpu_product or "")
+    memory = launch.memory_gib * launch.workers_per_node
+    # A card of 80 GB has a little less than 80 GiB.
+    device = None if named is None else int(named[1]) * GIB
+    return Limits("a pod", device, memory * GIB, LOGS_GIB * GIB, "launch.memory_gib")
 
 
 def cache_gib(config: Config) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,9 @@ IMAGES_KEPT = 6
 of their combinations."""
 
 
-def activation_bytes(config: Config, images: int, device: str, precision: Precision) -> int:
+def activation_bytes(
+    config: Config, images: int, device: str, precision: Precision, gathered: torch.dtype | None = None
+) -> int:
     """Return the most bytes that forward and backward of one micro-batch take beside parameters and their gradients.
 
     Activations that the backward computes again (`model.checkpointing`) are counted where they are alive, and so are
@@ -41,17 +44,34 @@ def activation_bytes(config: Config, images: int, device: str, precision: Precis
     Args:
         images: of the micro-batch.
         device: "cpu" or "cuda", whose rules for autocast count; neither has to be there.
+        gathered: dtype of the weights in forward and backward; None for that of the configuration.
     """
-    data = config.data
-    image = (data.channels, data.image_size, data.image_size)
-    with torch.device("meta"):
-        network = make_network(config).to(weight_dtype(config.optim))
-    return _measured(network, network_config(config), (images, *image), device, precision)
+    data, dtype = config.data, weight_dtype(config.optim)
+    case = _Case((images, data.channels, data.image_size, data.image_size), dtype, gathered, device, precision)
+    key = f"{config.task} {network_config(config)!r}", case
+    if key not in _known:
+        with torch.device("meta"):
+            network = make_network(config).to(gathered or dtype)
+        _known[key] = _measured(network, network_config(config), case)
+    return _known[key]
 
 
-def _measured(
-    network: nn.Module, shape: NetworkConfig, batch: tuple[int, ...], device: str, precision: Precision
-) -> int:
+@dataclass(frozen=True)
+class _Case:
+    """A micro-batch and how it is computed: images [B, C, H, W] of a dtype, and as in `activation_bytes`."""
+
+    batch: tuple[int, int, int, int]
+    dtype: torch.dtype
+    gathered: torch.dtype | None
+    device: str
+    precision: Precision
+
+
+_known: dict[tuple[str, _Case], int] = {}
+"""What was found before, by network and case: remedies and trials of a study ask for the same ones again."""
+
+
+def _measured(network: nn.Module, shape: NetworkConfig, case: _Case) -> int:
     mode, live = FakeTensorMode(), _LiveBytes()
 
     def fake(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -65,17 +85,17 @@ def _measured(
             module._parameters[name] = made
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = fake(*buffer.shape, dtype=buffer.dtype)
-    real = partial(fake, dtype=next(network.parameters()).dtype)
-    x_t, t, cond = real(*batch), real(batch[0]), _condition(shape, batch, real, fake)
+    real = partial(fake, dtype=case.dtype)
+    x_t, t, cond = real(*case.batch), real(case.batch[0]), _condition(shape, case.batch, real, fake)
     with mode, live:
-        with _autocast(device, precision):
+        with _autocast(case.device, case.precision):
             output = network(x_t, t) if cond is None else network(x_t, t, cond)
         output.float().square().mean().backward()
     return live.most + IMAGES_KEPT * x_t.untyped_storage().nbytes()
 
 
 def _condition(
-    shape: NetworkConfig, batch: tuple[int, ...], real: Callable[..., Tensor], fake: Callable[..., Tensor]
+    shape: NetworkConfig, batch: tuple[int, int, int, int], real: Callable[..., Tensor], fake: Callable[..., Tensor]
 ) -> Conditioning | None:
     """Return a condition of every kind that the network takes; None where it takes none."""
     images, _, height, width = batch

@@ -31,6 +31,7 @@ from pipelines.training.ray_train.resources import (
     connect_ray,
     has_room_beside,
     is_free,
+    require_memory,
     require_resources,
 )
 from pipelines.training.ray_train.trainer import WorkerProvider, dedicated_workers
@@ -87,6 +88,7 @@ def train(
         evaluate: scores published checkpoints, where `evaluation.every` asks for that; by default a task on Ray.
 
     Raises:
+        ConfigError: the training surely does not fit the memory of the cluster's nodes.
         TrainingError: the cluster is too small, another driver has the run, or the workers failed more often than
             `cluster.max_failures` without a new checkpoint.
     """
@@ -99,6 +101,7 @@ def train(
     # Wait for a cluster that can hold the workers, and take the run over from earlier drivers.
     connect_ray(config)
     require_resources(config, notice)
+    require_memory(config, notice)
     with only_driver(config) as monitor:
         job = replace(run.job, fence=checkpoints.take_over(run.job.storage, run.job.run_uri))
         run = replace(run, job=job)

@@ -18,7 +18,7 @@ from ddpm.muon import hidden_matrices
 from pipelines.config import Config
 from pipelines.training.activations import activation_bytes
 from pipelines.training.loop.hardware import Precision, weight_dtype
-from pipelines.training.loop.parallel import micro_batch_count, shard_size
+from pipelines.training.loop.parallel import gathered_dtype, micro_batch_count, shard_size
 from pipelines.training.loop.speed import TOKENS
 from pipelines.training.loop.state import make_network
 
@@ -32,9 +32,9 @@ CONTEXT = 700 * MIB
 """Memory of a GPU that CUDA's context, NCCL and cuDNN's workspaces take, by their usual size; not measured here."""
 RAY_NODE = 800 * MIB
 """Memory of Ray's own processes on a node."""
-UNITS_AT_ONCE = 4
+GATHERED_UNITS, SENT_UNITS = 3, 1
 """Units that FSDP2 has whole at a time in the backward: the parameters of one and of the next, which is gathered
-meanwhile, the gradients of the one, and their copy that is sent."""
+meanwhile, and the gradients of the one, in the dtype of gathering; and the copy of gradients that is sent."""
 MATRICES_AT_ONCE = 6
 """Copies of a matrix that Muon has at a time: gathered, joined, and in the iteration that makes it orthogonal."""
 
@@ -65,7 +65,7 @@ class MemoryEstimate:
         device: of a rank; on a CPU these are part of `host`.
         host: of the process of rank 0, which has most.
         node: of all its ranks, and of what else runs there.
-        disk: of temporary files and the cache of shards on a node.
+        disk: of temporary files on a node; the cache of shards, `data.cache_gib`, comes on top.
     """
 
     placement: Placement
@@ -112,9 +112,11 @@ def estimate(config: Config, placement: Placement) -> MemoryEstimate:
         "staging": staged,
         "backlog": config.checkpoint.backlog * staged,
     }
+    if config.checkpoint.local_every is not None:
+        host["staging"] += state.kept
     if placement.device == "cpu":
-        host |= {"device": sum(device.values())}
-    return MemoryEstimate(placement, device, host, _node(placement, state, host), _disk(config, state))
+        host["device"] = sum(device.values())
+    return MemoryEstimate(placement, device, host, _node(config, placement, state, host), _disk(state))
 
 
 class _State:
@@ -159,9 +161,14 @@ class _State:
         return self.shards > 1
 
     @property
+    def kept(self) -> int:
+        """Bytes of a copy in the memory of nodes that a rank makes: its share of what it and others have."""
+        return -(-self.total // self.replicas)
+
+    @property
     def written(self) -> int:
         """Bytes of a checkpoint that rank 0 writes: all, or its share of a part that others have too."""
-        return -(-self.total // self.replicas) if self.sharded else self.total
+        return self.kept if self.sharded else self.total
 
 
 def _device(config: Config, network: nn.Module, placement: Placement, state: _State) -> dict[str, int]:
@@ -172,8 +179,9 @@ def _device(config: Config, network: nn.Module, placement: Placement, state: _St
     matrices = hidden_matrices(network) if config.optim.kind == "muon" else []
     # Before the last micro-batch each rank adds up whole gradients: only that one's are reduced.
     gradients = whole if state.sharded and parts > 1 else state.parameters
-    gathered = _gathered(network) if state.sharded else 0
-    activations = activation_bytes(config, images, placement.device, placement.precision)
+    gathered = _gathered(config, network, placement) if state.sharded else 0
+    dtype = gathered_dtype(config.cluster, placement.precision) if state.sharded else None
+    activations = activation_bytes(config, images, placement.device, placement.precision, dtype)
     # An average is moved by two tensors of its size, when gradients are gone but for DDP's buckets.
     buckets = state.parameters if placement.ranks > 1 and not state.sharded else 0
     update = max(buckets + state.average, gradients + MATRICES_AT_ONCE * max((m.nbytes for m in matrices), default=0))
@@ -193,12 +201,13 @@ def _device(config: Config, network: nn.Module, placement: Placement, state: _St
     return {name: size for name, size in found.items() if size}
 
 
-def _gathered(network: nn.Module) -> int:
+def _gathered(config: Config, network: nn.Module, placement: Placement) -> int:
     """Return the bytes of what FSDP2 has whole in the backward: some units, and what is in no unit, with gradients."""
     units = cast("tuple[type[nn.Module], ...]", getattr(network, "fsdp_units", ()))
     sizes = [sum(p.nbytes for p in m.parameters()) for m in network.modules() if isinstance(m, units)]
     rest = sum(p.nbytes for p in network.parameters()) - sum(sizes)
-    return UNITS_AT_ONCE * max(sizes, default=0) + 2 * rest
+    share = 0.5 if gathered_dtype(config.cluster, placement.precision) else 1.0
+    return round((GATHERED_UNITS * share + SENT_UNITS) * max(sizes, default=0) + 2 * share * rest)
 
 
 def _staged(state: _State, network: nn.Module, placement: Placement) -> int:
@@ -219,13 +228,18 @@ def _batches(config: Config, placement: Placement) -> int:
     return 4 * images * floats * (data.prefetch_batches + 2) + round(data.memory_mib * MIB)
 
 
-def _node(placement: Placement, state: _State, host: Mapping[str, int]) -> dict[str, int]:
+def _node(config: Config, placement: Placement, state: _State, host: Mapping[str, int]) -> dict[str, int]:
     """Return the bytes of a node's memory: all its ranks, of which only rank 0 copies checkpoints that are whole."""
-    copies = placement.per_node if state.sharded else 1
-    times = dict.fromkeys(host, placement.per_node) | dict.fromkeys(("staging", "backlog"), copies)
-    return {**{name: times[name] * size for name, size in host.items()}, "ray": RAY_NODE}
+    copies = placement.per_node if state.sharded or config.checkpoint.local_every is not None else 1
+    times = dict.fromkeys(host, placement.per_node) | {"staging": copies, "backlog": copies}
+    found = {**{name: times[name] * size for name, size in host.items()}, "ray": RAY_NODE}
+    if config.checkpoint.local_every is not None:
+        # Of its own ranks and of one other node's, and all of them again while a new copy is being made.
+        nodes = 2 if placement.ranks > placement.per_node else 1
+        found["local copies"] = 2 * nodes * placement.per_node * state.kept
+    return found
 
 
-def _disk(config: Config, state: _State) -> dict[str, int]:
-    """Return the bytes of a node's disk: shards, and the files of a checkpoint that is whole before their upload."""
-    return {"shard cache": round(config.data.cache_gib * GIB), "checkpoint": 0 if state.sharded else state.total}
+def _disk(state: _State) -> dict[str, int]:
+    """Return the bytes of temporary files: a checkpoint that is whole is written to a file before its upload."""
+    return {} if state.sharded else {"checkpoint": state.total}

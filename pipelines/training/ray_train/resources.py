@@ -7,13 +7,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import tracking
 from pipelines.config import ClusterConfig, Config
-from pipelines.environment.loopback import bypass_proxies
+from pipelines.environment.limits import Limits, limits_here
+from pipelines.environment.loopback import bypass_proxies, is_loopback
 from pipelines.remote.tasks import alive_nodes
 from pipelines.storage import Storage
+from pipelines.training.capacity import PLACES, placement_of, require_room
 from pipelines.training.errors import TrainingError
+
+LIMITS_S = 60.0
+"""Seconds in which nodes say what they have of memory; a process starts on each for it."""
 
 
 def connect_ray(config: Config) -> None:
@@ -132,3 +139,47 @@ def require_resources(config: Config, notice: Callable[[str], None] = lambda tex
             notice(f"waiting up to {config.cluster.patience_s:.0f} s: {short}")
         noticed = True
         time.sleep(1)
+
+
+def require_memory(config: Config, notice: Callable[[str], None] = lambda text: None) -> None:
+    """Refuse a training that surely does not fit the nodes; say so where it may not.
+
+    Raises:
+        ConfigError: names the place, what takes it, and the setting that helps.
+    """
+    if not config.cluster.check_memory:
+        return
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address is None or is_loopback(address):
+        limits, per_node = limits_here(), None
+    else:
+        worker = per_worker(config.cluster)
+        nodes = {n["NodeID"]: possible_workers([n["Resources"]], worker) for n in ray.nodes() if n["Alive"]}
+        limits, per_node = largest_limits(_limits_of([node for node, fit in nodes.items() if fit])), max(nodes.values())
+    for found in require_room(config, placement_of(config, per_node), limits):
+        if found.verdict == "tight":
+            notice(f"the {PLACES[found.place]} may not be enough: about {found}; {found.remedy}")
+
+
+def largest_limits(found: Sequence[Limits]) -> Limits:
+    """Return the most that any of some nodes has, as far as it is known: what does not fit there fits nowhere."""
+
+    def most(name: str) -> float | None:
+        known = [getattr(limits, name) for limits in found]
+        return None if None in known else max(known, default=None)
+
+    return Limits("the largest node", most("device"), most("node"), most("disk"))
+
+
+def _limits_of(nodes: Sequence[str]) -> list[Limits]:
+    """Return what nodes say of their memory; nothing where one does not answer."""
+    tasks = [
+        ray.remote(num_cpus=0)(limits_here)
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        .remote()
+        for node in nodes
+    ]
+    try:
+        return ray.get(tasks, timeout=LIMITS_S)
+    except RayError:
+        return []
