@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
 from ddpm.models.base import NetworkConfig
 from ddpm.settings import setting
@@ -32,6 +34,10 @@ class BlockConfig(NetworkConfig):
     norm_eps: float = setting(1e-5, "added to the variance in every group norm", gt=0)
     downsample_padding: Literal[0, 1] = setting(
         1, "padding of strided convolutions, on all sides; 0 pads bottom and right only, as in the code of Ho et al."
+    )
+
+    checkpointing: bool = setting(
+        False, "compute the activations of a block again in the backward pass instead of keeping them: slower, smaller"
     )
 
     def heads(self, width: int) -> int:
@@ -65,11 +71,32 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-class ResnetBlock(nn.Module):
+class Block(nn.Module):
+    """A module that keeps its inputs alone for the backward pass, and computes the rest again, where it is asked to.
+
+    It does so inside its own forward, not around it: FSDP2 gathers its parameters once for the whole of it.
+
+    Args:
+        checkpointing: whether to.
+    """
+
+    _forward: Callable[..., Tensor]
+
+    def __init__(self, checkpointing: bool) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+
+    def forward(self, *inputs: Any) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return cast("Tensor", checkpoint(self._forward, *inputs, use_reentrant=False))
+        return self._forward(*inputs)
+
+
+class ResnetBlock(Block):
     """A residual block of two times norm, SiLU and convolution, with the time embedding in between."""
 
     def __init__(self, config: BlockConfig, in_channels: int, out_channels: int, time_dim: int) -> None:
-        super().__init__()
+        super().__init__(config.checkpointing)
         self.scale_shift = config.scale_shift
         self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, eps=config.norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -79,7 +106,7 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, activated_time: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, activated_time: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         emb = self.time_emb_proj(activated_time)[:, :, None, None]
         if self.scale_shift:
@@ -91,11 +118,11 @@ class ResnetBlock(nn.Module):
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 
-class Attention(nn.Module):
+class Attention(Block):
     """Multi-head self-attention over positions, with a residual path."""
 
     def __init__(self, config: BlockConfig, channels: int, *, norm: bool = True) -> None:
-        super().__init__()
+        super().__init__(config.checkpointing)
         self.heads = config.heads(channels)
         self.group_norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps) if norm else None
         self.to_q = nn.Linear(channels, channels)
@@ -103,7 +130,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         tokens = (x if self.group_norm is None else self.group_norm(x)).flatten(2).transpose(1, 2)
         weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
@@ -114,14 +141,14 @@ class Attention(nn.Module):
         return x + self.to_out[0](attended).transpose(1, 2).reshape(batch, channels, height, width)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Block):
     """Multi-head attention from positions to text tokens, with a residual path that starts at zero.
 
     Starting at zero, text can be added to a trained network without disturbing it.
     """
 
     def __init__(self, config: BlockConfig, channels: int) -> None:
-        super().__init__()
+        super().__init__(config.checkpointing)
         self.heads = config.heads(channels)
         self.group_norm = nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps)
         self.to_q = nn.Linear(channels, channels)
@@ -130,7 +157,7 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.to_out.weight)
         nn.init.zeros_(self.to_out.bias)
 
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)
         q = self.to_q(tokens).view(batch, height * width, self.heads, -1).transpose(1, 2)

@@ -15,7 +15,6 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.checkpoint import checkpoint
 
 from ddpm.conditioning import Conditioning
 from ddpm.models.base import (
@@ -26,7 +25,7 @@ from ddpm.models.base import (
     text_vectors,
     with_context,
 )
-from ddpm.models.blocks import Text, TimestepEmbedding, timestep_embedding
+from ddpm.models.blocks import Block, Text, TimestepEmbedding, timestep_embedding
 from ddpm.settings import setting
 
 TIME_FREQUENCIES = 256
@@ -155,12 +154,14 @@ class TextAttention(nn.Module):
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
 
-class DiTBlock(nn.Module):
-    """Self-attention, attention to text where there is some, and a perceptron, on residual paths (fig. 3)."""
+class DiTBlock(Block):
+    """Self-attention, attention to text where there is some, and a perceptron, on residual paths (fig. 3).
+
+    It maps patches [B, N, W], the activated embedding of the condition [B, W], and the text, to patches.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.checkpointing = config.checkpointing
+        super().__init__(config.checkpointing)
         hidden = int(config.width * config.mlp_ratio)
         self.modulation = nn.Linear(config.width, 6 * config.width)
         self.attention = PatchAttention(config)
@@ -169,13 +170,6 @@ class DiTBlock(nn.Module):
             nn.Linear(config.width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, config.width)
         )
         self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, emb: Tensor, text: Text | None) -> Tensor:
-        """Return the patches [B, N, W] after this block, given the activated embedding of the condition [B, W]."""
-        # In here, not around the block: FSDP2 gathers its parameters once for the whole of it.
-        if self.checkpointing and torch.is_grad_enabled():
-            return cast("Tensor", checkpoint(self._forward, x, emb, text, use_reentrant=False))
-        return self._forward(x, emb, text)
 
     def _forward(self, x: Tensor, emb: Tensor, text: Text | None) -> Tensor:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(emb).chunk(6, dim=1)

@@ -318,7 +318,9 @@ def _load_copy(
             continue
         if context.rank == 0:
             seconds = time.monotonic() - began
-            logger.info("the state at %s images came from local copies in %.2f s", f"{listed.images_seen:,}", seconds)
+            logger.warning(
+                "the state at %s images came from local copies in %.2f s", f"{listed.images_seen:,}", seconds
+            )
         return found
     return None
 

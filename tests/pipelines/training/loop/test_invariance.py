@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddpm.model import load_model
 from pipelines.checkpoints import load_checkpoint
 from tests.forked import FORKING, start_ranks
 from tests.pipelines.training.loop.ranks import (
+    NO_GRIDS,
     SMALL,
     last_checkpoint,
     process_group,
@@ -33,11 +35,20 @@ CELLS += [("fp32", "ddp", 1), ("fp32", "fsdp", 4)]
 AT_ONCE = [*SMALL, "optim.warmup_images=0"]
 
 
-def cell_config(root: Path, world: int, steps: int, precision: str, parallel: str, parts: int, *overrides: str):
+def cell_config(
+    root: Path,
+    world: int,
+    steps: int,
+    precision: str,
+    parallel: str,
+    parts: int,
+    *overrides: str,
+    network: str = "unet",
+):
     """A run whose ranks go through their pieces in so many micro-batches."""
     piece = -(-BATCH // world)
     cut = [f"micro_batch_size={-(-piece // parts)}", f"cluster.parallel={parallel}", f"optim.precision={precision}"]
-    return tiny_config(root, steps * BATCH, BATCH, *cut, "objective.timesteps=stratified", *overrides)
+    return tiny_config(root, steps * BATCH, BATCH, *cut, "objective.timesteps=stratified", *overrides, network=network)
 
 
 def run_group(world: int, tmp_path: Path, digits, runs) -> None:
@@ -172,18 +183,33 @@ MESHES: list[tuple[int, list[str]]] = [
 """Numbers of ranks and what the network is on them, in an order in which a checkpoint of each is read by the next."""
 
 
-def assert_goes_through(tmp_path: Path, digits, meshes, precision: str, *overrides: str) -> None:
-    """Train a few steps on each mesh, which goes on from the checkpoint of the one before, and the same on one rank."""
+def goes_through(tmp_path: Path, digits, meshes, precision: str, *overrides: str, network: str = "unet"):
+    """Train a few steps on each mesh, which goes on from the checkpoint of the one before, and the same on one rank.
+
+    Returns:
+        The folders of both, and by how much their losses differ at most.
+    """
     each = 4
     folder, one = tmp_path / "many", tmp_path / "one"
     for at, (world, mesh) in enumerate(meshes):
-        config = cell_config(folder, world, each * len(meshes), precision, "ddp", 1, *overrides, *mesh)
+        chosen = [precision, "ddp", 1, *overrides, *mesh]
+        config = cell_config(folder, world, each * len(meshes), *chosen, network=network)
         steps = None if at == len(meshes) - 1 else each
         start_ranks(until_step, (world, tmp_path / f"rendezvous-{at}", digits, folder, config, steps), world)
-    train_here(one, digits, cell_config(one, 1, each * len(meshes), precision, "ddp", 1, *overrides))
+    alone = cell_config(one, 1, each * len(meshes), precision, "ddp", 1, *overrides, network=network)
+    train_here(one, digits, alone)
+    return folder, one, difference(folder, one)
+
+
+def difference(folder: Path, one: Path) -> float:
+    """The largest relative difference of two traces."""
     reference, found = trace(one), trace(folder)
     assert found.keys() == reference.keys()
-    worst = max(abs(found[seen] / loss - 1) for seen, loss in reference.items())
+    return max(abs(found[seen] / loss - 1) for seen, loss in reference.items())
+
+
+def assert_goes_through(tmp_path: Path, digits, meshes, precision: str, *overrides: str) -> None:
+    folder, one, worst = goes_through(tmp_path, digits, meshes, precision, *overrides)
     print(f"{precision}: losses differ by at most {worst:.1e}")
     assert worst <= TOLERANCE[precision]
     if precision != "fp64":  # an optimizer divides by moments, which are rounding alone where a gradient is 0
@@ -232,3 +258,39 @@ def test_of_a_sharded_checkpoint_that_is_damaged_the_one_before_is_taken(digits,
 @pytest.mark.parametrize("kind", [["optim.power_ema=[0.1]"], METHODS], ids=["adamw", "muon"])
 def test_a_run_goes_through_all_meshes_with_all_that_a_state_can_have(digits, tmp_path, kind, precision):
     assert_goes_through(tmp_path, digits, [*MESHES, *reversed(MESHES)], precision, *AT_ONCE, *kind)
+
+
+def draw(folder: Path) -> torch.Tensor:
+    (published,) = (folder / "runs" / "digits" / "published").iterdir()
+    return load_model(published).generate(torch.arange(8), seed=1)
+
+
+LARGE = ["model.width=512", "model.depth=8", "model.heads=8", "model.checkpointing=true"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", [["optim.power_ema=[0.1]"], METHODS], ids=["adamw", "muon"])
+def test_38_million_parameters_go_through_all_meshes_to_the_same_losses_averages_and_samples(digits, tmp_path, kind):
+    small_steps = [*LARGE, "optim.warmup_images=0", "optim.lr=1e-4", NO_GRIDS, *kind]
+    folder, one, worst = goes_through(tmp_path, digits, MESHES, "fp32", *small_steps, network="dit")
+    averages, same = (load_checkpoint(last_checkpoint(place))[1] for place in (one, folder))
+    ema = max((same[n] - t).abs().max().item() for n, t in averages.items() if n.startswith("ema."))
+    images = (draw(folder) - draw(one)).abs().max().item()
+    print(f"fp32: losses differ by at most {worst:.1e}, averages by {ema:.1e}, samples by {images:.1e}")
+    assert worst <= 1e-6
+    assert ema <= 1e-4
+    assert images <= 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_in_bf16_meshes_differ_as_much_as_the_order_of_sums_does_on_one_rank(digits, tmp_path):
+    small_steps = [*LARGE, "optim.warmup_images=0", "optim.lr=1e-4", NO_GRIDS]
+    _, one, worst = goes_through(tmp_path, digits, MESHES, "bf16", *small_steps, network="dit")
+    parts = tmp_path / "parts"
+    train_here(parts, digits, cell_config(parts, 1, 24, "bf16", "ddp", 4, *small_steps, network="dit"))
+    order = difference(parts, one)
+    print(f"bf16: losses differ by at most {worst:.1e} on other meshes, by {order:.1e} in four micro-batches")
+    assert worst <= 3 * order
+    assert worst <= 2e-2

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pkgutil
 import shutil
 import time
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
@@ -56,11 +58,40 @@ class Killed(FolderShell):
         return False
 
 
-def attempt(rank: int, nodes: str, rendezvous: Path, digits, folder: Path, config, last: int | None) -> None:
+def attempt(
+    rank: int, nodes: str, rendezvous: Path, digits, folder: Path, config, last: int | None, phase: str | None = None
+) -> None:
     os.environ[NODE_FOLDER] = str(folder / "nodes" / nodes[rank])
     (folder / "nodes" / nodes[rank]).mkdir(parents=True, exist_ok=True)
-    with process_group(rank, len(nodes), rendezvous):
-        train_here(folder, digits, config, rank, len(nodes), shell=Killed(folder, rank, stop_after=last))
+    shell = Killed(folder, rank, stop_after=None if phase else last)
+    with pytest.MonkeyPatch.context() as patch, process_group(rank, len(nodes), rendezvous):
+        if phase and nodes[rank] == ("a" if phase == "list" else "b"):
+            patch.setattr(PHASES[phase], killing(shell, pkgutil.resolve_name(PHASES[phase]), last))
+        train_here(folder, digits, config, rank, len(nodes), shell=shell)
+
+
+PHASES = {
+    "forward": "pipelines.training.loop.train.losses",
+    "backward": "torch.Tensor.backward",
+    "reduce": "torch.distributed.all_reduce",
+    "optimizer": "pipelines.training.loop.train._update_weights",
+    "staging": "pipelines.training.loop.checkpoint.written_rows",
+    "copying": "pipelines.training.loop.local_copies.LocalCopies._write",
+    "sending": "pipelines.training.loop.local_copies.LocalCopies._send",
+    "upload": "pipelines.storage.Storage.upload_stream",
+    "list": "pipelines.checkpoints.enter_checkpoint",  # by rank 0
+}
+
+
+def killing(shell: Killed, function, after: int):
+    """The same function, whose call ends the process, as SIGKILL does, once so many steps were made."""
+
+    def call(*arguments, **named):
+        if shell.asked >= after:
+            os._exit(9)
+        return function(*arguments, **named)
+
+    return call
 
 
 class Run:
@@ -74,19 +105,28 @@ class Run:
     def config(self, *overrides: str):
         return tiny_config(self.folder, self.images, BATCH, *self.overrides, *overrides)
 
-    def attempt(self, nodes: str, *overrides: str, last: int | None = LAST) -> int:
-        """Train until the ranks are killed, and return the step after which the attempt began."""
+    def attempt(self, nodes: str, *overrides: str, last: int | None = LAST, phase: str | None = None) -> int:
+        """Train until the ranks are killed, and return the step after which the attempt began.
+
+        Args:
+            last: the step at which they are killed.
+            phase: of the first step from then on in which those of one node are killed, and the others after them.
+        """
         before = self._lines()
         rendezvous = self.folder.parent / f"rendezvous-{time.monotonic_ns()}"
         arguments = (nodes, rendezvous, self.digits, self.folder, self.config(*overrides), last)
         if last is NOBODY:
             start_ranks(attempt, arguments, len(nodes))
         else:
-            group = [FORKING.Process(target=attempt, args=(rank, *arguments)) for rank in range(len(nodes))]
+            group = [FORKING.Process(target=attempt, args=(rank, *arguments, phase)) for rank in range(len(nodes))]
             for process in group:
                 process.start()
+            connection.wait([process.sentinel for process in group])
             for process in group:
+                if phase:
+                    process.kill()
                 process.join()
+                assert process.exitcode in (1, 9, -9), process.exitcode
         return self._lines()[len(before)] // BATCH - 1
 
     def _lines(self) -> list[int]:
@@ -150,4 +190,17 @@ def test_a_run_goes_on_from_copies_without_one_of_two_nodes_and_from_the_store_w
         data[-1] ^= 1
         part.write_bytes(data)
     assert run.attempt("ab", last=NOBODY) == 10
+    run.same_as_undisturbed(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("loss", ["process", "node"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_nothing_is_lost_in_whichever_phase_of_a_step_ranks_are_killed(digits, tmp_path, phase, loss):
+    run = Run(tmp_path / "r", digits, "checkpoint.every=100", "cluster.parallel=fsdp")
+    run.attempt("abb", last=6, phase=phase)
+    if loss == "node":
+        run.lose("b")
+    assert run.attempt("abb", last=NOBODY) >= 4
     run.same_as_undisturbed(tmp_path)
