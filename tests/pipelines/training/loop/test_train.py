@@ -257,10 +257,10 @@ def test_a_model_of_x0_is_tuned_with_a_skip_connection(digits, tmp_path):
 @pytest.mark.heavy
 def test_a_classifier_of_noisy_images_is_trained_by_the_same_loop(digits, tmp_path):
     settings = ["task=classifier", "optim.lr=1e-2", "optim.warmup_images=0", "optim.ema_half_life=400"]
-    config = tiny_config(tmp_path / "c", 4000, 50, *settings, "tracking.grid_every=4000")
+    config = tiny_config(tmp_path / "c", 5000, 50, *settings, "tracking.grid_every=5000")
     _, tracker = train_here(tmp_path / "c", digits, config)
     keys = [f"test/accuracy_t{t:04d}" for t in (50, 250, 500, 750)]
-    first, last = ([tracker.points[n][key] for key in keys] for n in (50, 4000))
+    first, last = ([tracker.points[n][key] for key in keys] for n in (50, 5000))
     assert max(first) < 0.2
     assert last[0] > 0.25
     assert last[0] > last[-1]
