@@ -155,7 +155,7 @@ def _choices(config: Config, placement: Placement, place: str) -> list[tuple[str
     computes_there = place == "device" or (place == "node" and placement.device == "cpu")
     if computes_there and images > 1:
         found.append(("micro_batch_size", [images >> by for by in range(1, images.bit_length())]))
-    if computes_there and config.model.kind == "dit" and not config.model.checkpointing:
+    if computes_there and not config.model.checkpointing:
         found.append(("model.checkpointing", [True]))
     if config.cluster.parallel == "ddp" and placement.ranks > 1:
         found.append(("cluster.parallel", ["fsdp"]))
