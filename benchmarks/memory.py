@@ -3,7 +3,8 @@
     python -m benchmarks.memory [--quick] [--json]
 
 Ranks train a diffusion transformer on this machine's cores and save checkpoints meanwhile. Measured is the peak of each
-rank's anonymous memory beyond that of the same process before it has the network, when it has trained a tiny one.
+rank's anonymous memory beyond that of the same process before it has the network, when it has trained a tiny one. What
+larger networks take on clusters of GPUs is worked out by the same estimate.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -46,6 +48,13 @@ SHAPES = {
 }
 CASES = (("ddp", 1), ("ddp", 2), ("fsdp", 2))
 STEPS = 3
+NETWORKS = {"0.1 B": (768, 10), "0.7 B": (1152, 28), "2 B": (2048, 28), "8 B": (3584, 36)}
+"""Width and depth of diffusion transformers of about so many parameters; heads have 64 channels."""
+CLUSTERS, PER_NODE = (8, 64, 512), 8
+STORED = 20
+"""Bytes of a checkpoint for each parameter: the weight, AdamW's two moments, the average, and what it lacks."""
+REQUEST_MIB = 8
+"""Size of the pieces of an upload."""
 
 
 class Peak:
@@ -147,6 +156,32 @@ def measured(shape: str, parallel: str, world: int) -> dict[str, Any]:
     return row
 
 
+def worked_out(name: str, gpus: int) -> dict[str, Any]:
+    """Return what a network takes on a cluster, sharded over the eight GPUs of each node."""
+    width, depth = NETWORKS[name]
+    model = ["model=dit_small", f"model.width={width}", f"model.depth={depth}", f"model.heads={width // 64}"]
+    model += ["model.patch_size=4", "model.checkpointing=true", "data.image_size=64", "data.channels=3"]
+    cluster = ["cluster.parallel=hsdp", f"cluster.shard_size={PER_NODE}", "cluster.gpus_per_worker=1"]
+    cluster += ["cluster.param_dtype=bf16", "optim.precision=bf16", f"cluster.num_workers={gpus}"]
+    rest = [f"batch_size={8 * gpus}", "data.lanes=1", "storage=file", "storage.root=file:///nowhere"]
+    config = compose(["+experiment=digits", *model, *cluster, *rest])
+    found = estimate(config, Placement(gpus, PER_NODE, "cuda", "bf16"))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in make_network(config).parameters())
+    part = STORED * parameters / gpus
+    return {
+        "network": name,
+        "parameters": parameters,
+        "gpus": gpus,
+        "gpu_gib": sum(found.device.values()) / 2**30,
+        "node_gib": sum(found.node.values()) / 2**30,
+        "part_gib": part / 2**30,
+        "requests": gpus * (math.ceil(part / MIB / REQUEST_MIB) + 2) + 3,
+        "write_s": [PER_NODE * part / speed / 1e9 for speed in (1, 10)],
+        "read_s": [STORED * parameters / speed / 1e9 for speed in (1, 10)],
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure each case, and publish."""
     parser = make_parser("memory", __doc__, quick="a network of 30 M parameters on one and two ranks")
@@ -161,6 +196,11 @@ def main(arguments: list[str] | None = None) -> None:
         "torch": torch.__version__,
         "batch_size": BATCH,
         "rows": rows,
+        "clusters": [
+            worked_out(name, gpus)
+            for name in size.of(list(NETWORKS), ["0.1 B"], ["0.1 B"])
+            for gpus in size.of(CLUSTERS, CLUSTERS, (8,))
+        ],
     }
     publish(result, "memory", options)
 

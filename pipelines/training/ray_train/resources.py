@@ -16,7 +16,6 @@ from pipelines.environment.limits import Limits, limits_here
 from pipelines.environment.loopback import bypass_proxies, is_loopback
 from pipelines.remote.tasks import alive_nodes
 from pipelines.storage import Storage
-from pipelines.training.capacity import PLACES, placement_of, require_room
 from pipelines.training.errors import TrainingError
 
 LIMITS_S = 60.0
@@ -149,6 +148,9 @@ def require_memory(config: Config, notice: Callable[[str], None] = lambda text: 
     """
     if not config.cluster.check_memory:
         return
+    # Here, not above: it imports what only ranks compute with.
+    from pipelines.training.capacity import PLACES, placement_of, require_room
+
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address is None or is_loopback(address):
         limits, per_node = limits_here(), None
