@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fixed
 from torch import Tensor
 
 from ddpm.ema import PowerSnapshot, reconstruct
@@ -44,8 +45,18 @@ class Published:
     deleted: bool = False
 
     @classmethod
+    @retry(
+        retry=retry_if_exception_type(json.JSONDecodeError),
+        stop=stop_after_attempt(10),
+        wait=wait_fixed(0.2),
+        reraise=True,
+    )
     def read(cls, tracker: Tracker, name: str) -> Published:
-        """Read the record in an artifact of a run."""
+        """Read the record in an artifact of a run, again where it is cut short: scores are being added to it.
+
+        Raises:
+            ValueError: it is damaged.
+        """
         return cls(**json.loads(tracker.read_text(name)))
 
     @property

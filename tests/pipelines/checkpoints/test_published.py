@@ -102,6 +102,20 @@ def test_a_record_is_known_by_its_files_whatever_became_of_them():
     assert not has(replace(first, uri="file:///ab"))
 
 
+class Replaced(MemoryTracker):
+    """A tracker whose artifact is cut short at the first reading, as while MLflow replaces it."""
+
+    def read_text(self, name):
+        text, self.read_text = super().read_text(name), super().read_text
+        return text[:40]
+
+
+def test_a_record_that_is_being_replaced_is_read_again():
+    tracker, published = Replaced(), Published("file:///p", 100, "digest", {"eval/x": 1.0})
+    tracker.text(*published.record())
+    assert Published.read(tracker, published.name) == published
+
+
 def test_an_average_of_another_width_is_made_from_published_snapshots(tmp_path, monkeypatch):
     tracker = MemoryTracker()
     with pytest.raises(ModelError, match=r"train with optim\.power_ema"):
