@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_fixed
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_fixed
 from torch import Tensor
 
 from ddpm.ema import PowerSnapshot, reconstruct
@@ -45,19 +45,15 @@ class Published:
     deleted: bool = False
 
     @classmethod
-    @retry(
-        retry=retry_if_exception_type(json.JSONDecodeError),
-        stop=stop_after_attempt(10),
-        wait=wait_fixed(0.2),
-        reraise=True,
-    )
     def read(cls, tracker: Tracker, name: str) -> Published:
         """Read the record in an artifact of a run, again where it is cut short: scores are being added to it.
 
         Raises:
             ValueError: it is damaged.
         """
-        return cls(**json.loads(tracker.read_text(name)))
+        cut_short = retry_if_exception_type(json.JSONDecodeError)
+        again = Retrying(retry=cut_short, stop=stop_after_attempt(10), wait=wait_fixed(0.2), reraise=True)
+        return cls(**again(lambda: json.loads(tracker.read_text(name))))
 
     @property
     def name(self) -> str:
