@@ -21,7 +21,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +39,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks.memory import Peak
 from benchmarks.results import Size, commit, make_parser, publish
 from benchmarks.train_step import machine
 from pipelines.checkpoints import Checkpoint, save_checkpoint
@@ -59,28 +59,9 @@ SMALL = ["model.width=128", "model.depth=4", "model.heads=4"]
 TINY = ["model.width=32", "model.depth=2", "model.heads=2"]
 
 
-class Memory:
-    """The largest resident memory of this process while the context lasts, beyond that at its beginning."""
-
-    def __enter__(self) -> Memory:
-        self.process, self.over = psutil.Process(), threading.Event()
-        self.before = self.most = self.process.memory_info().rss
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.over.set()
-        self.thread.join()
-
-    @property
-    def mib(self) -> float:
-        """The growth in MiB."""
-        return (self.most - self.before) / MIB
-
-    def _watch(self) -> None:
-        while not self.over.wait(0.01):
-            self.most = max(self.most, self.process.memory_info().rss)
+def resident_bytes() -> int:
+    """Return the resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
 
 
 class Parts:
@@ -219,13 +200,13 @@ def one_rank(rank: int, world: int, folder: Path, rounds: int, model: list[str])
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     settings = ["+experiment=digits", *model, "cluster.parallel=fsdp", "optim.precision=fp32", f"batch_size={BATCH}"]
     config = compose([*settings, "storage=file", f"storage.root=file://{folder}/store", "data.lanes=1"])
-    before = psutil.Process().memory_info().rss
+    before = resident_bytes()
     context = RunContext.of(made_up_job(config), rank=rank, world_size=world, device=torch.device("cpu"))
     state = make_state(config, context.device, context.precision)
     trained(context, state, 2)
     report: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in state.network.parameters()),
-        "state_mib": (psutil.Process().memory_info().rss - before) / MIB,
+        "state_mib": (resident_bytes() - before) / MIB,
         "ways": {way: {"stall_s": [], "durable_s": [], "speed": [], "memory_mib": []} for way in WAYS},
     }
     makers = {"parts": Parts, "gathered": Gathered, "dcp": Dcp}
@@ -253,7 +234,7 @@ def saved(context: RunContext, state: TrainingState, saver: Any, found: dict[str
     dist.barrier()
     undisturbed = trained(context, state, UNDISTURBED_STEPS)
     dist.barrier()
-    with Memory() as memory:
+    with Peak(resident_bytes) as memory:
         began = time.monotonic()
         done = saver.save(state)
         found["stall_s"].append(time.monotonic() - began)
@@ -269,7 +250,7 @@ def saved(context: RunContext, state: TrainingState, saver: Any, found: dict[str
         saver.finish()
         found["durable_s"].append(time.monotonic() - began)
     found["speed"].append(speed / undisturbed)
-    found["memory_mib"].append(memory.mib)
+    found["memory_mib"].append(memory.bytes / MIB)
 
 
 def trained(context: RunContext, state: TrainingState, steps: int) -> float:

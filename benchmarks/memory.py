@@ -1,4 +1,4 @@
-"""What a training takes of memory beside what `pipelines.training.memory` says beforehand.
+"""Memory that a training takes, beside what `pipelines.training.memory` says beforehand.
 
     python -m benchmarks.memory [--quick] [--json]
 
@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,18 @@ REQUEST_MIB = 8
 
 
 class Peak:
-    """The largest anonymous memory of this process while the context lasts, beyond that at its beginning."""
+    """The largest memory of this process while the context lasts, beyond that at its beginning.
+
+    Args:
+        measure: returns the bytes that count.
+    """
+
+    def __init__(self, measure: Callable[[], int]) -> None:
+        self.measure = measure
 
     def __enter__(self) -> Peak:
         self.over = threading.Event()
-        self.before = self.most = anonymous_bytes()
+        self.before = self.most = self.measure()
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
         return self
@@ -78,7 +86,7 @@ class Peak:
 
     def _watch(self) -> None:
         while not self.over.wait(0.002):
-            self.most = max(self.most, anonymous_bytes())
+            self.most = max(self.most, self.measure())
 
 
 def anonymous_bytes() -> int:
@@ -125,7 +133,7 @@ def one_rank(rank: int, world: int, folder: Path, shape: str, parallel: str) -> 
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         dist.barrier()
-        with Peak() as peak:
+        with Peak(anonymous_bytes) as peak:
             train(settings(shape, parallel, folder), rank, world, save=save)
         found["saving" if save else "training"] = peak.bytes
         found["process"] = peak.before
