@@ -306,10 +306,8 @@ def _load_copy(
         ModelError: the newest copy is of other settings or data.
     """
     began = time.monotonic()
-    for listed, uri, state in copies.found(tensors) if copies else ():
-        newest = stored.complete[0][0] if stored.complete else None
-        if newest is not None and (listed.epoch, listed.images_seen) < (newest.epoch, newest.images_seen):
-            return None
+    newest = stored.complete[0][0] if stored.complete else None
+    for listed, uri, state in copies.found(tensors, newest) if copies else ():
         checkpoints.check_resumable(state, context.job.config, context.job.dataset, context.job.quarantine)
         try:
             found = _load(context, uri, state, tensors)

@@ -139,13 +139,16 @@ class LocalCopies:
         for start, stop in _spans(record):
             yield self._receive(stop - start, sender)
 
-    def found(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Listed, str, CheckpointState]]:
+    def found(
+        self, tensors: Mapping[str, Tensor], stored: Listed | None
+    ) -> Iterator[tuple[Listed, str, CheckpointState]]:
         """Yield the copies that are whole on all nodes together, newest first; called by every rank.
 
         Before one is yielded, each node has got the parts from which its ranks read.
 
         Args:
             tensors: those that are to be read, whole or DTensors.
+            stored: the newest checkpoint of the store, if any: older copies are left out.
 
         Yields:
             (what it would be in the list of checkpoints, its address on this node, its state).
@@ -159,6 +162,8 @@ class LocalCopies:
                 holders[listed][part].append(holder)
                 ranks[listed] = count
         for listed in sorted(holders, reverse=True):
+            if stored is not None and (listed.epoch, listed.images_seen) < (stored.epoch, stored.images_seen):
+                return
             if len(holders[listed]) == ranks[listed]:
                 mine = {part: here.get((listed, part)) for part in holders[listed]}
                 self._newest = listed.name
