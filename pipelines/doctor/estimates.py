@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pipelines.config import Config, ConfigError, KubeRayLaunch
 from pipelines.doctor.check import Check, Status
-from pipelines.environment.limits import Limits, limits_here
+from pipelines.environment.limits import NodeLimits, limits_here
 from pipelines.launch.pods import pod_limits
 from pipelines.training.capacity import PLACES, Finding, compare, placement_of
 
@@ -22,7 +22,7 @@ def check_estimates(config: Config, *, here: bool) -> list[Check]:
     if isinstance(config.launch, KubeRayLaunch):
         per_node, limits = config.launch.workers_per_node, pod_limits(config.launch)
         return estimate_checks(compare(config, placement_of(config, per_node), limits))
-    limits = limits_here() if here else Limits("the Ray cluster")
+    limits = limits_here() if here else NodeLimits("the Ray cluster")
     return estimate_checks(compare(config, placement_of(config), limits))
 
 

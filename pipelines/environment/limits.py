@@ -16,7 +16,7 @@ NVIDIA_SMI_S = 10.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class NodeLimits:
     """Bytes that a node has; None where that is not known.
 
     Attributes:
@@ -34,11 +34,11 @@ class Limits:
     setting: str | None = None
 
 
-def limits_here() -> Limits:
+def limits_here() -> NodeLimits:
     """Return what this machine, or this container, has."""
     memory, limit = psutil.virtual_memory().total, cgroups.limit("memory")
     disk = shutil.disk_usage(tempfile.gettempdir()).free
-    return Limits("this machine", gpu_bytes(), min(memory, limit or memory), disk)
+    return NodeLimits("this machine", gpu_bytes(), min(memory, limit or memory), disk)
 
 
 def gpu_bytes() -> float | None:

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from pipelines.config import Config, KubeRayLaunch
-from pipelines.environment.limits import Limits
+from pipelines.environment.limits import NodeLimits
 from pipelines.launch.command import ClusterCommand
 
 Plain = dict[str, Any]
@@ -130,13 +130,13 @@ def worker_resources(config: Config, launch: KubeRayLaunch) -> dict[str, str]:
     return found
 
 
-def pod_limits(launch: KubeRayLaunch) -> Limits:
+def pod_limits(launch: KubeRayLaunch) -> NodeLimits:
     """Return what a worker pod has; the memory of its GPUs is known where the label of the nodes names it."""
     named = re.search(r"(\d+)GB", launch.gpu_product or "")
     memory = launch.memory_gib * launch.workers_per_node
     # A card of 80 GB has a little less than 80 GiB.
     device = None if named is None else int(named[1]) * GIB
-    return Limits("a pod", device, memory * GIB, LOGS_GIB * GIB, "launch.memory_gib")
+    return NodeLimits("a pod", device, memory * GIB, LOGS_GIB * GIB, "launch.memory_gib")
 
 
 def cache_gib(config: Config) -> int:

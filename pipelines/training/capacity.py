@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from pipelines.config import Config, ConfigError, override_value
-from pipelines.environment.limits import Limits
+from pipelines.environment.limits import NodeLimits
 from pipelines.training.loop.hardware import Precision, resolve_precision
 from pipelines.training.loop.parallel import micro_batch_count
 from pipelines.training.memory import GIB, Placement, estimate, in_words
@@ -66,7 +66,7 @@ def placement_of(config: Config, per_node: int | None = None) -> Placement:
     return Placement(ranks, min(ranks, per_node or ranks), device, precision)
 
 
-def compare(config: Config, placement: Placement, limits: Limits) -> list[Finding]:
+def compare(config: Config, placement: Placement, limits: NodeLimits) -> list[Finding]:
     """Return for each place what a training needs there, beside what is there; with a remedy where it does not fit."""
     found = _verdicts(config, placement, limits)
     return [
@@ -75,7 +75,7 @@ def compare(config: Config, placement: Placement, limits: Limits) -> list[Findin
     ]
 
 
-def require_room(config: Config, placement: Placement, limits: Limits) -> list[Finding]:
+def require_room(config: Config, placement: Placement, limits: NodeLimits) -> list[Finding]:
     """Refuse a training that surely does not fit, unless `cluster.check_memory` is off; return what was found.
 
     Raises:
@@ -93,7 +93,7 @@ def require_room(config: Config, placement: Placement, limits: Limits) -> list[F
     return found
 
 
-def _verdicts(config: Config, placement: Placement, limits: Limits) -> list[Finding]:
+def _verdicts(config: Config, placement: Placement, limits: NodeLimits) -> list[Finding]:
     needed = estimate(config, placement)
     places: dict[str, tuple[Mapping[str, int], float | None]] = {
         "device": (needed.device if placement.device == "cuda" else {}, limits.device),
@@ -117,7 +117,7 @@ def _verdict(config: Config, parts: Mapping[str, int], there: float | None) -> L
 # --- remedies -----------------------------------------------------------------------------------------------
 
 
-def _remedy(config: Config, placement: Placement, limits: Limits, finding: Finding) -> str:
+def _remedy(config: Config, placement: Placement, limits: NodeLimits, finding: Finding) -> str:
     """Return the settings with which the training fits into a place, found by estimating it with them."""
 
     def fits(settings: Mapping[str, Any], ranks: int = placement.ranks) -> bool:

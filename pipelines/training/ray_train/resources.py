@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import tracking
 from pipelines.config import ClusterConfig, Config
-from pipelines.environment.limits import Limits, limits_here
+from pipelines.environment.limits import NodeLimits, limits_here
 from pipelines.environment.loopback import bypass_proxies, is_loopback
 from pipelines.remote.tasks import alive_nodes
 from pipelines.storage import Storage
@@ -163,17 +163,17 @@ def require_memory(config: Config, notice: Callable[[str], None] = lambda text: 
             notice(f"the {PLACES[found.place]} may not be enough: about {found}; {found.remedy}")
 
 
-def largest_limits(found: Sequence[Limits]) -> Limits:
+def largest_limits(found: Sequence[NodeLimits]) -> NodeLimits:
     """Return the most that any of some nodes has, as far as it is known: what does not fit there fits nowhere."""
 
     def most(name: str) -> float | None:
         known = [getattr(limits, name) for limits in found]
         return None if None in known else max(known, default=None)
 
-    return Limits("the largest node", most("device"), most("node"), most("disk"))
+    return NodeLimits("the largest node", most("device"), most("node"), most("disk"))
 
 
-def _limits_of(nodes: Sequence[str]) -> list[Limits]:
+def _limits_of(nodes: Sequence[str]) -> list[NodeLimits]:
     """Return what nodes say of their memory; nothing where one does not answer."""
     tasks = [
         ray.remote(num_cpus=0)(limits_here)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipelines.config import ConfigError, compose
-from pipelines.environment.limits import Limits
+from pipelines.environment.limits import NodeLimits
 from pipelines.training.capacity import compare, placement_of, require_room
 from pipelines.training.memory import GIB, MIB, estimate
 
@@ -20,7 +20,7 @@ def config_of(*overrides):
 
 def device(config, limit):
     """Return what is found of the memory of GPUs with this many bytes."""
-    return next(each for each in compare(config, placement_of(config), Limits("here", device=limit)))
+    return next(each for each in compare(config, placement_of(config), NodeLimits("here", device=limit)))
 
 
 def needed(config):
@@ -59,19 +59,19 @@ def test_only_what_surely_does_not_fit_is_refused_and_the_check_can_be_left_out(
     whole = needed(config)
     placement = placement_of(config)
     assert device(config, None).verdict == device(config, whole).verdict == "fits"
-    (tight, *_) = require_room(config, placement, Limits("here", device=0.9 * whole))
+    (tight, *_) = require_room(config, placement, NodeLimits("here", device=0.9 * whole))
     assert tight.verdict == "tight"
     with pytest.raises(ConfigError, match=r"memory of a GPU of here.*micro_batch_size=.*cluster\.check_memory=false"):
-        require_room(config, placement, Limits("here", device=0.7 * whole))
+        require_room(config, placement, NodeLimits("here", device=0.7 * whole))
     unchecked = config_of(*DIT, "cluster.check_memory=false")
-    assert require_room(unchecked, placement, Limits("here", device=0.5 * whole)) == []
+    assert require_room(unchecked, placement, NodeLimits("here", device=0.5 * whole)) == []
 
 
 def test_copies_that_wait_for_a_store_that_is_away_refuse_nothing_but_are_named():
     config = config_of(*WIDE)
     parts = estimate(config, placement_of(config)).node
     limit = sum(parts.values()) - parts["backlog"] // 2
-    (node,) = [each for each in compare(config, placement_of(config), Limits("here", node=limit)) if each.remedy]
+    (node,) = [each for each in compare(config, placement_of(config), NodeLimits("here", node=limit)) if each.remedy]
     assert (node.place, node.verdict) == ("node", "tight")
     assert "checkpoint.backlog=0" in node.remedy
 
@@ -85,14 +85,14 @@ def test_a_compiled_network_is_refused_only_where_half_of_its_activations_do_not
 
 def test_the_memory_of_a_pod_is_raised_by_its_setting():
     config = config_of(*WIDE)
-    limits = Limits("a pod", node=2 * GIB, setting="launch.memory_gib")
+    limits = NodeLimits("a pod", node=2 * GIB, setting="launch.memory_gib")
     (node,) = [each for each in compare(config, placement_of(config, 2), limits) if each.place == "node"]
     size = int(node.remedy.removeprefix("launch.memory_gib=").split()[0])
     assert 2 * (size - 1) * GIB < sum(node.needed.values()) <= 2 * size * GIB
 
 
 def test_sharded_checkpoints_need_no_temporary_files():
-    places = [each.place for each in compare(config_of(*DIT), placement_of(config_of(*DIT)), Limits("here"))]
+    places = [each.place for each in compare(config_of(*DIT), placement_of(config_of(*DIT)), NodeLimits("here"))]
     assert "disk" in places
     sharded = config_of(*DIT, "cluster.parallel=fsdp")
-    assert "disk" not in [each.place for each in compare(sharded, placement_of(sharded), Limits("here"))]
+    assert "disk" not in [each.place for each in compare(sharded, placement_of(sharded), NodeLimits("here"))]
