@@ -8,9 +8,20 @@ an earlier one had seen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
+CAUSES = {
+    "process": "a process of a worker ended, or did not answer",
+    "node": "a node was lost",
+    "preemption": "a node was taken away, as had been announced",
+    "resize": "the number of workers changed",
+    "error": "an error of a worker, or of the start of the workers",
+    "driver": "the driver was stopped, or lost",
+    "unknown": "why is not recorded",
+}
+"""Why a group of workers ended before the run did."""
 _MEANING = {
     "productive": "optimizer steps whose result was kept",
     "data": "the loop waited for batches",
@@ -36,6 +47,7 @@ class Attempt:
         uploaded_bytes: size of the checkpoints stored.
         upload_s: seconds of their uploads, while training went on.
         length: images after which the run ends, as far as was known; None where an earlier release did not record it.
+        lost_to: what ended the workers, of `CAUSES`; None where they came to the end, or nobody could say.
     """
 
     began: float
@@ -46,6 +58,7 @@ class Attempt:
     uploaded_bytes: int = 0
     upload_s: float = 0.0
     length: int | None = None
+    lost_to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,20 @@ class Session:
     began: float
     ended: float
     attempts: tuple[Attempt, ...] = ()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the ends of workers from one cause have cost.
+
+    Attributes:
+        times: how often it happened.
+        seconds: from the last report of the workers until the next ones began with their steps, with the steps that
+            were computed again.
+    """
+
+    times: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -85,6 +112,7 @@ class Goodput:
         uploaded_bytes: size of the checkpoints stored.
         upload_s: seconds of their uploads, while training went on.
         length: images after which the run ends, as far as the newest attempt of the newest driver knew.
+        losses: what restarts have cost, by cause, see `CAUSES`.
     """
 
     wall_s: float
@@ -103,6 +131,7 @@ class Goodput:
     uploaded_bytes: int
     upload_s: float
     length: int | None = None
+    losses: Mapping[str, Loss] = field(default_factory=dict)
 
     @property
     def fraction(self) -> float:
@@ -132,6 +161,10 @@ class Goodput:
             ("computed twice", f"{self.recomputed_images:,} images", "of steps whose result was lost"),
             ("starts", f"{self.attempts} of the workers, {self.sessions} of the driver", "restarts included"),
             ("uploads", stored, "checkpoints, stored while training went on"),
+            *(
+                (f"lost to: {cause}", f"{loss.seconds:,.1f} s in {loss.times}", CAUSES[cause])
+                for cause, loss in self.losses.items()
+            ),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,7 +176,9 @@ class Goodput:
         shown = [f"{name} {value:,.1f} s" for name, value in self.parts().items() if value >= 0.05]
         lives = f"{self.attempts} start{'s' * (self.attempts != 1)} of the workers, {self.sessions} of the driver"
         again = f", {self.recomputed_images:,} images computed twice" if self.recomputed_images else ""
-        return [f"{self.fraction:.1%} of {self.wall_s:,.1f} s: {', '.join(shown)}", f"{lives}{again}"]
+        lost = [f"{loss.seconds:,.1f} s to {loss.times} x {cause}" for cause, loss in self.losses.items()]
+        said = [f"{self.fraction:.1%} of {self.wall_s:,.1f} s: {', '.join(shown)}", f"{lives}{again}"]
+        return [*said, f"lost {', '.join(lost)}"] if lost else said
 
 
 def measure(sessions: Sequence[Session]) -> Goodput:
@@ -154,27 +189,23 @@ def measure(sessions: Sequence[Session]) -> Goodput:
     """
     attempts = [a for session in sessions for a in session.attempts]
     lost = list(_lost_images(attempts))
+    again = [_recomputed_s(attempt, images) for attempt, images in zip(attempts, lost, strict=True)]
     total: dict[str, float] = {}
     for attempt in attempts:
         for kind, seconds in attempt.seconds.items():
             total[kind] = total.get(kind, 0.0) + seconds
-    recomputed = sum(
-        attempt.seconds.get("step", 0.0) * images / (attempt.images_seen - attempt.resumed_at)
-        for attempt, images in zip(attempts, lost, strict=True)
-        if images
-    )
     wall = sessions[-1].ended - sessions[0].began if sessions else 0.0
     present = sum(s.ended - s.began for s in sessions)
     in_attempts = sum(a.ended - a.began for a in attempts)
     kinds = ("startup", "step", "data", "checkpoint", "grid")
     return Goodput(
         wall_s=wall,
-        productive_s=total.get("step", 0.0) - recomputed,
+        productive_s=total.get("step", 0.0) - sum(again),
         data_s=total.get("data", 0.0),
         checkpoint_s=total.get("checkpoint", 0.0),
         grid_s=total.get("grid", 0.0),
         restart_s=present - in_attempts + total.get("startup", 0.0),
-        recomputed_s=recomputed,
+        recomputed_s=sum(again),
         idle_s=wall - present,
         unaccounted_s=in_attempts - sum(total.get(kind, 0.0) for kind in kinds),
         recomputed_images=sum(lost),
@@ -184,7 +215,28 @@ def measure(sessions: Sequence[Session]) -> Goodput:
         uploaded_bytes=sum(a.uploaded_bytes for a in attempts),
         upload_s=sum(a.upload_s for a in attempts),
         length=next((a.length for a in reversed(sessions[-1].attempts)), None) if sessions else None,
+        losses=_losses(sessions, again),
     )
+
+
+def _losses(sessions: Sequence[Session], again: Sequence[float]) -> dict[str, Loss]:
+    """Return what restarts have cost, by cause, in the order of `CAUSES`.
+
+    Args:
+        again: seconds of the steps of each attempt that were computed again.
+    """
+    lives = [(number, attempt) for number, session in enumerate(sessions) for attempt in session.attempts]
+    found: dict[str, Loss] = {}
+    for ((driver, before), (next_driver, after)), seconds in zip(pairwise(lives), again, strict=False):
+        cause = (before.lost_to or "unknown") if driver == next_driver else "driver"
+        known = found.get(cause, Loss(0, 0.0))
+        away_s = after.began - before.ended + after.seconds.get("startup", 0.0)
+        found[cause] = Loss(known.times + 1, known.seconds + away_s + seconds)
+    return {cause: found[cause] for cause in CAUSES if cause in found}
+
+
+def _recomputed_s(attempt: Attempt, images: int) -> float:
+    return attempt.seconds.get("step", 0.0) * images / (attempt.images_seen - attempt.resumed_at) if images else 0.0
 
 
 def _lost_images(attempts: Sequence[Attempt]) -> Iterator[int]:

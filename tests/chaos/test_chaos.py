@@ -284,6 +284,8 @@ def run_chaos(
     print(goodput.lines())
     if every_s is None:
         assert goodput.sessions == 1 + sum(fault is kill_driver for fault in happened)
+        causes = {kill_worker: "process", preempt_node: "preemption", kill_driver: "driver"}
+        assert goodput.losses.keys() >= {causes[fault] for fault in happened if fault in causes}
         # All that the ledger misses is the drivers' start and goodbye, which are imports on a busy machine.
         assert 0.9 * took - 20 < goodput.wall_s < took + 1
         assert goodput.attempts > sum(fault in (kill_worker, kill_driver) for fault in happened)

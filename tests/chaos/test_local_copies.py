@@ -81,7 +81,9 @@ def test_eight_workers_on_two_nodes_lose_a_process_and_a_node(two_nodes: Arena, 
     (tmp_path / "node-1").mkdir()
     arena.start_node()
     assert len(goes_on(arena, training, begun, "node")) >= (2 if copies else 0)
-    print(training.answer(900)["goodput"])
+    goodput = training.answer(900)["goodput"]
+    print(goodput)
+    assert {cause: loss["times"] for cause, loss in goodput["losses"].items()} == {"process": 1, "node": 1}
     alone = [
         "cluster.num_workers=1",
         "cluster.parallel=ddp",

@@ -12,7 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, PreemptionError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import ResizingState
 from ray.util import remove_placement_group
 
 
@@ -58,3 +62,41 @@ class FreeWorkers(ControllerCallback, WorkerGroupCallback):
         """Free it; where Ray Train has, nothing happens."""
         if self._reserved is not None:
             remove_placement_group(self._reserved)
+
+
+class TellCause(ControllerCallback):
+    """Tells the monitor of a run why its workers are started again, for the ledger.
+
+    Args:
+        monitor: handle of the actor.
+    """
+
+    def __init__(self, monitor: Any) -> None:
+        self.monitor = monitor
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Tell what a new state of Ray Train's controller is due to, where that is the end of a group of workers."""
+        error = getattr(current_state, "training_failed_error", None)
+        cause = "resize" if isinstance(current_state, ResizingState) else error and cause_of(error)
+        if cause:
+            self.monitor.lost.remote(cause)
+
+
+def cause_of(error: BaseException) -> str:
+    """Return which of `goodput.CAUSES` an error of Ray Train means.
+
+    Where one worker is lost, the others fail as well, in the middle of a collective: its loss is the cause.
+    """
+    if isinstance(error, PreemptionError):
+        return "preemption"
+    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else [error]
+    failures = [each.controller_failure if isinstance(each, ControllerError) else each for each in failures]
+    failures = [
+        each.health_check_failure if isinstance(each, WorkerHealthCheckFailedError) else each for each in failures
+    ]
+    lost = [each for each in failures if isinstance(each, RayActorError)]
+    if any(each.preempted for each in lost):
+        return "preemption"
+    if any("node has died" in str(each) for each in lost):
+        return "node"
+    return "process" if lost or any(isinstance(each, WorkerHealthCheckTimeoutError) for each in failures) else "error"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pipelines.training.goodput import Attempt
@@ -45,8 +46,8 @@ class Monitor:
 
     def post(self, attempt: str, elapsed_s: float, progress: Progress) -> bool:
         """Record the newest progress of an attempt that began `elapsed_s` ago, and return whether to stop."""
-        now = time.time()
-        began = self.attempts[attempt].began if attempt in self.attempts else now - elapsed_s
+        known = self.attempts.get(attempt)
+        began = known.began if known else time.time() - elapsed_s
         self.attempts[attempt] = Attempt(
             began=began,
             ended=began + elapsed_s,
@@ -56,9 +57,16 @@ class Monitor:
             uploaded_bytes=progress.uploaded_bytes,
             upload_s=progress.upload_s,
             length=progress.length,
+            lost_to=known.lost_to if known else None,
         )
         self.loss = progress.loss
         return self.stop
+
+    def lost(self, cause: str) -> None:
+        """Record what ended the workers of the newest attempt, one of `goodput.CAUSES`; what was said first stays."""
+        if self.attempts:
+            name, attempt = next(reversed(self.attempts.items()))
+            self.attempts[name] = replace(attempt, lost_to=attempt.lost_to or cause)
 
     def set_final_error(self, message: str) -> None:
         """Record an error that would come again however often the workers are started; the first message stays."""

@@ -19,7 +19,7 @@ from pipelines.environment.scratch import closed_folder
 from pipelines.storage import Fence
 from pipelines.training.loop.context import Job
 from pipelines.training.ray_train import worker
-from pipelines.training.ray_train.callbacks import FreeWorkers, QuickStart
+from pipelines.training.ray_train.callbacks import FreeWorkers, QuickStart, TellCause
 from pipelines.training.ray_train.resources import group_start_s, per_worker
 
 WorkerProvider = Callable[[Job, Any], Callable[[], object]]
@@ -37,7 +37,11 @@ class _Trainer(TorchTrainer):
 
 
 def make_trainer(
-    function: Callable[[dict[str, bytes]], None], given: object, cluster: ClusterConfig, name: str
+    function: Callable[[dict[str, bytes]], None],
+    given: object,
+    cluster: ClusterConfig,
+    name: str,
+    monitor: Any = None,
 ) -> TorchTrainer:
     """Return the Ray Train run of a training: its number of workers, and the failures that it survives.
 
@@ -47,6 +51,7 @@ def make_trainer(
         function: what a worker calls, one of those in `worker`.
         given: to the function, as a pickle that Ray Train's controller need not load.
         name: for Ray's dashboard.
+        monitor: handle of the run's monitor, which is told why workers are started again; None for several runs.
     """
     return _Trainer(
         function,
@@ -68,7 +73,7 @@ def make_trainer(
                 max_preemption_failures=cluster.max_preemption_failures,
                 preemption_grace_s=cluster.preemption_grace_s,
             ),
-            callbacks=[QuickStart(), FreeWorkers()],
+            callbacks=[QuickStart(), FreeWorkers(), *([] if monitor is None else [TellCause(monitor)])],
         ),
     )
 
@@ -80,7 +85,7 @@ def torch_config(cluster: ClusterConfig) -> TorchConfig:
 
 def dedicated_workers(job: Job, monitor: Any) -> Callable[[], object]:
     """Return a call that trains a job in a Ray Train run of its own; a `WorkerProvider`."""
-    trainer = make_trainer(worker.train, (job, monitor), job.config.cluster, job.config.name)
+    trainer = make_trainer(worker.train, (job, monitor), job.config.cluster, job.config.name, monitor)
     if job.fence is not None:
         take_over_reservation(job.fence, trainer)
     return trainer.fit

@@ -8,10 +8,23 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.execution.controller.state import (
+    FinishedState,
+    ResizingState,
+    RestartingState,
+    RunningState,
+    ShuttingDownState,
+)
 
 from pipelines.config import compose
+from pipelines.training.goodput import CAUSES
+from pipelines.training.loop.progress import Progress
 from pipelines.training.ray_train import callbacks
-from pipelines.training.ray_train.callbacks import FreeWorkers
+from pipelines.training.ray_train.callbacks import FreeWorkers, TellCause, cause_of
+from pipelines.training.ray_train.mailboxes import Monitor
 from pipelines.training.ray_train.trainer import make_trainer
 
 
@@ -35,6 +48,53 @@ def test_resources_of_the_newest_worker_group_are_freed_when_the_controller_ends
 def test_the_controller_of_every_training_frees_its_workers_resources():
     trainer = make_trainer(lambda settings: None, {}, compose(["+experiment=digits"]).cluster, "digits")
     assert [type(c) for c in trainer._create_default_callbacks() if isinstance(c, FreeWorkers)] == [FreeWorkers]
+
+
+def died(text: str = "", preempted: bool = False) -> Exception:
+    return WorkerHealthCheckFailedError("a worker", RayActorError(None, text, preempted=preempted))
+
+
+PEER = RuntimeError("Connection closed by peer")
+CAUSED = {
+    "process": [died("The actor died unexpectedly"), PEER],
+    "node": [PEER, died("The actor died unexpectedly"), died("because its node has died. Node Id: 1")],
+    "preemption": [died("because its node has died", preempted=True), PEER],
+    "error": [ValueError("a shard is damaged")],
+}
+
+
+@pytest.mark.parametrize("cause", CAUSED)
+def test_the_loss_of_a_worker_is_the_cause_of_the_errors_of_its_peers(cause):
+    failures = CAUSED[cause]
+    assert cause_of(WorkerGroupError("failed", dict(enumerate(failures)))) == cause
+    assert cause in CAUSES
+
+
+def test_a_worker_that_does_not_answer_and_one_that_is_lost_at_the_start_are_lost_processes():
+    assert cause_of(WorkerGroupError("failed", {1: WorkerHealthCheckTimeoutError("hanging")})) == "process"
+    assert cause_of(ControllerError(RayActorError())) == "process"
+    assert cause_of(ControllerError(TimeoutError())) == "error"
+
+
+def test_the_monitor_is_told_why_workers_start_again_and_keeps_the_first_cause_with_the_attempt():
+    monitor = Monitor()
+    told = TellCause(SimpleNamespace(lost=SimpleNamespace(remote=monitor.lost)))
+    told.after_controller_state_update(RunningState(), ResizingState(scaling_decision=None))
+    assert monitor.attempts == {}  # nobody has trained yet
+    progress = Progress(64, 0, 1.0, {})
+    for name, states in {
+        "a": [
+            RestartingState(WorkerGroupError("failed", {0: died("its node has died")})),
+            ShuttingDownState(RunningState()),
+        ],
+        "b": [ResizingState(scaling_decision=None), RestartingState(WorkerGroupError("failed", {0: died()}))],
+        "c": [FinishedState()],
+    }.items():
+        monitor.post(name, 1.0, progress)
+        for state in states:
+            told.after_controller_state_update(RunningState(), state)
+        monitor.post(name, 2.0, progress)
+    assert [attempt.lost_to for attempt in monitor.attempts.values()] == ["node", "resize", None]
 
 
 def test_callbacks_and_functions_of_workers_load_without_torch_which_is_imported_while_the_collector_rests():

@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[4]
 KNOWN = {
     "ray.train.v2._internal.callbacks.datasets": "an actor for Ray Data, which is not started",
     "ray.train.v2._internal.execution.callback": "a worker's start, and what its group has reserved at the end",
+    "ray.train.v2._internal.execution.controller.state": "why the workers are started again, for the ledger",
+    "ray.train.v2._internal.exceptions": "a worker that is lost, beside those that fail with it",
     "ray.train.v2._internal.execution.context": "which node is about to be preempted, without a barrier of all ranks",
     "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator": "what a killed driver had reserved",
 }
