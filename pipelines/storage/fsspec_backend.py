@@ -81,8 +81,7 @@ class FsspecBackend:
 
     def read(self, uri: str, start: int, stop: int | None) -> bytes:
         """Return the bytes [start, stop) of an object."""
-        with _reporting(uri):
-            fs, path = _open(uri)
+        with _opened(uri) as (fs, path):
             data: bytes = fs.cat_file(path, start=start or None, end=stop)
             return data
 
@@ -134,14 +133,12 @@ class FsspecBackend:
 
     def download(self, uri: str, path: Path) -> None:
         """Copy an object into a file."""
-        with _reporting(uri):
-            fs, source = _open(uri)
+        with _opened(uri) as (fs, source):
             fs.get_file(source, str(path))
 
     def copy(self, source: str, target: str) -> None:
         """Copy an object inside the store where it can, else through this machine."""
-        with _reporting(source):
-            fs, path = _open(source)
+        with _opened(source) as (fs, path):
             if fs is _open(target)[0]:
                 with suppress(NotImplementedError):
                     _replace(target, lambda fs, place: fs.cp_file(path, place))
@@ -151,8 +148,7 @@ class FsspecBackend:
 
     def exists(self, uri: str) -> bool:
         """Return whether an object exists; folders do not count."""
-        with _reporting(uri):
-            fs, path = _open(uri)
+        with _opened(uri) as (fs, path):
             try:
                 return bool(fs.info(path)["type"] == "file")
             except FileNotFoundError:
@@ -176,16 +172,14 @@ class FsspecBackend:
 
     def delete(self, uri: str) -> None:
         """Remove an object."""
-        with _reporting(uri), suppress(FileNotFoundError):
-            fs, path = _open(uri)
+        with _opened(uri) as (fs, path), suppress(FileNotFoundError):
             fs.rm_file(path)
 
     def remove_empty_folders(self, uri: str) -> None:
         """Remove a file system's empty folders."""
         if _scheme(uri) in OBJECT_STORES:
             return
-        with _reporting(uri), suppress(FileNotFoundError):
-            fs, path = _open(uri)
+        with _opened(uri) as (fs, path), suppress(FileNotFoundError):
             for folder, _, _ in list(fs.walk(path, topdown=False)):
                 if not fs.ls(folder, detail=False):
                     fs.rmdir(folder)
@@ -248,6 +242,13 @@ def _replace(uri: str, write: Callable[[Any, str], object]) -> None:
     finally:
         with suppress(FileNotFoundError):
             fs.rm_file(temporary)
+
+
+@contextmanager
+def _opened(uri: str) -> Iterator[tuple[Any, str]]:
+    """Yield the file system and the path of an address; turn their errors into a `StorageError` with the fix."""
+    with _reporting(uri):
+        yield _open(uri)
 
 
 @contextmanager

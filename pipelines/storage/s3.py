@@ -161,32 +161,35 @@ class S3Backend:
         }
         return {key: value for key, value in named.items() if value}
 
+    @contextmanager
+    def _object(self, uri: str, action: Action) -> Iterator[tuple[Any, str, str]]:
+        """Yield the client for calls about an object, its bucket and its key; see `S3Client.calls`."""
+        bucket, key = split_s3(uri)
+        with self.client.calls(uri, action) as client:
+            yield client, bucket, key
+
     def read(self, uri: str, start: int, stop: int | None) -> bytes:
         """Return the bytes [start, stop) of an object."""
-        bucket, key = split_s3(uri)
         span = {} if start == 0 and stop is None else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
-        with self.client.calls(uri, "read") as client:
+        with self._object(uri, "read") as (client, bucket, key):
             data: bytes = client.get_object(Bucket=bucket, Key=key, **span)["Body"].read()
             return data
 
     def stream(self, uri: str, start: int, stop: int, chunk: int) -> Iterator[bytes]:
         """Yield the bytes [start, stop) of an object."""
-        bucket, key = split_s3(uri)
-        with self.client.calls(uri, "read") as client:
+        with self._object(uri, "read") as (client, bucket, key):
             body = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}")["Body"]
             with closing(body):
                 yield from body.iter_chunks(chunk)
 
     def write(self, uri: str, data: bytes) -> None:
         """Store an object."""
-        bucket, key = split_s3(uri)
-        with self.client.calls(uri, "write") as client:
+        with self._object(uri, "write") as (client, bucket, key):
             client.put_object(Bucket=bucket, Key=key, Body=data)
 
     def read_tagged(self, uri: str) -> tuple[bytes, str]:
         """Return the bytes of an object and its ETag."""
-        bucket, key = split_s3(uri)
-        with self.client.calls(uri, "read") as client:
+        with self._object(uri, "read") as (client, bucket, key):
             answer = client.get_object(Bucket=bucket, Key=key)
             return answer["Body"].read(), answer["ETag"].strip('"')
 
@@ -194,9 +197,8 @@ class S3Backend:
         """Store bytes with `If-Match`, or with `If-None-Match: *` if nothing may be stored yet."""
         from botocore.exceptions import ClientError
 
-        bucket, key = split_s3(uri)
         condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": f'"{tag}"'}
-        with self.client.calls(uri, "write") as client:
+        with self._object(uri, "write") as (client, bucket, key):
             try:
                 answer = client.put_object(Bucket=bucket, Key=key, Body=data, **condition)
                 return str(answer["ETag"]).strip('"')
@@ -207,34 +209,29 @@ class S3Backend:
 
     def upload_stream(self, stream: BinaryIO, uri: str) -> None:
         """Store what a stream gives, in parts, a few of which are in memory at a time."""
-        bucket, key = split_s3(uri)
-        with self.client.calls(uri, "write") as client:
+        with self._object(uri, "write") as (client, bucket, key):
             client.upload_fileobj(stream, bucket, key)
 
     def upload(self, path: Path, uri: str) -> None:
         """Store a file, in parts where it is large."""
-        bucket, key = split_s3(uri)
-        with self.client.calls(uri, "write") as client:
+        with self._object(uri, "write") as (client, bucket, key):
             client.upload_file(str(path), bucket, key)
 
     def download(self, uri: str, path: Path) -> None:
         """Copy an object into a file, ranged and in parallel where it is large."""
-        bucket, key = split_s3(uri)
-        with self.client.calls(uri, "read") as client:
+        with self._object(uri, "read") as (client, bucket, key):
             client.download_file(bucket, key, str(path))
 
     def copy(self, source: str, target: str) -> None:
         """Copy an object inside S3."""
-        bucket, key = split_s3(source)
-        with self.client.calls(source, "write") as client:
+        with self._object(source, "write") as (client, bucket, key):
             client.copy({"Bucket": bucket, "Key": key}, *split_s3(target))
 
     def exists(self, uri: str) -> bool:
         """Return whether an object is there."""
         from botocore.exceptions import ClientError
 
-        bucket, key = split_s3(uri)
-        with self.client.calls(uri, "read") as client:
+        with self._object(uri, "read") as (client, bucket, key):
             try:
                 client.head_object(Bucket=bucket, Key=key)
             except ClientError as error:
@@ -256,8 +253,7 @@ class S3Backend:
 
     def delete(self, uri: str) -> None:
         """Remove an object."""
-        bucket, key = split_s3(uri)
-        with self.client.calls(uri, "write") as client:
+        with self._object(uri, "write") as (client, bucket, key):
             client.delete_object(Bucket=bucket, Key=key)
 
     def remove_empty_folders(self, uri: str) -> None:
