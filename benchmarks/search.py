@@ -97,7 +97,7 @@ def record(reference: str) -> None:
     from pipelines.evaluation.evaluators import open_evaluator
     from pipelines.evaluation.real import open_real
     from pipelines.search.guidance_search import base_of
-    from pipelines.search.judge import SampleScorer, TrialSubject, asked_for
+    from pipelines.search.judge import TrialSubject, asked_for
     from pipelines.shards.index import read_dataset
     from pipelines.storage import Storage
     from pipelines.training.ray_train.resources import connect_ray
@@ -113,12 +113,12 @@ def record(reference: str) -> None:
     class Judge:
         def __init__(self, subject: TrialSubject) -> None:
             torch.set_num_threads(1)
-            self.scorer = SampleScorer(subject)
+            self.subject = subject
 
         def judge(self, params: Params) -> dict[str, Any]:
             chosen = sampling(apply(base, params))
-            drawn = self.scorer.draw(chosen, torch.arange(SAMPLES), seed=base.evaluation.seed)
-            distance = frechet_distance(self.scorer.subject.reference.moments, FeatureMoments.of(drawn.features))
+            drawn = self.subject.draw(chosen, torch.arange(SAMPLES), base.evaluation.seed)
+            distance = frechet_distance(self.subject.reference.moments, FeatureMoments.of(drawn.features))
             return {"params": params, "frechet_distance": distance, "evaluations": drawn.evaluations}
 
     shared = ray.put(TrialSubject.of(model, evaluator, real, {}, asked_for(real, None, SAMPLES, base.evaluation.seed)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from ddpm.conditioning import Conditioning
 from ddpm.generate import Sampling, to_uint8
 from ddpm.model import Model
 from ddpm.quality import Measured
-from pipelines.evaluation.cost import Meter
 from pipelines.evaluation.data import EvaluationData
-from pipelines.evaluation.devices import actors_that_hold, seen_gpus, task_device
+from pipelines.evaluation.devices import actors_that_hold, seen_gpus
+from pipelines.evaluation.drawing import JudgedModel, with_labels
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.images import pack_samples, thumbnail_size, thumbnails, to_levels, unpack_samples
-from pipelines.evaluation.likelihoods import BATCH, Bounds, Likelihood, conditions, held_out_bound, likelihood
+from pipelines.evaluation.likelihoods import BATCH, Bounds, Likelihood, likelihood
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.rows import Rows
 from pipelines.evaluation.samples import DrawnRows, DrawnUnit, SampledModel, SampleFiles, SamplePlan, SampleSpec, Unit
@@ -138,7 +138,7 @@ class SamplingActors:
         return Sampled(plan, DrawnRows(**rows), files)
 
     def evaluations(self, subject: SampledModel, plan: SamplePlan) -> float:
-        """Return how many network evaluations an image of a subject takes; see `Meter`."""
+        """Return how many network evaluations an image of a subject takes; see `counted`."""
         ((_, found),) = self._ask(subject, "evaluations", [(plan.units()[0], plan.sampling)])
         return float(found)
 
@@ -158,7 +158,7 @@ class SamplingActors:
         return Likelihood(Bounds.joined([part.bounds for part in parts]), np.concatenate([part.ode for part in parts]))
 
     def bound(self, subject: SampledModel, images: Tensor, cond: Conditioning | None, seed: int) -> Tensor:
-        """Return the bound of each of some real images [N], in [-1, 1]; see `held_out_bound`."""
+        """Return the bound of each of some real images [N], in [-1, 1]; see `JudgedModel.bound`."""
         ((_, found),) = self._ask(subject, "bound", [(images, cond, seed)])
         assert isinstance(found, Tensor)
         return found
@@ -192,13 +192,10 @@ class Drawer:
     """
 
     def __init__(self, model: Model, prompts: Prompts | None, evaluator: Evaluator, storage: Storage) -> None:
-        self.device, self.prompts = task_device(), prompts
+        self.judged, self.prompts, self.storage = JudgedModel.here(model, evaluator.encoder), prompts, storage
         judge = None if prompts is None else prompts.matcher
-        self.match = None if judge is None else judge.encoder.to(self.device)
+        self.match = None if judge is None else judge.encoder.to(self.judged.device)
         self.judges = (evaluator.digest[:16], *(() if judge is None else (judge.digest[:16],)))
-        self.model = model.to(self.device)
-        self.encode = evaluator.encoder.to(self.device)
-        self.storage = storage
 
     def draw(self, unit: Unit, plan: SamplePlan, believed: Mapping[str, str]) -> DrawnUnit:
         """Return the rows of a batch of samples; what is stored, and believed, is not made again.
@@ -214,12 +211,12 @@ class Drawer:
         images, finite, files = self._images(unit, plan, stored, believed)
         # Drawn and stored images may differ in the stride of a single channel, by which convolutions choose how to add.
         levels = torch.from_numpy(images).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-        encoded = self.encode(levels.to(self.device))
+        encoded = self.judged.encode(levels)
         rows = {"features": encoded.features.numpy(), "pixels": thumbnails(levels), "finite": finite}
         if encoded.probabilities is not None:
             rows["probabilities"] = encoded.probabilities.numpy()
         if self.match is not None:
-            rows["vectors"] = self.match(levels.to(self.device)).features.numpy()
+            rows["vectors"] = self.match(levels).features.numpy()
         files |= {name: stored.write(unit.path(name), save(rows))}
         return DrawnUnit(rows, files, tuple(name for name in (unit.shard, name) if name in believed))
 
@@ -232,7 +229,7 @@ class Drawer:
         """
         data = stored.read(unit.path(unit.shard), believed.get(unit.shard))
         if data is not None:
-            return *unpack_samples(data, self.model.spec.shape[0]), {unit.shard: believed[unit.shard]}
+            return *unpack_samples(data, self.judged.model.spec.shape[0]), {unit.shard: believed[unit.shard]}
         images = self._generate(unit, plan.sampling, plan.batch_size)
         finite = images.isfinite().flatten(1).all(1).cpu().numpy()
         levels = to_uint8(images).cpu().numpy()
@@ -241,54 +238,39 @@ class Drawer:
 
     def _generate(self, unit: Unit, sampling: Sampling, batch_size: int) -> Tensor:
         """Return new samples of a unit in [-1, 1], [N, C, H, W]."""
-        text = None
-        if unit.captions is not None:
-            assert self.prompts is not None
-            text = self.prompts.condition(unit.captions).to(self.device)
-        return self.model.generate(
-            None if unit.labels is None else torch.from_numpy(unit.labels).to(self.device),
-            text=text,
-            sampling=sampling,
-            seed=unit.seed,
-            image_ids=torch.arange(unit.first, unit.stop, device=self.device),
-            batch_size=batch_size,
-        )
+        image_ids = torch.arange(unit.first, unit.stop)
+        return self.judged.images(self._condition(unit), image_ids, sampling, unit.seed, batch_size)
+
+    def _condition(self, unit: Unit) -> Conditioning | None:
+        """Return the classes and captions of a unit."""
+        if unit.captions is None:
+            return with_labels(None, unit.labels)
+        assert self.prompts is not None
+        return with_labels(self.prompts.condition(unit.captions), unit.labels)
 
     def evaluations(self, unit: Unit, sampling: Sampling) -> float:
         """Return how many network evaluations the first image of a unit takes."""
-        meter = Meter(self.model)
-        labels, captions = (None if of is None else of[:1] for of in (unit.labels, unit.captions))
-        first = replace(unit, stop=unit.first + 1, labels=labels, captions=captions)
-        self._generate(first, sampling.with_fields(compile=False), 1)
-        meter.close()
-        return meter.count
+        cond = self._condition(unit)
+        first = None if cond is None else cond[:1]
+        return self.judged.evaluations(first, torch.tensor([unit.first]), sampling, unit.seed)
 
     def noise(self, count: int, seed: int) -> NDArray[np.float32]:
         """Return the features of images of noise, which no model should be as bad as."""
-        shape = (count, *self.model.spec.shape)
+        shape = (count, *self.judged.model.spec.shape)
         images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
-        parts = to_levels(images).split(256)
-        return np.concatenate([self.encode(part.to(self.device)).features.numpy() for part in parts])
+        return self.judged.encode(to_levels(images)).features.numpy()
 
     def likelihood(
         self, images: NDArray[np.uint8], labels: NDArray[np.int64] | None, first: int, seed: int
     ) -> Likelihood:
         """Return the likelihood of a batch of real images, given their captions where the model is on text."""
-        span = slice(first, first + len(images))
-        text = None if self.prompts is None else self.prompts.likelihood_condition(span).to(self.device)
-        return likelihood(self.model, images, labels, first, seed, self.device, text)
+        model, device, stop = self.judged.model, self.judged.device, first + len(images)
+        x_0 = torch.from_numpy(images).to(device).float() / 127.5 - 1
+        text = None if self.prompts is None else self.prompts.likelihood_condition(slice(first, stop))
+        cond = with_labels(text, labels if model.spec.classes else None)
+        image_ids = torch.arange(first, stop, device=device)
+        return likelihood(model, x_0, None if cond is None else cond.to(device), image_ids, seed)
 
     def bound(self, images: Tensor, cond: Conditioning | None, seed: int) -> Tensor:
         """Return the bound of each image, [N]."""
-        model, image_ids = self.model, torch.arange(len(images))
-        mine = conditions(cond, image_ids, model.spec, self.device)
-        with torch.no_grad():
-            return held_out_bound(
-                model.denoiser,
-                model.schedule,
-                model.spec,
-                images.to(self.device),
-                mine,
-                seed=seed,
-                image_ids=image_ids.to(self.device),
-            ).cpu()
+        return self.judged.bound(images, cond, torch.arange(len(images)), seed).cpu()

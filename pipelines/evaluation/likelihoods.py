@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpm.bound import variational_bound, variational_bounds
+from ddpm.bound import variational_bounds
 from ddpm.conditioning import Conditioning
 from ddpm.likelihood import ode_bits_per_dim
-from ddpm.model import Model, ModelSpec
-from ddpm.prediction import Denoiser
-from ddpm.schedule import NoiseSchedule
+from ddpm.model import Model
 
 BOUND_STEPS = 250
 """Steps of the chain whose bound is computed, respaced from the schedule's own where it has more: each is one network
 evaluation, and more of them give a tighter bound."""
-HELD_OUT_STEPS = 64
-"""Steps of the chain whose bound judges the trials of a study."""
 ODE_TOLERANCE = 1e-4
 BATCH = 16
 """Images of one call."""
@@ -71,28 +67,8 @@ class Likelihood:
     ode: NDArray[np.float64]
 
 
-def likelihood(
-    model: Model,
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64] | None,
-    first: int,
-    seed: int,
-    device: torch.device,
-    text: Conditioning | None = None,
-) -> Likelihood:
-    """Return the likelihood of images under the model without guidance.
-
-    Args:
-        images: uint8 [B, C, H, W].
-        labels: class indices [B], for a model with classes.
-        first: number of the first image, on which its noise depends.
-        seed: of the noise.
-        text: embeddings of their captions, for a model on text.
-    """
-    x_0 = torch.from_numpy(images).to(device).float() / 127.5 - 1
-    image_ids = torch.arange(first, first + len(images), device=device)
-    conditional = labels is not None and bool(model.spec.classes)
-    cond = replace(text or Conditioning(), label=torch.from_numpy(labels).to(device)) if conditional else text
+def likelihood(model: Model, x_0: Tensor, cond: Conditioning | None, image_ids: Tensor, seed: int) -> Likelihood:
+    """Return the likelihood of images under the model without guidance; arguments as for `bound_bits`."""
     bounds = bound_bits(model, x_0, cond, image_ids, seed)
     return Likelihood(bounds, ode_bits(model, x_0, cond, image_ids, seed).cpu().numpy())
 
@@ -141,36 +117,3 @@ def ode_bits(model: Model, x_0: Tensor, cond: Conditioning | None, image_ids: Te
         atol=ODE_TOLERANCE,
     )
     return found.bits_per_dim.double()
-
-
-def conditions(
-    cond: Conditioning | None, image_ids: Tensor, spec: ModelSpec, device: torch.device
-) -> Conditioning | None:
-    """Return what a model takes of the conditions of images by their numbers; image i has condition i modulo N."""
-    if cond is not None and not spec.classes:
-        cond = replace(cond, label=None)
-    if cond is not None and not spec.network.text_dim:
-        cond = replace(cond, text=None, text_mask=None, pooled=None)
-    return None if cond is None or not cond.present else cond[image_ids % len(cond)].to(device)
-
-
-def held_out_bound(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    spec: ModelSpec,
-    images: Tensor,
-    cond: Conditioning | None,
-    *,
-    seed: int,
-    image_ids: Tensor,
-) -> Tensor:
-    """Return the variational bound of real images [B, C, H, W] on a chain of `HELD_OUT_STEPS` steps, bits/dim, [B]."""
-    return variational_bound(
-        spec.sampling.clipping.wrap(denoiser, schedule),
-        schedule,
-        images,
-        cond,
-        seed=seed,
-        image_ids=image_ids,
-        steps=min(HELD_OUT_STEPS, schedule.num_steps),
-    ).total

@@ -30,7 +30,7 @@ from pipelines.evaluation.scoring import digest_of, subject_of
 from pipelines.presentation.errors import PipelineError
 from pipelines.remote.actors import processors
 from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
-from pipelines.search.judge import SampleScorer, TrialSamples, TrialSubject, asked_for, hopeless, rungs
+from pipelines.search.judge import TrialSamples, TrialSubject, asked_for, hopeless, rungs
 from pipelines.search.space import Params, Value, apply
 from pipelines.search.studies import Lines, Search
 from pipelines.search.study import TrialRecord, done, loss, pareto_front
@@ -83,7 +83,6 @@ class GuidanceTrial(Trial):
         """Load the networks; called once per actor."""
         torch.set_num_threads(1)
         self.subject, self.study, self.base, self.seed = subject, study, base, seed
-        self.scorer = SampleScorer(subject)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Value]) -> bool:
@@ -98,7 +97,7 @@ class GuidanceTrial(Trial):
         counts = rungs(self.study.samples, self.study.rungs)
         first = len(self.drawn.features) if self.drawn else 0
         stop = next(n for n in counts if n > first)
-        more = self.scorer.draw(self.settings, torch.arange(first, stop), seed=self.seed)
+        more = self.subject.draw(self.settings, torch.arange(first, stop), self.seed)
         self.drawn = more if self.drawn is None else self.drawn + more
         drawn = self.drawn
         values, influence = self.subject.reference.scores(drawn.features, drawn.accuracy, drawn.evaluations)

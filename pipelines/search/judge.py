@@ -15,26 +15,19 @@ import torch
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
-from ddpm.generate import Sampling, generate
+from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec
 from ddpm.models.classifier import NoisyClassifier
-from ddpm.prediction import NetworkDenoiser
 from ddpm.quality import FeatureMoments, Measured, precision_recall
-from ddpm.schedule import make_schedule
 from pipelines.evaluation.compare import NEIGHBOURS, measured_frechet
-from pipelines.evaluation.cost import Meter
-from pipelines.evaluation.devices import task_device
+from pipelines.evaluation.drawing import JudgedModel, counted, with_labels
 from pipelines.evaluation.evaluators import Evaluator, FeatureEncoder
-from pipelines.evaluation.images import to_levels
-from pipelines.evaluation.likelihoods import conditions, held_out_bound
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.samples import balanced_labels
 from pipelines.shards.captions import Captions
 from pipelines.storage import Storage, join, layout
-from pipelines.training.loop.collectives import all_gather_items, rank_indices
+from pipelines.training.loop.collectives import all_gather_items, rank_indices, this_rank
 from pipelines.training.loop.state import TrainingState, ema_weights
-
-BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -106,23 +99,8 @@ class TrialSubject:
         found: Any = {name: self.guides.get(named.get(name) or "") for name in ("classifier", "weak")}
         return replace(self.model, **found)
 
-
-class SampleScorer:
-    """Draw and score images of a subject with any sampling settings; the networks are loaded once per process."""
-
-    def __init__(self, subject: TrialSubject) -> None:
-        self.device = device = task_device()
-        self.encoder = subject.evaluator.encoder.to(device)
-        guides = {name: guide.to(device) for name, guide in subject.guides.items()}
-        self.subject = replace(subject, model=subject.model.to(device), guides=guides)
-        self.meter = Meter(self.subject.model)
-        for guide in guides.values():
-            self.meter.guide(guide)
-
-    def draw(
-        self, settings: Sampling, image_ids: Tensor, *, seed: int, keep: int = 0, batch_size: int = 64
-    ) -> TrialSamples:
-        """Draw the images of these numbers, and compute their features and predicted classes.
+    def draw(self, settings: Sampling, image_ids: Tensor, seed: int) -> TrialSamples:
+        """Draw the images of these numbers in this process, and judge them; its networks stay on the device.
 
         Image i of a seed does not depend on the other images.
 
@@ -130,26 +108,15 @@ class SampleScorer:
             settings: sampling settings; `classifier` and `weak` name guides of the subject.
             image_ids: numbers of the images, int64 [N].
             seed: of the noise.
-            keep: number of images whose pixels are kept.
-            batch_size: images to draw at a time.
         """
-        subject, before = self.subject, self.meter.count
-        cond = conditions(subject.cond, image_ids, subject.model.spec, self.device) or Conditioning()
-        images = subject.guided(settings).generate(
-            cond.label,
-            text=replace(cond, label=None) if cond.text is not None else None,
-            seed=seed,
-            sampling=settings,
-            image_ids=image_ids.to(self.device),
-            batch_size=batch_size,
-        )
-        # Features are of images rounded to 256 levels, which is what a user of the model receives.
-        levels = to_levels(images)
-        found, correct = self.encoder(levels), None
-        if cond.label is not None and subject.evaluator.labels and found.probabilities is not None:
-            correct = found.probabilities.argmax(1) == cond.label.cpu()
-        evaluations = (self.meter.count - before) / len(image_ids)
-        return TrialSamples(found.features, correct, levels[:keep].permute(0, 2, 3, 1).cpu().numpy(), evaluations)
+        judged, correct = JudgedModel.here(self.guided(settings), self.evaluator.encoder), None
+        cond = judged.condition(self.cond, image_ids)
+        with counted(judged.model) as evaluations:
+            found = judged.encoded(cond, image_ids, settings, seed)
+        labels = None if cond is None or not self.evaluator.labels else cond.label
+        if labels is not None and found.probabilities is not None:
+            correct = found.probabilities.argmax(1) == labels.cpu()
+        return TrialSamples(found.features, correct, evaluations() / len(image_ids))
 
 
 @dataclass(frozen=True)
@@ -160,13 +127,11 @@ class TrialSamples:
         features: features of the samples [N, D].
         correct: whether the evaluator assigns a sample to the requested class, bool [N]; None where the model or the
             evaluator has no classes.
-        pixels: the first samples, uint8 [M, H, W, C].
         evaluations: network evaluations per image.
     """
 
     features: Tensor
     correct: Tensor | None
-    pixels: Any
     evaluations: float
 
     @property
@@ -175,13 +140,13 @@ class TrialSamples:
         return None if self.correct is None else Measured.mean(self.correct)
 
     def __add__(self, other: TrialSamples) -> TrialSamples:
-        """Return the samples of both, with the pixels of the first."""
+        """Return the samples of both."""
         n, m = len(self.features), len(other.features)
         correct = None
         if self.correct is not None and other.correct is not None:
             correct = torch.cat([self.correct, other.correct])
         evaluations = (n * self.evaluations + m * other.evaluations) / (n + m)
-        return TrialSamples(torch.cat([self.features, other.features]), correct, self.pixels, evaluations)
+        return TrialSamples(torch.cat([self.features, other.features]), correct, evaluations)
 
 
 def asked_for(real: Real, captions: Captions | None, samples: int, seed: int) -> Conditioning | None:
@@ -269,37 +234,17 @@ class RungJudge:
 
     def __call__(self, state: TrainingState, spec: ModelSpec, device: torch.device) -> None:
         """Draw images and compute scores, with the work divided among the ranks; rank 0 writes the scores."""
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        schedule = make_schedule(**spec.schedule)
+        rank = this_rank()
+        real, of_real = self.held_out
         with ema_weights(state) as network, torch.no_grad():
-            denoiser = NetworkDenoiser(network, schedule, spec.prediction)
+            judged = JudgedModel(Model(spec, network), self.encoder.to(device), device)
             image_ids = rank_indices(self.samples, rank)
-            images = generate(
-                denoiser,
-                schedule,
-                spec.sampling,
-                cond=conditions(self.cond, image_ids, spec, device),
-                shape=spec.shape,
-                seed=self.seed,
-                image_ids=image_ids.to(device),
-                batch_size=BATCH,
-            )
-            own = self.encoder.to(device)(to_levels(images)).features
+            own = judged.encoded(judged.condition(self.cond, image_ids), image_ids, spec.sampling, self.seed).features
             features = all_gather_items(own.to(device), self.samples).cpu()
             distance = measured_frechet(self.reference, features)
             scores = {"frechet_distance": distance.value, "standard_error": distance.standard_error}
-            real, of_real = self.held_out
             if len(real):
-                bound_ids = rank_indices(len(real), rank)
-                bound = held_out_bound(
-                    denoiser,
-                    schedule,
-                    spec,
-                    real[bound_ids].to(device),
-                    conditions(of_real, bound_ids, spec, device),
-                    seed=self.seed,
-                    image_ids=bound_ids.to(device),
-                )
+                bound = judged.bound(real, of_real, rank_indices(len(real), rank), self.seed)
                 scores["bits_per_dim"] = all_gather_items(bound, len(real)).mean().item()
         if rank == 0:
             scores |= {"images_seen": float(state.images_seen), "samples": float(self.samples)}
@@ -314,7 +259,5 @@ def held_out_images(real: Real, captions: Captions | None) -> tuple[Tensor, Cond
         captions: of these images.
     """
     images, labels = real.held_out()
-    cond = Conditioning() if captions is None else captions.condition(torch.arange(len(images)), labels=False)
-    if labels is not None:
-        cond = replace(cond, label=torch.from_numpy(labels))
-    return torch.from_numpy(images).float() / 127.5 - 1, cond if cond.present else None
+    text = None if captions is None else captions.condition(torch.arange(len(images)), labels=False)
+    return torch.from_numpy(images).float() / 127.5 - 1, with_labels(text, labels)

@@ -1,12 +1,16 @@
-"""Actors of an evaluation in this process, one call after another, without Ray."""
+"""Actors of an evaluation in this process, one call after another, without Ray; and an encoder that keeps images."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
+from torch import Tensor
 
 from pipelines.evaluation import actors
+from pipelines.evaluation.evaluators.base import Encoded, FeatureEncoder
 
 
 class Reference:
@@ -32,6 +36,27 @@ class Pool:
         """Yield (place, result) of each call."""
         for place, arguments in enumerate(calls):
             yield place, self.actor.call(method, *arguments)
+
+
+class Keeping:
+    """An encoder that keeps the images that it is given."""
+
+    def __init__(self, encoder: FeatureEncoder) -> None:
+        self.encoder, self.width = encoder, encoder.width
+        self.seen: list[NDArray[np.uint8]] = []
+
+    def __call__(self, images: Tensor) -> Encoded:
+        self.seen.append(images.permute(0, 2, 3, 1).cpu().numpy())
+        return self.encoder(images)
+
+    def to(self, device: Any) -> Keeping:
+        """Return it where it is."""
+        return self
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """All that it was given, uint8 [N, H, W, C]."""
+        return np.concatenate(self.seen)
 
 
 def draw_here(monkeypatch: Any) -> None:

@@ -29,13 +29,14 @@ from pipelines.evaluation.samples import SamplePlan
 from pipelines.inference.pictures import picture
 from pipelines.inference.request import SampleRequest
 from pipelines.registry.probe import draw_probe
-from pipelines.search.judge import RungJudge, SampleScorer, TrialSubject
+from pipelines.search.judge import RungJudge, TrialSubject
 from pipelines.served_model import DiffusionModel
 from pipelines.serving.bodies import decode_png
 from pipelines.serving.http import make_app
 from pipelines.serving.metrics import Metrics
 from pipelines.serving.served import load
 from pipelines.storage import Storage
+from tests.pipelines.evaluation.in_process import Keeping
 from tests.pipelines.serving.alone import Alone, Page
 from tests.pipelines.test_earlier_release import EARLIER
 
@@ -60,29 +61,22 @@ def judged(model, settings, tmp_path):
 
 def of_a_trial(model, settings, labels):
     """By a study of guidance."""
-    judge = Classifier(1, 8, 10).eval()
+    judge = Keeping(Classifier(1, 8, 10).eval())
     evaluator = Evaluator(judge, "classifier", "d", "here", "none", labels=True, accuracy=None)
-    scorer = SampleScorer(TrialSubject(model, evaluator, None, Conditioning(label=labels)))
-    return scorer.draw(settings, torch.arange(COUNT), seed=SEED, keep=COUNT).pixels
+    TrialSubject(model, evaluator, None, Conditioning(label=labels)).draw(settings, torch.arange(COUNT), seed=SEED)
+    return judge.pixels
 
 
 def of_a_training_trial(model, settings, labels, tmp_path):
     """By the judge of a study of trainings, from the averaged weights of a training."""
-    seen = []
-
-    class Kept(Contrastive):
-        def __call__(self, images):
-            seen.append(images.permute(0, 2, 3, 1).numpy())
-            return super().__call__(images)
-
-    reference = FeatureMoments.of(torch.randn(200, Contrastive(1, 8).width))
+    keeping = Keeping(Contrastive(1, 8).eval())
+    reference = FeatureMoments.of(torch.randn(200, keeping.width))
     cond, uri = Conditioning(label=labels), f"file://{tmp_path}/scores"
-    judge = RungJudge(
-        (1,), COUNT, cond, Kept(1, 8).eval(), reference, (torch.zeros(0, 1, 8, 8), None), SEED, Storage(), uri
-    )
+    held_out = torch.zeros(0, 1, 8, 8), None
+    judge = RungJudge((1,), COUNT, cond, keeping, reference, held_out, SEED, Storage(), uri)
     state = SimpleNamespace(network=model.network, ema=EMA(model.network, 100.0), images_seen=1, gathered=None)
     judge(state, replace(model.spec, sampling=settings), torch.device("cpu"))
-    return np.concatenate(seen)
+    return keeping.pixels
 
 
 @pytest.fixture(scope="module")

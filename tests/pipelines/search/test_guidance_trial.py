@@ -35,6 +35,6 @@ def test_a_model_of_data_without_labels_is_searched_by_a_contrastive_evaluator()
     assert last["evaluations"] == 2
     assert last["frechet_distance"] > 0
     assert "class_accuracy" not in last
-    again = trial.scorer.draw(trial.settings, torch.arange(16), seed=5)
+    again = trial.subject.draw(trial.settings, torch.arange(16), seed=5)
     torch.testing.assert_close(trial.drawn.features, again.features, rtol=1e-4, atol=1e-5)
     assert last["influence"].shape == (16,)

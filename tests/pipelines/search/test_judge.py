@@ -19,8 +19,9 @@ from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.classifier import Classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.evaluation.images import to_levels
-from pipelines.search.judge import Reference, SampleScorer, TrialSubject, hopeless, rungs
+from pipelines.search.judge import Reference, TrialSubject, hopeless, rungs
 from tests.pipelines.checkpoints.tiny import SMALL
+from tests.pipelines.evaluation.in_process import Keeping
 
 CLASSES = ("a", "b")
 
@@ -114,42 +115,43 @@ def subject():
     ],
 )
 def test_cost_is_what_the_network_was_really_asked(subject, settings, evaluations):
-    drawn = SampleScorer(subject).draw(settings, torch.arange(6), seed=1)
+    drawn = subject.draw(settings, torch.arange(6), seed=1)
     assert drawn.evaluations == evaluations
 
 
 def test_a_classifier_that_guides_costs_its_way_there_and_back(subject):
     settings = Sampling.of(scale=2.0, guidance="classifier", classifier="judge", steps=4)
-    drawn = SampleScorer(subject).draw(settings, torch.arange(6), seed=1)
+    drawn = subject.draw(settings, torch.arange(6), seed=1)
     # Half a network, three times (there, and back to the image and no further): less than two evaluations more a step.
     assert 4 * 1.2 < drawn.evaluations < 4 * 3
 
 
 def test_guides_change_what_is_drawn(subject):
-    scorer, image_ids = SampleScorer(subject), torch.arange(6)
+    image_ids = torch.arange(6)
     plain = Sampling.of(steps=4)
     others = [
         Sampling.of(scale=3.0, guidance="auto", weak="weaker", steps=4),
         Sampling.of(scale=3.0, guidance="classifier", classifier="judge", steps=4),
     ]
-    alone = scorer.draw(plain, image_ids, seed=1).features
+    alone = subject.draw(plain, image_ids, seed=1).features
     for settings in others:
-        assert not torch.allclose(scorer.draw(settings, image_ids, seed=1).features, alone)
+        assert not torch.allclose(subject.draw(settings, image_ids, seed=1).features, alone)
     same = Sampling.of(scale=1.0, guidance="auto", weak="weaker", steps=4)
-    assert torch.equal(scorer.draw(same, image_ids, seed=1).features, alone)
+    assert torch.equal(subject.draw(same, image_ids, seed=1).features, alone)
     with pytest.raises(ValueError, match="autoguidance needs a weaker model"):
-        scorer.draw(Sampling.of(guidance="auto", weak="elsewhere", steps=4), image_ids, seed=1)
+        subject.draw(Sampling.of(guidance="auto", weak="elsewhere", steps=4), image_ids, seed=1)
 
 
 def test_rungs_add_up_to_the_whole(subject):
-    settings, scorer = Sampling.of(kind="ddim", steps=2), SampleScorer(subject)
-    parts = [scorer.draw(settings, torch.arange(a, b), seed=3, keep=2) for a, b in ((0, 6), (6, 10), (10, 24))]
-    whole = scorer.draw(settings, torch.arange(24), seed=3, keep=2)
+    settings, keeping = Sampling.of(kind="ddim", steps=2), Keeping(subject.evaluator.encoder)
+    subject = replace(subject, evaluator=replace(subject.evaluator, encoder=keeping))
+    parts = [subject.draw(settings, torch.arange(a, b), seed=3) for a, b in ((0, 6), (6, 10), (10, 24))]
+    whole = subject.draw(settings, torch.arange(24), seed=3)
     together = parts[0] + parts[1] + parts[2]
     torch.testing.assert_close(together.features, whole.features, rtol=1e-4, atol=1e-5)
     assert together.evaluations == whole.evaluations == 2
     assert torch.equal(together.correct, whole.correct)
-    assert (together.pixels == whole.pixels).all()
+    assert (keeping.pixels[:24] == keeping.pixels[24:]).all()
     found, influence = subject.reference.scores(whole.features, whole.accuracy, whole.evaluations)
     assert found["samples"] == 24
     assert {"precision", "recall", "class_accuracy", "standard_error"} <= found.keys()
@@ -161,7 +163,7 @@ def test_rungs_add_up_to_the_whole(subject):
 
 def test_an_evaluator_without_labels_judges_by_its_features_alone(subject):
     evaluator = Evaluator(Contrastive(1, 8).eval(), "contrastive", "d", "here", "none", labels=False, accuracy=None)
-    drawn = SampleScorer(replace(subject, evaluator=evaluator)).draw(Sampling.of(steps=2), torch.arange(6), seed=1)
+    drawn = replace(subject, evaluator=evaluator).draw(Sampling.of(steps=2), torch.arange(6), seed=1)
     assert drawn.correct is None
     found, _ = subject.reference.scores(drawn.features, drawn.accuracy, drawn.evaluations)
     assert "class_accuracy" not in found
@@ -169,9 +171,9 @@ def test_an_evaluator_without_labels_judges_by_its_features_alone(subject):
 
 
 def test_settings_are_told_apart_better_on_the_same_noise(subject):
-    scorer, image_ids = SampleScorer(subject), torch.arange(60)
+    image_ids = torch.arange(60)
     one, two = (
-        measured_frechet(subject.reference.moments, scorer.draw(Sampling.of(steps=n), image_ids, seed=3).features)
+        measured_frechet(subject.reference.moments, subject.draw(Sampling.of(steps=n), image_ids, seed=3).features)
         for n in (5, 6)
     )
     assert (one - two).standard_error < one.standard_error / 2
