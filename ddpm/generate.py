@@ -139,6 +139,12 @@ class Sampling:
         return cls.of(**{**older, **used, **names})
 
     @property
+    def guides(self) -> dict[str, str]:
+        """MODEL reference of each network that guides, by the field of `Model` that holds it: those that are named."""
+        named = {s.name: getattr(self.guidance, s.name) for s in settings_of(type(self.guidance)) if s.reference}
+        return {name: reference for name, reference in named.items() if reference is not None}
+
+    @property
     def exact(self) -> Sampling:
         """These settings in float32 and without `torch.compile`, so that machines differ least."""
         return self.with_fields(precision="fp32", compile=False)

@@ -25,7 +25,6 @@ from ddpm.model import (
 )
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.prediction import Parameterization
-from ddpm.settings import settings_of
 from ddpm.tensor_files import tensors_digest
 from pipelines import tracking
 from pipelines.checkpoints import (
@@ -43,7 +42,7 @@ from pipelines.config import (
     network_config,
     sampling,
 )
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import scratch_folder, temporary_folder
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.storage import Storage, layout
@@ -87,11 +86,9 @@ def guided(model: Model, settings: Sampling, tracking_uri: str | None, storage: 
     Raises:
         ModelError: a guiding network does not exist or does not fit the model; the message says what differs.
     """
-    for setting in settings_of(type(settings.guidance)):
-        reference = getattr(settings.guidance, setting.name)
-        own = getattr(model.spec.sampling.guidance, setting.name, None) == reference
-        if setting.reference and reference is not None and not (own and getattr(model, setting.name) is not None):
-            found: Any = {setting.name: _GUIDES[setting.name](model, reference, tracking_uri, storage)}
+    for name, reference in settings.guides.items():
+        if getattr(model, name) is None or model.spec.sampling.guides.get(name) != reference:
+            found: Any = {name: _GUIDES[name](model, reference, tracking_uri, storage)}
             model = replace(model, **found)
     return model
 
@@ -299,11 +296,11 @@ class _Fetched:
 @contextmanager
 def _fetched(reference: str, tracking_uri: str | None, storage: Storage) -> Iterator[_Fetched]:
     """Yield the model folder that a MODEL reference names, downloaded if necessary."""
-    with tempfile.TemporaryDirectory(prefix="model-", dir=scratch_folder()) as scratch:
+    with temporary_folder("model") as scratch:
         if reference.startswith("runs:/"):
-            yield _from_run(reference, needs_server(tracking_uri, reference), storage, Path(scratch))
+            yield _from_run(reference, needs_server(tracking_uri, reference), storage, scratch)
         elif reference.startswith("models:/"):
-            yield _from_registry(reference, needs_server(tracking_uri, reference), Path(scratch))
+            yield _from_registry(reference, needs_server(tracking_uri, reference), scratch)
         else:
             yield _Fetched(model_folder(reference))
 

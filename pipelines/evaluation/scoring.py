@@ -16,7 +16,6 @@ from torch import nn
 
 from ddpm.generate import Sampling
 from ddpm.model import Model, ModelSpec
-from ddpm.settings import settings_of
 from ddpm.tensor_files import tensors_digest
 from pipelines import tracking
 from pipelines.checkpoints import list_published, lookup, record_scores, references
@@ -222,11 +221,9 @@ def subject_of(model: Model, model_digest: str, settings: Sampling, data: Evalua
         model_digest: of the model alone, see `digest_of`.
     """
     decisive: list[str] = []
-    for setting in settings_of(type(settings.guidance)):
-        if setting.reference and getattr(settings.guidance, setting.name) is not None:
-            guide = getattr(model, setting.name)
-            digest = weights_digest(guide) if isinstance(guide, Model) else tensors_digest(guide.state_dict())
-            decisive += [setting.name, digest]
+    for name in settings.guides:
+        guide = getattr(model, name)
+        decisive += [name, weights_digest(guide) if isinstance(guide, Model) else tensors_digest(guide.state_dict())]
     if decisive:
         model_digest = hashlib.sha256(json.dumps([model_digest, *decisive]).encode()).hexdigest()
     return SampledModel(model, model_digest, settings, data.prompts(model.spec))

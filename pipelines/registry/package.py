@@ -16,7 +16,6 @@ import numpy as np
 from ddpm.generate import Sampling
 from ddpm.inference import COLUMNS, parameters
 from ddpm.model import TEXT_ENCODER, Model, save_guides, save_model
-from ddpm.settings import settings_of
 from pipelines import tracking
 from pipelines.checkpoints import references
 from pipelines.checkpoints.references import Resolved
@@ -182,13 +181,11 @@ def _check_guides(model: Model) -> None:
     Raises:
         RegistryError: it has not.
     """
-    guidance = model.spec.sampling.guidance
-    for setting in settings_of(type(guidance)):
-        reference = getattr(guidance, setting.name)
-        if setting.reference and reference is not None and getattr(model, setting.name) is None:
+    for name, reference in model.spec.sampling.guides.items():
+        if getattr(model, name) is None:
             raise RegistryError(
-                f"the settings that were scored name guidance.{setting.name} = {reference}, and the model was loaded "
-                "without it: a version carries the networks that guide it"
+                f"the settings that were scored name guidance.{name} = {reference}, and the model was loaded without "
+                "it: a version carries the networks that guide it"
             )
 
 

@@ -95,8 +95,7 @@ class TrialSubject:
 
     def guided(self, settings: Sampling) -> Model:
         """Return the model with the guides that settings name."""
-        named = settings.to_json()
-        found: Any = {name: self.guides.get(named.get(name) or "") for name in ("classifier", "weak")}
+        found: Any = {name: self.guides.get(reference) for name, reference in settings.guides.items()}
         return replace(self.model, **found)
 
     def draw(self, settings: Sampling, image_ids: Tensor, seed: int) -> TrialSamples:

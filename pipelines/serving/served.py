@@ -18,7 +18,6 @@ from ddpm.conditioning import Conditioning
 from ddpm.generate import to_uint8
 from ddpm.inference import COLUMNS, Drawing, Drawn, Noise, can_inpaint, parameters, table_drawings
 from ddpm.model import Model
-from ddpm.settings import settings_of
 from pipelines import tracking
 from pipelines.checkpoints import ModelError, references
 from pipelines.checkpoints.references import Resolved
@@ -188,14 +187,13 @@ class Served:
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         """Check that a request has no network read or compiled: others would wait for it."""
-        guidance = self.model.spec.sampling.guidance
-        own = {s.name: getattr(guidance, s.name) for s in settings_of(type(guidance)) if s.reference}
+        own = self.model.spec.sampling
         for name in ("classifier", "weak"):
-            if settings.get(name) not in (None, own.get(name)):
+            if settings.get(name) not in (None, own.guides.get(name)):
                 raise RefusedRequest(
                     422, f"sampling.{name}: a server draws with the networks of its model only; leave it out"
                 )
-        if settings.get("compile") and not self.model.spec.sampling.arithmetic.compile:
+        if settings.get("compile") and not own.arithmetic.compile:
             raise RefusedRequest(422, "sampling.compile: others would wait for it; register the model with it")
 
 
