@@ -219,7 +219,7 @@ def take_over(storage: Storage, folder: str) -> Fence:
     any more is entered.
     """
     folders = _folders(storage.list(folder), folder)
-    known = CheckpointList.from_json(_read(storage, join(folder, layout.CHECKPOINT_LIST)))
+    known = CheckpointList.from_json(storage.find(join(folder, layout.CHECKPOINT_LIST)))
     above = max([known.epoch if known else 0, *(epoch_of(name) for name in folders)])
     fence = Fence.take(storage, join(folder, layout.DRIVER), above)
 
@@ -246,7 +246,7 @@ def sweep(storage: Storage, folder: str, epoch: int | None = None) -> list[str]:
     """
     entries = storage.list(folder)
     folders = _folders(entries, folder)
-    current = CheckpointList.from_json(_read(storage, join(folder, layout.CHECKPOINT_LIST)))
+    current = CheckpointList.from_json(storage.find(join(folder, layout.CHECKPOINT_LIST)))
     if current is None or not current.checkpoints:
         return []
     now = max((e.modified for e in entries if e.modified is not None), default=0.0)
@@ -322,12 +322,12 @@ def resumable_checkpoints(storage: Storage, folder: str) -> Resumable:
     while True:
         # Whoever trains goes on meanwhile: what is entered after the list was read is not in it, and what has left the
         # list since then was deleted by right, so that all is read again.
-        text = _read(storage, join(folder, layout.CHECKPOINT_LIST))
+        text = storage.find(join(folder, layout.CHECKPOINT_LIST))
         listed = CheckpointList.from_json(text)
         found = _examine(storage, folder, _folders(storage.list(folder), folder))
         there = {entry.name for entry, _ in found.complete} | found.problems.keys()
         gone = [entry.name for entry in (listed.checkpoints if listed else ()) if entry.name not in there]
-        if not gone or _read(storage, join(folder, layout.CHECKPOINT_LIST)) == text:
+        if not gone or storage.find(join(folder, layout.CHECKPOINT_LIST)) == text:
             break
     found.problems.update(dict.fromkeys(gone, f"{layout.TRAINING_STATE} is missing"))
     if found.problems and not found.complete:
@@ -350,10 +350,3 @@ def delete_checkpoint(storage: Storage, folder: str) -> None:
         storage.delete_folder(folder)
     except StorageError as error:
         logger.warning("an old checkpoint stays for now: %s", error)
-
-
-def _read(storage: Storage, uri: str) -> bytes | None:
-    try:
-        return storage.read(uri)
-    except NotFoundError:
-        return None

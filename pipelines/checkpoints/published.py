@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,7 @@ from pipelines import tracking
 from pipelines.checkpoints.errors import ModelError
 from pipelines.checkpoints.files import EMA, POWER, CheckpointState, file_sha256
 from pipelines.checkpoints.sharded import Assembled, read_index
-from pipelines.environment.scratch import scratch_folder
+from pipelines.environment.scratch import temporary_folder
 from pipelines.storage import Storage, join, layout
 from pipelines.tracking import Tracker
 
@@ -159,9 +158,9 @@ def published_spec(published: Published, storage: Storage) -> ModelSpec:
     Raises:
         ModelError: it is damaged, changed or of another version.
     """
-    with tempfile.TemporaryDirectory(prefix="spec-", dir=scratch_folder()) as scratch:
-        fetch_published(published, storage, Path(scratch), layout.MODEL)
-        text = Path(scratch, layout.MODEL).read_text()
+    with temporary_folder("spec") as scratch:
+        fetch_published(published, storage, scratch, layout.MODEL)
+        text = (scratch / layout.MODEL).read_text()
     try:
         return ModelSpec.from_json(text)
     except ValueError as error:
@@ -223,13 +222,12 @@ def reconstruct_average(
         ModelError: the run kept no power-function averages, or the width or number of images is out of range.
     """
     snapshots = []
-    with tempfile.TemporaryDirectory(prefix="power-", dir=scratch_folder()) as scratch:
+    with temporary_folder("power") as scratch:
         for published in list_published(tracker):
             state = published_state(published, storage)
             if not files_of(layout.POWER_EMA, state.files):
                 continue
-            folder = Path(scratch, str(published.images_seen))
-            folder.mkdir()
+            (folder := scratch / str(published.images_seen)).mkdir()
             fetch_published(published, storage, folder, layout.POWER_EMA)
             by_width: dict[int, dict[str, Tensor]] = defaultdict(dict)
             for full, tensor in read_weights(folder, layout.POWER_EMA).items():

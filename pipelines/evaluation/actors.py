@@ -266,10 +266,10 @@ class Drawer:
         """Return the likelihood of a batch of real images, given their captions where the model is on text."""
         model, device, stop = self.judged.model, self.judged.device, first + len(images)
         x_0 = torch.from_numpy(images).to(device).float() / 127.5 - 1
-        text = None if self.prompts is None else self.prompts.likelihood_condition(slice(first, stop))
+        image_ids, prompts = torch.arange(first, stop), self.prompts
+        text = None if prompts is None else prompts.held_out.condition(image_ids, labels=False)
         cond = with_labels(text, labels if model.spec.classes else None)
-        image_ids = torch.arange(first, stop, device=device)
-        return likelihood(model, x_0, None if cond is None else cond.to(device), image_ids, seed)
+        return likelihood(model, x_0, None if cond is None else cond.to(device), image_ids.to(device), seed)
 
     def bound(self, images: Tensor, cond: Conditioning | None, seed: int) -> Tensor:
         """Return the bound of each image, [N]."""

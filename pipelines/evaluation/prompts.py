@@ -75,21 +75,11 @@ class Prompts:
     def plan(self) -> PromptRows:
         """Which captions samples are drawn from, by their places."""
         labels = self.captions.labels if self.labelled else None
-        return PromptRows(self.digest, len(self.captions), None if labels is None else tuple(labels.tolist()))
-
-    @property
-    def digest(self) -> str:
-        """Digest of the captions."""
-        return self.captions.digest
+        return PromptRows(self.captions.digest, len(self.captions), None if labels is None else tuple(labels.tolist()))
 
     def condition(self, places: NDArray[np.int64]) -> Conditioning:
         """Return the text that samples are drawn from, by the captions' places [B]."""
         return self.captions.condition(torch.from_numpy(places), labels=False)
-
-    def likelihood_condition(self, span: slice) -> Conditioning:
-        """Return the text of some of the images whose likelihood is computed."""
-        places = torch.arange(len(self.held_out))[span]
-        return self.held_out.condition(places, labels=False)
 
     def accuracy(self, vectors: Rows, first: int, rows: NDArray[np.int64], seed: int) -> Measured | None:
         """Return the share of samples whose caption matches best; None where there is nothing to tell apart.
@@ -133,7 +123,7 @@ class Prompts:
             "choices": self.choices,
             "chance": 1 / self.choices,
             "real_accuracy": None if judge is None else judge.accuracy,
-            "captions_digest": self.digest,
+            "captions_digest": self.captions.digest,
             "evaluator_digest": None if judge is None else judge.digest,
         }
 

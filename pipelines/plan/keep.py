@@ -14,7 +14,7 @@ import yaml
 from pipelines.config import Config
 from pipelines.plan.budget import format_duration
 from pipelines.plan.facts import MachineFacts, Plan, PlanLine, SourceFacts
-from pipelines.storage import NotFoundError, Storage, join, layout
+from pipelines.storage import Storage, join, layout
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,8 @@ class PlanBook:
         self.storage.write(layout.plan_file(self.root, plan.config["name"]), plan.to_json())
 
     def _read(self, uri: str) -> StoredPlan | None:
-        try:
-            return StoredPlan.from_json(self.storage.read(uri))
-        except NotFoundError:
-            return None
+        text = self.storage.find(uri)
+        return None if text is None else StoredPlan.from_json(text)
 
 
 def command_key(source_digest: str, budget_s: float, settings: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from pipelines.registry.evidence import (
     Evidence,
     EvidenceError,
     code_files,
+    file_digests,
     requirements,
 )
 from pipelines.registry.verdict import VerdictRow
@@ -170,13 +171,14 @@ def check_version(
     digest = evidence.model_digest[:12]
     rows = [signature, VerdictRow("evidence", f"of model {digest}, scored on {evidence.dataset_uri}", "there", True)]
     if tags is not None:
-        differing = [_tag(name, evidence.tags()[name], tags) for name in evidence.differing_tags(tags)]
-        rows.append(_row("tags", differing, f"{len(evidence.tags())} tags are equal", "as in the evidence"))
+        wanted = evidence.tags()
+        differing = [_tag(name, value, tags) for name, value in wanted.items() if tags.get(name) != value]
+        rows.append(_row("tags", differing, f"{len(wanted)} tags are equal", "as in the evidence"))
     weights = evidence.files.get(layout.WEIGHTS)
     named = f"{layout.WEIGHTS} is {weights[:12]}" if weights else f"served_digest {evidence.served_digest[:12]}"
     equal = f"{len(evidence.files)} files, {named}"
     rows += [
-        _row("weights", evidence.differing_files(inside), equal, "the files of the evidence"),
+        _row("weights", differences(evidence.files, file_digests(inside)), equal, "the files of the evidence"),
         _row("settings", _differing_settings(inside, evidence), "of model.json are those of the scores", "as scored"),
         _row("code", differing_envelope(folder, evidence), f"code_digest {evidence.code_digest[:12]}", "as registered"),
     ]

@@ -16,7 +16,7 @@ from ddpm.model import TEXT_ENCODER
 from ddpm.tensor_files import files_of
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation.errors import PipelineError
-from pipelines.signing.sign import differences, files_below, sha256
+from pipelines.signing.sign import files_below, sha256
 from pipelines.storage import layout
 
 MODEL = "model"
@@ -138,14 +138,6 @@ class Evidence:
             raise EvidenceError(
                 f"it carries no {layout.EVIDENCE}, as those of earlier releases: register the model anew"
             ) from error
-
-    def differing_tags(self, tags: Mapping[str, str]) -> list[str]:
-        """Return the names of tags of a version that are not what the evidence says, or missing."""
-        return [name for name, value in self.tags().items() if tags.get(name) != value]
-
-    def differing_files(self, folder: Path) -> list[str]:
-        """Return which files of the signed folder are not those of the evidence, in words."""
-        return differences(self.files, file_digests(folder))
 
 
 def _holds_weights(name: str) -> bool:

@@ -45,11 +45,6 @@ class OpenedVersion:
     spec: ModelSpec | None
 
     @property
-    def believed(self) -> bool:
-        """Whether signature, evidence and tags are as they should be."""
-        return self.evidence is not None and self.wrong is None
-
-    @property
     def wrong(self) -> VerdictRow | None:
         """The first line of the table that does not pass; None where all do, and then there is evidence."""
         return next((row for row in self.rows if not row.passed), None)
@@ -299,13 +294,12 @@ class Gate:
         """Return the decision about a version that is what it should be, against the present one."""
         assert candidate.evidence is not None
         name = champion.version.uri
-        if champion.believed:
+        wrong = champion.wrong
+        if wrong is not None:
+            unlike = [VerdictRow(f"{name}: {wrong.name}", wrong.figure, wrong.bound, passed=False)]
+        else:
             assert champion.evidence is not None
             unlike = comparable(candidate.evidence.scores, champion.evidence.scores, name)
-        else:
-            wrong = champion.wrong
-            assert wrong is not None
-            unlike = [VerdictRow(f"{name}: {wrong.name}", wrong.figure, wrong.bound, passed=False)]
         if not all(row.passed for row in unlike):
             present = _content_digest(champion, verdicts)
             if verdict.content_digest == present:
@@ -394,7 +388,7 @@ def _content_digest(champion: OpenedVersion, verdicts: Sequence[Verdict]) -> str
 
     Its own folder says nothing where it is not believed: it may have been made to look like another one's.
     """
-    if champion.believed and champion.evidence is not None:
+    if champion.wrong is None and champion.evidence is not None:
         return champion.evidence.content_digest
     signed = [verdict for verdict in standing(verdicts) if verdict.version == champion.version.version]
     return (signed[-1].content_digest or None) if signed else None

@@ -79,7 +79,9 @@ def verify(
         else:
             rows += check_data(evidence, storage)
             sound = all(row.passed for row in rows if row.name in ("weights", "code"))
-            rows.append(check_pictures(folder, evidence, notice) if sound else _not_drawn())
+            told = "not drawn: weights or code are not those of the evidence"
+            undrawn = VerdictRow("pictures", told, "as recorded", False)
+            rows.append(check_pictures(folder, evidence, notice) if sound else undrawn)
     return Verification(reference, tuple(rows))
 
 
@@ -122,10 +124,6 @@ def check_pictures(folder: Path, evidence: Evidence, notice: Notice = no_notice)
     except ProbeError as error:
         return VerdictRow("pictures", str(error), "as recorded", False)
     return VerdictRow("pictures", found.figure, found.bound, found.passed)
-
-
-def _not_drawn() -> VerdictRow:
-    return VerdictRow("pictures", "not drawn: weights or code are not those of the evidence", "as recorded", False)
 
 
 @contextmanager
