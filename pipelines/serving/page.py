@@ -173,11 +173,11 @@ class _Panel:
     def build(self) -> None:
         """Add the forms to the page that is being made."""
         gr.Markdown(f"# {self.told['id']}")
-        with gr.Tab("SampleRequest"):
+        with gr.Tab("Sample"):
             last = self._sample()
-        with gr.Tab("InpaintRequest"):
+        with gr.Tab("Inpaint"):
             self._inpaint(last)
-        with gr.Tab("EditRequest"):
+        with gr.Tab("Edit"):
             self._edit(last)
         with gr.Tab("Film"):
             self._film()
@@ -187,7 +187,7 @@ class _Panel:
     def _sample(self) -> gr.State:
         """Add the form of samples, and return the first picture of the last ones."""
         form = Form(SampleRequest, self.told, self.limits, many=True)
-        button = gr.Button("SampleRequest", variant="primary")
+        button = gr.Button("Sample", variant="primary")
         pictures, last = gr.HTML(), gr.State(None)
 
         async def draw(*values: Any) -> tuple[str, str]:

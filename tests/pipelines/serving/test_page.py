@@ -155,3 +155,9 @@ def test_the_page_names_no_other_address(model, page):
     assert told["analytics_enabled"] is False
     text = requests.get(page.src).text
     assert not re.findall(r"(?:src|href)=\"(https?://(?!127\.0\.0\.1)[^\"]+)\"", text)
+
+
+def test_tabs_are_named_by_what_a_visitor_does_there(page):
+    parts = requests.get(f"{page.src}config").json()["components"]
+    tabs = [part["props"]["label"] for part in parts if part["type"] == "tabitem"]
+    assert tabs == ["Sample", "Inpaint", "Edit", "Film", "About this model"]

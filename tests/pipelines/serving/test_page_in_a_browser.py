@@ -125,7 +125,7 @@ def visit(address: str, width: int, profile: Path, name: str) -> Iterator[Browse
 @pytest.mark.parametrize("width", [DESK, PHONE])
 def test_a_label_is_sampled(address, model, tmp_path, width):
     with visit(address, width, tmp_path, f"page-sample-{width}") as page:
-        page.click("SampleRequest")
+        page.click("Sample")
         drawn = page.until(page.pictures, "pictures")
         page.screenshot()
         loaded = load_model(model)
@@ -139,7 +139,7 @@ def test_a_label_is_sampled(address, model, tmp_path, width):
 @pytest.mark.parametrize("width", [DESK, PHONE])
 def test_a_mask_is_brushed_and_filled(address, model, tmp_path, width):
     with visit(address, width, tmp_path, f"page-inpaint-{width}") as page:
-        page.click("SampleRequest")
+        page.click("Sample")
         given = decode_png(page.until(page.pictures, "pictures")[0])
         page.open("Inpaint")
         page.click("Take the first sampled picture")
@@ -158,10 +158,10 @@ def test_a_mask_is_brushed_and_filled(address, model, tmp_path, width):
 
 def test_the_keyboard_is_enough(address, tmp_path):
     with visit(address, DESK, tmp_path, "page-keyboard") as page:
-        page.button("SampleRequest")
+        page.button("Sample")
         for _ in range(60):
             focused = page.driver.switch_to.active_element
-            if focused.text.strip() == "SampleRequest" and focused.get_attribute("role") != "tab":
+            if focused.text.strip() == "Sample" and focused.get_attribute("role") != "tab":
                 break
             focused.send_keys(Keys.TAB)
         page.driver.switch_to.active_element.send_keys(Keys.ENTER)
@@ -184,7 +184,7 @@ def test_a_visitor_sends_the_token_once(model, tmp_path):
         field = page.driver.find_element(By.NAME, "token")
         page.screenshot()
         field.send_keys(TOKEN, Keys.ENTER)
-        page.click("SampleRequest")
+        page.click("Sample")
         assert base64.b64decode(page.until(page.pictures, "pictures")[0])
         page.driver.get(address)
-        page.button("SampleRequest")
+        page.button("Sample")
