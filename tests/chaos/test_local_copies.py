@@ -33,6 +33,7 @@ def two_nodes(tmp_path: Path) -> Iterator[Arena]:
         patch.setenv(NODE_FOLDER, str(tmp_path / "node-0"))
         arena = Arena(tmp_path / ".ddpm", tmp_path / "work")
     arena.environment[NODE_FOLDER] = str(tmp_path / "node-1")
+    arena.environment["AWS_ENDPOINT_URL"] = str(arena.state.s3_endpoint)  # a proxy would hold parts in memory
     for node in ("node-0", "node-1", "work"):
         (tmp_path / node).mkdir(exist_ok=True)
     try:
