@@ -119,7 +119,7 @@ class ClassifierFree(_Guidance):
                 base = cond.null()
             if self.scale == 0 and self.rescale == 0:
                 return denoiser(x_t, t, base)
-            if negative is not None or cond is None:  # texts differ in length, so that the two make no batch
+            if negative is not None or cond is None:  # texts differ in length, so the two cannot share a batch
                 return self._combine(denoiser(x_t, t, cond), denoiser(x_t, t, base), schedule, x_t, t)
             return self._combine(*_with_null(denoiser, x_t, t, cond), schedule, x_t, t)
 

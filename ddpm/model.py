@@ -362,7 +362,7 @@ def check_text_encoder(folder: Path) -> None:
             named = str(settings.get(activation, "torch.nn."))  # what is imported by its name
             foreign += [] if named.startswith("torch.nn.") else [named]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{listed} is damaged ({error!r}): copy the text encoder anew") from error
+        raise ValueError(f"{listed} is damaged ({error!r}): copy the text encoder again") from error
     if foreign:
         known = ", ".join(ENCODER_MODULES)
         raise ValueError(f"{listed} names {', '.join(foreign)}: a text encoder is made of {package}*: {known}")

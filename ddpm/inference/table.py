@@ -362,7 +362,7 @@ def _tasks_of_images(
     decode: Decode | None,
 ) -> list[tuple[Tensor, Task]]:
     if ("mask" in columns) == ("strength" in columns):
-        raise ValueError("an image needs either a mask, to fill what it hides, or a strength, to draw it anew")
+        raise ValueError("an image needs either a mask, to fill what it hides, or a strength, to draw it again")
     images = torch.stack([_pixels(value, decode, model.spec.shape, "image") for value in columns["image"]])
     images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     if "mask" in columns:

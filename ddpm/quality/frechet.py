@@ -82,7 +82,7 @@ class FrechetInfluence:
     the influence of x is 2 (mean - mean_r).d + d^T (I - T) d less the mean over all (Rippl, Munk & Sturm 2016, "Limit
     laws of the empirical Wasserstein distance: Gaussian distributions"; influence functions: Hampel 1974). The inverse
     is a pseudo-inverse where dimensions have no variance, such as dead ReLUs, or the set has no more than D members:
-    where C has no variance no member deviates, and where C_r has none T is 0. Of many features take parts::
+    where C has no variance no member deviates, and where C_r has none T is 0. Many features are processed in parts::
 
         parts = FrechetInfluence.of(reference, moments)
         measured = Measured(parts.distance, torch.cat([parts(chunk) for chunk in chunks]))

@@ -317,7 +317,7 @@ def resumable_checkpoints(storage: Storage, folder: str) -> Resumable:
     """Return the checkpoints that a run can resume from; listed ones that are gone are among the problems.
 
     Raises:
-        ModelError: there were checkpoints, and none is complete: the run must not start anew by itself.
+        ModelError: there were checkpoints, and none is complete: the run must not start again by itself.
     """
     while True:
         # Whoever trains goes on meanwhile: what is entered after the list was read is not in it, and what has left the
@@ -339,7 +339,7 @@ def _none_whole(folder: str, problems: Mapping[str, str]) -> ModelError:
     named = "\n  ".join(f"{name}: {problem}" for name, problem in problems.items())
     return ModelError(
         f"no checkpoint in {folder} is whole:\n  {named}\n"
-        "Bring their files back, or use another name=…, or start anew after `ddpm rm NAME`"
+        "Bring their files back, or use another name=…, or start again after `ddpm rm NAME`"
     )
 
 

@@ -49,7 +49,7 @@ def version_checks(python: str, installed: Mapping[str, str | None], requirement
         asked = f"{name}{wanted}"
         fix = f"python -m pip install '{ranges.get(name, name)}'"
         if name == "python":
-            fix = f"make the virtual environment anew with Python {wanted}"
+            fix = f"make the virtual environment again with Python {wanted}"
         if version is None:
             checks.append(failed(name, f"not installed; {asked} is asked for", fix))
         elif not wanted.contains(version, prereleases=True):

@@ -98,10 +98,10 @@ def check_mlflow(uri: str) -> list[Check]:
     except tracking.UnreachableError as error:
         fix = "tracking.uri=http://HOST:PORT (or MLFLOW_TRACKING_URI) of a running server; or ddpm up for a local one"
         return [failed("mlflow", redact(str(error)).split(": HTTP")[0], fix)]
-    return [mlflow_check(redact(uri), answers), *skew_check("MLflow", answers.date, time.time())]
+    return [check_mlflow_answers(redact(uri), answers), *skew_check("MLflow", answers.date, time.time())]
 
 
-def mlflow_check(uri: str, answers: ServerAnswers) -> Check:
+def check_mlflow_answers(uri: str, answers: ServerAnswers) -> Check:
     """Return the check for the answers of an MLflow server."""
     credentials = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials"
     for action, status in (("read", answers.read), ("write", answers.write)):
@@ -148,10 +148,10 @@ def check_ray(config: Config, environment: Mapping[str, str]) -> list[Check]:
         fix = f"RAY_AUTH_MODE=token with RAY_AUTH_TOKEN_PATH where it asks for a token; ray status --address={shown}"
         return [failed("ray", f"{shown}: {said}", fix)]
     version, nodes = json.loads(asked.stdout.splitlines()[-1])
-    return [ray_check(config, shown, version, nodes)]
+    return [check_ray_nodes(config, shown, version, nodes)]
 
 
-def ray_check(config: Config, address: str, version: str, nodes: Sequence[Mapping[str, float]]) -> Check:
+def check_ray_nodes(config: Config, address: str, version: str, nodes: Sequence[Mapping[str, float]]) -> Check:
     """Check that nodes with these resources have room for the workers of a training."""
     from pipelines.training.ray_train.resources import per_worker, possible_workers, shortage
 

@@ -139,7 +139,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def create_private(path: Path, text: str) -> bool:
-    """Write a file atomically, readable by the user only, and return True; where there is one, leave it."""
+    """Create a file atomically, readable by the user only; return False, and leave it unchanged, where it exists."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
     write_private(temporary, text)
     try:

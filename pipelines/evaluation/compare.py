@@ -33,7 +33,7 @@ from pipelines.evaluation.scores import Estimate
 NEIGHBOURS = 10_000
 """Images of each side, at most, that are compared one by one."""
 NEAREST = 6
-"""Images of each side without which the five nearest of one, by which precision and density go, are not there."""
+"""Images of each side, at least: precision and density need the five nearest neighbours of an image."""
 CHUNK = 4_096
 FRECHET_FEATURES = 256
 """Features above which two models are compared by the kernel distance: of so many, a covariance needs more samples."""
@@ -156,7 +156,7 @@ class Comparison:
         return found
 
     def _of_noise(self) -> dict[str, float]:
-        """Return the scores of images of noise, and the accuracy of who always asks for the most frequent class."""
+        """Return the scores of images of noise, and the accuracy of always guessing the most frequent class."""
         moments, counts = FeatureMoments.of(self.noise), self.plan.class_counts
         return {
             **({"class_accuracy": max(counts) / sum(counts)} if counts else {}),

@@ -13,7 +13,7 @@ from pipelines.remote.tasks import TaskError
 
 
 def task_device() -> torch.device:
-    """Return the device of this process: Ray's choice inside of a cluster, else the first GPU, if there is one.
+    """Return the device of this process: Ray's choice inside a cluster, else the first GPU, if there is one.
 
     `torch.cuda.is_available()` alone does not tell: Ray no longer hides GPUs from a task that has asked for none, and
     the first one belongs to somebody else.

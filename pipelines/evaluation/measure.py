@@ -114,7 +114,7 @@ def measure(
 
 
 NOISE_IMAGES = 1_024
-"""Images of noise, at most, of which the ceilings are."""
+"""Images of noise, at most, that the ceilings are computed from."""
 
 
 @dataclass(frozen=True)

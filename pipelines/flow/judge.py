@@ -216,7 +216,7 @@ class Promote(Stage[Verdict]):
     def run(self, site: Site, given: Results) -> Verdict:
         """Return the gate's verdict, by which the alias has moved or has not; a refusal is a result too.
 
-        Where the data have changed since the champion was scored, it is scored anew first. The version that this makes
+        Where the data have changed since the champion was scored, it is scored again first. The version that this makes
         takes the alias, as the same model with evidence that can be compared.
         """
         gate, version = self.gate(site), there(given.version)
@@ -227,12 +227,12 @@ class Promote(Stage[Verdict]):
                 # The version that this made is newer than the one that is to be judged, which stays the candidate.
                 tracking.set_alias(gate.uri, self.config.registry.model, CANDIDATE, version.version)
             except PipelineError as error:
-                site.display.stage(self.name, f"{champion.uri} cannot be scored anew: {error}")
+                site.display.stage(self.name, f"{champion.uri} cannot be scored again: {error}")
         return gate.promote(version)
 
     def _scored_anew(self, champion: ModelVersion, gate: Gate, site: Site) -> ModelVersion:
         """Score the model of the champion, with the settings that it serves, on the data of the configuration."""
-        site.display.stage(self.name, f"{champion.uri} was scored on other data or otherwise: scoring it anew")
+        site.display.stage(self.name, f"{champion.uri} was scored on other data or otherwise: scoring it again")
         resolved = references.open_model(champion.uri, self.config)
         return registry.register_scored(
             resolved,

@@ -1,6 +1,6 @@
 """The runs that storage and MLflow have: their list, and the removal of one.
 
-What is read is decided about by functions that read nothing. Everything is read anew for every decision; where MLflow
+What is read is decided about by functions that read nothing. Everything is read again for every decision; where MLflow
 does not answer, nothing is decided and nothing is deleted.
 """
 

@@ -96,12 +96,12 @@ class RayJobs:
         """
         bypass_proxies(address)
         os.environ["RAY_API_SERVER_ADDRESS"] = address  # otherwise RAY_ADDRESS would take precedence
-        with _reporting(address):
+        with _as_launch_errors(address):
             return cls(JobSubmissionClient(address), address, patience_s)
 
     def named(self, name: str) -> list[Submission]:
         """Return the submissions under a job's name, in order."""
-        with _reporting(self.address):
+        with _as_launch_errors(self.address):
             found = self.client.list_jobs()
         return of_name(name, [_submission(job) for job in found if job.submission_id])
 
@@ -121,7 +121,7 @@ class RayJobs:
             check_same(f"job {earlier[-1].id}", earlier[-1].entrypoint, entrypoint, stop)
             return earlier[-1], False
         identity = next_id(command.name, earlier)
-        with _reporting(self.address):
+        with _as_launch_errors(self.address):
             self.client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=identity,
@@ -132,7 +132,7 @@ class RayJobs:
 
     def get(self, identity: str) -> Submission:
         """Return the current state of a job."""
-        with _reporting(self.address):
+        with _as_launch_errors(self.address):
             return _submission(self.client.get_job_info(identity))
 
     def follow(
@@ -179,7 +179,7 @@ class RayJobs:
         Raises:
             LaunchError: it has not ended a while later.
         """
-        with _reporting(self.address):
+        with _as_launch_errors(self.address):
             self.client.stop_job(identity)
         deadline = time.monotonic() + wait_s + 30
         while not (state := self.get(identity)).ended:
@@ -234,7 +234,7 @@ def _submission(job: Any) -> Submission:
 
 
 @contextmanager
-def _reporting(address: str) -> Iterator[None]:
+def _as_launch_errors(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:

@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.plan.calibration import CALIBRATION
 from pipelines.plan.facts import SourceFacts, UserOverrides
 
-SIZES = (16, 32, 64, 128, 256)
+SIZES = (32, 64, 128, 256)
 LARGEST_NATIVE = 64
 """Largest size at which images that all have the same size are used unscaled."""
 WIDTHS = {"narrow": (32, 64), "plain": (64, 64), "wide": (64, 128), "widest": (128, 256)}
@@ -55,13 +55,16 @@ def candidates(source: SourceFacts, user: UserOverrides) -> tuple[Candidate, ...
 
 
 def image_sizes(source: SourceFacts) -> tuple[int, ...]:
-    """Return the sizes at which a source could be trained: none above that of its median image."""
+    """Return the sizes at which a source could be trained, in pixels.
+
+    None is above that of its median image; the smallest is 8 pixels, however small the images are.
+    """
     native = native_size(source)
     if native is not None:
         return (32, native) if native > 32 else (native,)
-    usual = source.shorter_sides[1]
-    fitting = tuple(size for size in SIZES if 32 <= size <= usual)
-    return fitting or (max(8, usual - usual % 4),)
+    _, median, _ = source.shorter_sides
+    fitting = tuple(size for size in SIZES if size <= median)
+    return fitting or (max(8, median - median % 4),)
 
 
 def native_size(source: SourceFacts) -> int | None:

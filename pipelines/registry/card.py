@@ -29,7 +29,7 @@ from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.storage import Storage, StorageError
 from pipelines.tracking import ModelVersion, Tracker, TrackingError, links
 
-MARK = "<!-- model card: written by ddpm, anew with each verdict; a text above this line stays -->"
+MARK = "<!-- model card: written by ddpm, again with each verdict; a text above this line stays -->"
 LARGEST = 5_000
 """Characters that MLflow's database keeps of a description."""
 SHORT = 12
@@ -72,7 +72,7 @@ def describe(
         evidence, spec: of the version.
         verdict: the newest about it; None where there is none.
     """
-    with tracking.recording(f"has no model card of {version.uri}"):
+    with tracking.warn_on_error(f"the model card of {version.uri}"):
         origin = read_origin(uri, version, evidence, storage)
         before = tracking.version_description(uri, version.name, version.version)
         room = LARGEST - len(below_notes(before, ""))

@@ -55,7 +55,7 @@ def open_data(evidence: Evidence, config: Config, display: Display, connect: Cal
             f"the version was scored by the evaluator {evidence.scores.evaluator_digest[:12]} "
             f"({evidence.scores.evaluator}), and that of this configuration is {data.evaluator.digest[:12]} "
             f"({data.evaluator.kind}): set evaluation.evaluator and evaluation.weights to what scored it, or register "
-            "the version anew"
+            "the version again"
         )
     return data
 

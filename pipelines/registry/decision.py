@@ -191,4 +191,4 @@ def _too_few(name: str, least: int) -> VerdictRow:
 
 
 def _missing(name: str) -> VerdictRow:
-    return VerdictRow(name, "not known", "known: score and register the version anew", passed=False)
+    return VerdictRow(name, "not known", "known: score and register the version again", passed=False)

@@ -115,14 +115,14 @@ class Evidence:
         try:
             plain = json.loads(text)
             if plain.pop("format") != FORMAT:
-                raise EvidenceError(f"{layout.EVIDENCE} is of another format than {FORMAT}: register the model anew")
+                raise EvidenceError(f"{layout.EVIDENCE} is of another format than {FORMAT}: register the model again")
             found = cls(**{**plain, "scores": Scores.from_plain(plain["scores"])})
             for digests in (found.files, found.code, found.packages):
                 if not all(isinstance(value, str) for value in digests.values()):
                     raise TypeError("a digest or release is no text")
             found.tags()  # asks for all the rest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EvidenceError(f"{layout.EVIDENCE} is damaged ({error!r}): register the model anew") from error
+            raise EvidenceError(f"{layout.EVIDENCE} is damaged ({error!r}): register the model again") from error
         return found
 
     @classmethod
@@ -136,7 +136,7 @@ class Evidence:
             return cls.from_json((folder / layout.EVIDENCE).read_bytes())
         except FileNotFoundError as error:
             raise EvidenceError(
-                f"it carries no {layout.EVIDENCE}, as those of earlier releases: register the model anew"
+                f"it carries no {layout.EVIDENCE}, as those of earlier releases: register the model again"
             ) from error
 
 

@@ -117,7 +117,7 @@ class Gate:
         if dry_run or verdict in verdicts:
             return verdict
         if not self.log.add(verdict, Signer.of(self.config.registry), number):
-            # Somebody decided in between: samples are stored, so that only the decision is made anew.
+            # Somebody decided in between: samples are stored, so that only the decision is made again.
             return self.promote(version, margin=margin)
         self._record(verdict, opened)
         if verdict.passed:
@@ -232,7 +232,7 @@ class Gate:
         return found if same else None
 
     def _record(self, verdict: Verdict, opened: OpenedVersion) -> None:
-        """Write a decision onto its version, for whoever reads its page, and its model card anew."""
+        """Write a decision onto its version, for whoever reads its page, and its model card again."""
         tags = {f"gate.{self.alias}": str(verdict), f"gate.{self.alias}.table": tracking.to_json(verdict.to_plain())}
         tracking.set_version_tags(self.uri, self.model, verdict.version, tags)
         if opened.evidence is not None and opened.spec is not None:
@@ -307,7 +307,7 @@ class Gate:
                 return replace(verdict, passed=True, reason=reason)
             refused = verdict.refused([*verdict.rows, *unlike])
             command = " ".join(["ddpm register", name, *_other_settings(candidate, champion)])
-            remedy = f"first `{command}`, which scores it anew, and promote the version that this makes"
+            remedy = f"first `{command}`, which scores it again, and promote the version that this makes"
             if present is None:
                 back = f"`ddpm promote models:/{self.model} --alias {self.alias} --rollback`"
                 remedy = (

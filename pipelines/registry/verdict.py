@@ -20,7 +20,7 @@ from pipelines.signing import SignatureError, Signer, Trust, seal, unseal
 from pipelines.storage import ConflictError, Storage, join, layout
 
 FIELD = "verdict"
-"""Of an entry's file, that holds the decision."""
+"""Key of an entry's file that holds the decision."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Verdict:
     def refused(self, rows: Sequence[VerdictRow]) -> Verdict:
         """Return this verdict with a table, of which it names the first line that does not pass."""
         wrong = next(row for row in rows if not row.passed)
-        return replace(self, reason=f"{wrong.name}: {wrong.figure}; asked for: {wrong.bound}", rows=tuple(rows))
+        return replace(self, reason=f"{wrong.name}: {wrong.figure}; required: {wrong.bound}", rows=tuple(rows))
 
     def to_plain(self) -> dict[str, Any]:
         """Return the verdict as JSON types."""
@@ -113,7 +113,7 @@ def verdict_blocks(verdict: Verdict) -> list[Block]:
     if verdict.n:
         text += f" on {verdict.n:,} samples of each, attempt {verdict.attempt}"
     rows = [("yes" if row.passed else "NO", row.name, row.figure, row.bound) for row in verdict.rows]
-    table = [Table(("passed", "asked for", "found", "has to be"), rows, headed=False)] if rows else []
+    table = [Table(("passed", "check", "found", "required"), rows, headed=False)] if rows else []
     return [Text(f"{text}."), *table]
 
 
@@ -146,7 +146,7 @@ class VerdictLog:
     def add(self, verdict: Verdict, signer: Signer, number: int) -> bool:
         """Add a decision under the number that was the next one before it was made, and return whether it still was.
 
-        Where another decision has it, nothing is added: read the log and decide anew.
+        Where another decision has it, nothing is added: read the log and decide again.
         """
         uri = join(self.uri, layout.numbered(number, 6))
         entry = seal(verdict.to_plain(), _place(uri), signer, FIELD)

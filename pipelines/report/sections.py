@@ -13,9 +13,9 @@ from pipelines.report.facts import Facts
 from pipelines.report.gather import ACCURACY, DISTANCE
 
 LEAST_S = 0.05
-"""Of a part of a run's time that is shown."""
+"""Shortest part of a run's time that is shown, in seconds."""
 MOST_SERIES = 4
-"""In one chart."""
+"""Series of one chart, at most."""
 _FRECHET = "Frechet distance"
 
 
@@ -84,7 +84,7 @@ def _scores(facts: Facts) -> Section | None:
         return None
     how = (
         "Distances, bits and shares of copies are better when they are lower, the other scores when they are higher; "
-        "two models differ where their intervals do not overlap, and the gate's paired comparison tells finer."
+        "two models differ where their intervals do not overlap, and the gate's paired test finds smaller differences."
     )
     settings = ", ".join(f"{name} {value}" for name, value in scores.sampling.items() if value is not None)
     about = f"{what_was_scored(scores)} They were drawn with {settings}."

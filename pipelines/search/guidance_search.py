@@ -186,7 +186,7 @@ class GuidanceSearch(Search):
         winner = winner_of(confirmed)
         version = None if winner is None else self.register(winner)
         if winner is not None:
-            with tracking.recording("has not got the best settings"):
+            with tracking.warn_on_error("the best settings"):
                 tracker.text(tracking.to_json(winner.settings.to_json()), layout.BEST_SAMPLING)
                 tracker.text("\n".join(sampling_overrides(winner.settings)), layout.BEST_OVERRIDES)
         front = pareto_front(records, self.study.objectives)

@@ -234,7 +234,7 @@ def _store(found: FoundSteps, config: Config, name: str, reference: str) -> dict
         "distances": found.distances,
     }
     Storage.of(config).write(join(StudyStore.of(config, name).uri, layout.STEPS), json.dumps(plain, indent=1).encode())
-    with tracking.recording("has not got the steps"):
+    with tracking.warn_on_error("the learned steps"):
         tracker.text(tracking.to_json(found.settings.to_json()), layout.BEST_SAMPLING)
         tracker.text("\n".join(sampling_overrides(found.settings)), layout.BEST_OVERRIDES)
         tracker.metrics({f"steps/{spacing}": distance for spacing, distance in found.distances.items()}, 0)

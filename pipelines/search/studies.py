@@ -207,7 +207,7 @@ class Search(ABC):
         page = StudyPage(self.name, self.study, self.subject, records, confirmed, pictures, seeds, command, notes)
         text, where = page.html(), join(self.store.uri, layout.STUDY_PAGE)
         self.storage.write(where, text.encode())
-        with tracking.recording(f"has not got all of the study's page, which is {where}"):
+        with tracking.warn_on_error(f"the study's page, which is {where}"):
             tracker.text(text, layout.STUDY_PAGE)
             for name, figure in page.figures().items():
                 tracker.text(figure.to_json(), f"{layout.FIGURES}/{name}.json")
@@ -237,6 +237,6 @@ class Search(ABC):
         except BaseException as error:
             # Ctrl-C, and SIGTERM, by which a job on a cluster is stopped: Ray makes it a SystemExit.
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
-            with tracking.recording(f"does not know that the study is {status}"):
+            with tracking.warn_on_error(f"the status {status} of the study"):
                 replace(tracker, patience_s=0).status(status)
             raise

@@ -257,27 +257,27 @@ def compose_study(name: str, kind: str, overrides: Sequence[str]) -> tuple[Study
 def _override(plain: dict[str, Any], line: str) -> None:
     """Apply an override, in place.
 
-    It is a field such as `search.trials=8`, or a distribution such as `search.space.optim.lr.log=[1e-4,1e-2]`, which
-    keeps the `when` of the parameter.
+    It is a field such as `search.trials=8`, or a new distribution such as `search.space.optim.lr.log=[1e-4,1e-2]`: the
+    condition `when` of the parameter stays.
 
     Raises:
         ConfigError: it has no value, or one that cannot be read.
     """
     try:
-        (read,) = parse_overrides([line.removeprefix("search.")])
+        (override,) = parse_overrides([line.removeprefix("search.")])
     except ConfigError as error:
         raise ConfigError(
             f"{line}: cannot be read: write search.FIELD=VALUE, such as search.trials=8 or "
             "search.space.optim.lr.log=[1e-4,1e-2]"
         ) from error
-    key, value, space = str(read.key_or_group), read.value(), plain.get("space") or {}
+    key, value, space = str(override.key_or_group), override.value(), plain.get("space") or {}
     if not key.startswith("space.") or not isinstance(space, dict):
         plain[key] = value
         return
-    searched, _, distribution = key.removeprefix("space.").rpartition(".")
-    before = space.get(searched)
-    when = before.get("when") if isinstance(before, dict) else None
-    plain["space"] = {**space, searched: {distribution: value, **({"when": when} if when else {})}}
+    parameter, _, distribution = key.removeprefix("space.").rpartition(".")
+    previous = space.get(parameter)
+    when = previous.get("when") if isinstance(previous, dict) else None
+    plain["space"] = {**space, parameter: {distribution: value, **({"when": when} if when else {})}}
 
 
 def _explain(where: str, error: Any) -> str:

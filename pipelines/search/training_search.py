@@ -262,7 +262,7 @@ class TrainingSearch(Search):
         name, other = (CONFIRMED, UNCONFIRMED) if winner is not None else (UNCONFIRMED, CONFIRMED)
         config = apply(self.config, found.params).model_copy(update={"name": f"{self.name}-best"})
         text = tracking.to_json(config.model_dump(mode="json"))
-        with tracking.recording("has not got the best configuration"):
+        with tracking.warn_on_error("the best configuration"):
             tracker.text(text, f"{layout.BEST}/{name}.json")
         where = layout.best_file(self.store.uri, name)
         self.storage.write(where, text.encode())

@@ -26,7 +26,7 @@ VALUES = 100_000
 DEPTH = 6
 """Lists and objects inside of each other."""
 LARGEST = 10**20
-"""Of whole numbers; a seed has 64 bits at most. A text of JSON may hold thousands of digits."""
+"""Whole numbers are smaller: a seed has 64 bits at most, and a text of JSON may hold thousands of digits."""
 PROMPTS = ("prompts", "negative_prompt")
 PICTURES = ("images", "masks")
 COUNTED = ("labels", "prompts", "seeds", *PICTURES, "source_labels")
@@ -79,7 +79,9 @@ class Limits:
         )
 
     def check_values(self, data: bytes) -> None:
-        """Check how many values a JSON text has, before it is parsed: each has a mark of its own, pictures have one.
+        """Estimate the number of values of a JSON text before it is parsed, by its separators, and check it.
+
+        A picture in base64 contains none of them.
 
         Raises:
             RefusedRequest: they are too many.

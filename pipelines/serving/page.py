@@ -225,12 +225,12 @@ class _Panel:
         button.click(draw, [_limited(editor, self.limits), filled, *form.components], pictures, api_name="inpaint")
 
     def _edit(self, last: gr.State) -> None:
-        gr.Markdown("The picture is noised and drawn anew from there: its coarse content stays, the rest is new.")
+        gr.Markdown("The picture is noised and drawn again from there: its coarse content stays, the rest is new.")
         take = gr.Button("Take the first sampled picture", size="sm")
         # Not as an array: that of a GIF file has no colours, but indices of them.
         given = gr.Image(label="Picture", type="pil", image_mode="RGBA", sources=["upload", "clipboard"], height=320)
         form = Form(EditRequest, self.told, self.limits, first=("strength",))
-        button = gr.Button("Draw anew", variant="primary")
+        button = gr.Button("Draw again", variant="primary")
         pictures = gr.HTML()
 
         async def draw(given: Any, *values: Any) -> str:

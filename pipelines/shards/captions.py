@@ -141,7 +141,7 @@ def caption_width(dataset: Dataset, split: str, storage: Storage) -> int | None:
         if None in widths or widths[0] != widths[1]:
             raise DatasetError(
                 f"{dataset.uri}: the embeddings of captions have widths {widths[0]} (pooled) and {widths[1]} (text), "
-                "and a network on text takes both, alike: ingest the data anew with data.text_encoder"
+                "and a network on text takes both, alike: ingest the data again with data.text_encoder"
             )
         return int(widths[0] or 0)
     if problem is not None:

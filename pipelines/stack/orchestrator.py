@@ -21,7 +21,7 @@ SETTINGS_FILE = "orchestrate.yaml"
 
 SETTINGS = """\
 # Which experiments Dagster has assets for, and when they run by themselves. `ddpm down` and `ddpm up --orchestrator`
-# read it anew. Left out, a setting has the value that is shown.
+# read it again. Left out, a setting has the value that is shown.
 # partitions:                       # name: Hydra overrides
 #   digits: [+experiment=digits]
 #   digits_inpainting: [+experiment=digits_inpainting]

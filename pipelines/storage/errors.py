@@ -74,7 +74,7 @@ def is_network_error(error: BaseException) -> bool:
 
 
 @contextmanager
-def reporting_os_errors(uri: str) -> Iterator[None]:
+def os_errors_as_storage_errors(uri: str) -> Iterator[None]:
     """Turn errors of the file system or a socket into a `StorageError` that says what to do."""
     try:
         yield

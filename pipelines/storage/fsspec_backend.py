@@ -32,7 +32,7 @@ from pipelines.storage.errors import (
     StorageError,
     TransientStorageError,
     not_found,
-    reporting_os_errors,
+    os_errors_as_storage_errors,
 )
 
 OBJECT_STORES = ("gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "tos")
@@ -97,7 +97,7 @@ class FsspecBackend:
 
     def write(self, uri: str, data: bytes) -> None:
         """Store an object."""
-        with _reporting(uri):
+        with _as_storage_errors(uri):
             _replace(uri, lambda fs, path: fs.pipe_file(path, data))
 
     def read_tagged(self, uri: str) -> tuple[bytes, str]:
@@ -123,12 +123,12 @@ class FsspecBackend:
             with fs.open(target, "wb") as file:
                 shutil.copyfileobj(stream, file, STREAMED)
 
-        with _reporting(uri):
+        with _as_storage_errors(uri):
             _replace(uri, write)
 
     def upload(self, path: Path, uri: str) -> None:
         """Store a file."""
-        with _reporting(uri):
+        with _as_storage_errors(uri):
             _replace(uri, lambda fs, target: fs.put_file(str(path), target))
 
     def download(self, uri: str, path: Path) -> None:
@@ -157,7 +157,7 @@ class FsspecBackend:
     def list(self, uri: str) -> list[Entry]:
         """Return every object below a folder."""
         folder = uri.rstrip("/")
-        with _reporting(uri):
+        with _as_storage_errors(uri):
             fs, path = _open(folder)
             # A walk over folders would silently leave out unreadable ones.
             strict = {} if _scheme(uri) in OBJECT_STORES else {"on_error": "raise"}
@@ -247,13 +247,13 @@ def _replace(uri: str, write: Callable[[Any, str], object]) -> None:
 @contextmanager
 def _opened(uri: str) -> Iterator[tuple[Any, str]]:
     """Yield the file system and the path of an address; turn their errors into a `StorageError` with the fix."""
-    with _reporting(uri):
+    with _as_storage_errors(uri):
         yield _open(uri)
 
 
 @contextmanager
-def _reporting(uri: str) -> Iterator[None]:
-    with reporting_os_errors(uri):
+def _as_storage_errors(uri: str) -> Iterator[None]:
+    with os_errors_as_storage_errors(uri):
         try:
             yield
         except StorageError:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, ClassVar
 
 from pipelines.storage.backend import STREAMED, Connection, Entry
-from pipelines.storage.errors import ConflictError, TransientStorageError, reporting_os_errors
+from pipelines.storage.errors import ConflictError, TransientStorageError, os_errors_as_storage_errors
 
 LOCK = ".lock"
 SYSTEM_FOLDERS = frozenset({"__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir"})
@@ -45,20 +45,20 @@ class LocalBackend:
 
     def read(self, uri: str, start: int, stop: int | None) -> bytes:
         """Return the bytes [start, stop) of a file."""
-        with reporting_os_errors(uri), open(local_path(uri), "rb") as file:
+        with os_errors_as_storage_errors(uri), open(local_path(uri), "rb") as file:
             file.seek(start)
             return file.read(-1 if stop is None else stop - start)
 
     def stream(self, uri: str, start: int, stop: int, chunk: int) -> Iterator[bytes]:
         """Yield the bytes [start, stop) of a file."""
-        with reporting_os_errors(uri), open(local_path(uri), "rb") as file:
+        with os_errors_as_storage_errors(uri), open(local_path(uri), "rb") as file:
             file.seek(start)
             while part := file.read(min(chunk, stop - file.tell())):
                 yield part
 
     def write(self, uri: str, data: bytes) -> None:
         """Replace a file by one with these bytes."""
-        with reporting_os_errors(uri):
+        with os_errors_as_storage_errors(uri):
             _replace(local_path(uri), lambda temporary: temporary.write_bytes(data))
 
     def read_tagged(self, uri: str) -> tuple[bytes, str]:
@@ -69,7 +69,7 @@ class LocalBackend:
     def write_if(self, uri: str, data: bytes, tag: str | None) -> str:
         """Replace a file whose digest is the tag, or make one where there is none."""
         path = local_path(uri)
-        with reporting_os_errors(uri):
+        with os_errors_as_storage_errors(uri):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.with_name(f".{path.name}{LOCK}").open("w") as lock:
                 try:
@@ -89,17 +89,17 @@ class LocalBackend:
             with temporary.open("wb") as file:
                 shutil.copyfileobj(stream, file, STREAMED)
 
-        with reporting_os_errors(uri):
+        with os_errors_as_storage_errors(uri):
             _replace(local_path(uri), write)
 
     def upload(self, path: Path, uri: str) -> None:
         """Replace a file by a copy of another."""
-        with reporting_os_errors(uri):
+        with os_errors_as_storage_errors(uri):
             _replace(local_path(uri), lambda temporary: shutil.copyfile(path, temporary))
 
     def download(self, uri: str, path: Path) -> None:
         """Copy a file."""
-        with reporting_os_errors(uri):
+        with os_errors_as_storage_errors(uri):
             shutil.copyfile(local_path(uri), path)
 
     def copy(self, source: str, target: str) -> None:
@@ -108,13 +108,13 @@ class LocalBackend:
 
     def exists(self, uri: str) -> bool:
         """Return whether a file is there; a folder is none."""
-        with reporting_os_errors(uri):
+        with os_errors_as_storage_errors(uri):
             return local_path(uri).is_file()
 
     def list(self, uri: str) -> list[Entry]:
         """Return every file below a folder, without locks of conditional writes and what is in `SYSTEM_FOLDERS`."""
         entries = []
-        with reporting_os_errors(uri):
+        with os_errors_as_storage_errors(uri):
             for here, below, names in os.walk(local_path(uri), onerror=_unless_gone):
                 # They may be unreadable for this user.
                 below[:] = [name for name in below if name not in SYSTEM_FOLDERS]
@@ -128,13 +128,13 @@ class LocalBackend:
 
     def delete(self, uri: str) -> None:
         """Remove a file."""
-        with reporting_os_errors(uri):
+        with os_errors_as_storage_errors(uri):
             local_path(uri).unlink(missing_ok=True)
 
     def remove_empty_folders(self, uri: str) -> None:
         """Remove the empty folders and locks of a folder, then the folder."""
         folder = local_path(uri)
-        with reporting_os_errors(uri):
+        with os_errors_as_storage_errors(uri):
             for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
                 if _is_lock(path):
                     path.unlink(missing_ok=True)

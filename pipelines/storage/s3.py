@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, ClassVar, Literal
 
 from pipelines.environment.loopback import is_loopback
 from pipelines.storage.backend import Connection, Entry
-from pipelines.storage.errors import ConflictError, StorageError, TransientStorageError, reporting_os_errors
+from pipelines.storage.errors import ConflictError, StorageError, TransientStorageError, os_errors_as_storage_errors
 from pipelines.storage.s3_errors import ABSENT, CredentialsRefusedError, ExpiredCredentialsError, sort_error
 
 Action = Literal["read", "write"]
@@ -57,7 +57,7 @@ class S3Client:
         """
         made: _Made | None = None
         allowed = (uri.removeprefix("s3://").split("/")[0], action)
-        with reporting_os_errors(uri):
+        with os_errors_as_storage_errors(uri):
             try:
                 made = self._current()
                 yield made.client

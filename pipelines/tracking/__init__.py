@@ -11,7 +11,7 @@ from pipelines.tracking.client import (
     UnreachableError,
     authenticate,
     environment,
-    recording,
+    warn_on_error,
 )
 from pipelines.tracking.logged_models import (
     CheckpointModel,
@@ -89,7 +89,6 @@ __all__ = [
     "pictures_at",
     "pictures_of",
     "recorded_config",
-    "recording",
     "register",
     "retire_run",
     "runs_of",
@@ -103,4 +102,5 @@ __all__ = [
     "version_description",
     "version_of_mlflow",
     "versions",
+    "warn_on_error",
 ]

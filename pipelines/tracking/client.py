@@ -107,7 +107,7 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def reporting(uri: str) -> Iterator[None]:
+def as_tracking_errors(uri: str) -> Iterator[None]:
     """Turn errors of MLflow and of the libraries of its artifact stores into a `TrackingError`."""
     import requests
 
@@ -179,23 +179,23 @@ def ask(uri: str, call: Callable[[MlflowClient], T], patience_s: float = PATIENC
     """
 
     def once() -> T:
-        with reporting(uri):
+        with as_tracking_errors(uri):
             return call(client(uri))
 
     return retry(once, patience_s)
 
 
 @contextmanager
-def recording(what: str) -> Iterator[None]:
-    """Log errors of MLflow instead of raising them, for records of work that is already done.
+def warn_on_error(what: str) -> Iterator[None]:
+    """Log an error of MLflow as a warning instead of raising it, for records of work that is already done.
 
     Args:
-        what: what MLflow did not do, as the predicate of a sentence.
+        what: was asked of MLflow, as a noun, such as "the status of the run".
     """
     try:
         yield
     except TrackingError as error:
-        logger.warning("MLflow %s; the same command tries again: %s", what, error)
+        logger.warning("MLflow failed at %s; the same command tries again: %s", what, error)
 
 
 def first_answer(uri: str, call: Callable[[MlflowClient], T], patience_s: float = FIRST_ANSWER_S) -> T:

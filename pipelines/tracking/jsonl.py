@@ -85,7 +85,7 @@ class JsonLines:
             self.current += line
         except ConflictError as error:
             self.current = None
-            raise TransientStorageError(f"{self.uri}: another process has written it; it is read anew") from error
+            raise TransientStorageError(f"{self.uri}: another process has written it; it is read again") from error
 
     def image(self, key: str, pixels: NDArray[Any], step: int) -> None:
         """Ignore a picture."""

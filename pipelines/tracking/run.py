@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipelines.environment.scratch import temporary_folder
 from pipelines.storage import layout
 from pipelines.storage.retry import PATIENCE_S
-from pipelines.tracking.client import FIRST_ANSWER_S, TrackingError, ask, first_answer, import_mlflow, recording
+from pipelines.tracking.client import FIRST_ANSWER_S, TrackingError, ask, first_answer, import_mlflow, warn_on_error
 from pipelines.tracking.links import run_page
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ def _experiment_id(uri: str, experiment: str, patience_s: float) -> str:
                 raise error
     experiment_id, kind = str(found.experiment_id), found.tags.get(KIND_TAG, "")
     if kind in ("", "no_inferred_type") or kind.endswith("_inferred"):  # guessed by MLflow's page
-        with recording(f"does not take it that experiment '{experiment}' is of training runs"):
+        with warn_on_error(f"the kind of experiment '{experiment}'"):
             ask(uri, lambda client: client.set_experiment_tag(experiment_id, KIND_TAG, KIND), patience_s=0)
     return experiment_id
 

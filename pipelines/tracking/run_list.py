@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipelines.tracking.client import client, first_answer, pages, reporting
+from pipelines.tracking.client import as_tracking_errors, client, first_answer, pages
 from pipelines.tracking.run import ID_TAG, RUN_TAG
 
 if TYPE_CHECKING:
@@ -71,22 +71,22 @@ def list_runs(uri: str, name: str | None = None) -> list[RunRecord]:
     def page(token: str | None) -> Any:
         return client(uri).search_runs(list(experiments), wanted, ViewType.ALL, _PAGE, page_token=token)
 
-    with reporting(uri):
+    with as_tracking_errors(uri):
         found = [_record(run, experiments) for run in pages(page)] if experiments else []
     return sorted(found, key=lambda record: -record.began)
 
 
 def delete_run(uri: str, run_id: str) -> None:
     """Move a run into MLflow's trash, from which `mlflow gc` deletes it, unless it is there already."""
-    with reporting(uri):
+    with as_tracking_errors(uri):
         if client(uri).get_run(run_id).info.lifecycle_stage != "deleted":
             client(uri).delete_run(run_id)
 
 
 def retire_run(uri: str, run_id: str) -> None:
-    """Remove the name of a run, which is kept, so that no training finds it by that name."""
+    """Move the name of a run to another tag, so that no training finds it by that name; the MLflow run is kept."""
     mlflow = client(uri)
-    with reporting(uri):
+    with as_tracking_errors(uri):
         name = mlflow.get_run(run_id).data.tags.get(RUN_TAG)
         if name is not None:
             mlflow.set_tag(run_id, RETIRED_TAG, name)

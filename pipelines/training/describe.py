@@ -20,7 +20,7 @@ GOODPUT_PAGE = "goodput.html"
 
 
 def describe_run(job: Job) -> None:
-    """Write the run's page anew and set its status to running."""
+    """Write the run's page again and set its status to running."""
     config, tracker = job.config, job.tracker
     tracker.status("RUNNING")
     tracker.params(config.identity() | {"images": config.images, "name": config.name})

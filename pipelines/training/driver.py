@@ -125,7 +125,7 @@ def train(
                     else:
                         event = watch.next_event(fit)
                     state = _after(state, event, job)
-            return _end(run, state, ledger, evaluations)
+            return _conclude(run, state, ledger, evaluations)
 
 
 def _after(state: State, event: Event, job: Job) -> State:
@@ -137,7 +137,7 @@ def _after(state: State, event: Event, job: Job) -> State:
     return state
 
 
-def _end(run: PreparedRun, state: State, ledger: Ledger, evaluations: Evaluations) -> TrainingResult:
+def _conclude(run: PreparedRun, state: State, ledger: Ledger, evaluations: Evaluations) -> TrainingResult:
     """Record how a training ended, wait for the evaluations of a finished run, and return its result.
 
     Raises:
@@ -150,7 +150,7 @@ def _end(run: PreparedRun, state: State, ledger: Ledger, evaluations: Evaluation
         _sweep(run.job, ended=True)
     goodput, tracker = ledger.goodput(), run.job.tracker
     seen, _ = run.progress(goodput)
-    with tracking.recording(f"does not know that the run is {state.mlflow_status}"):
+    with tracking.warn_on_error(f"the status {state.mlflow_status} of the run"):
         if goodput:
             report_goodput(tracker, goodput, seen)
         tracker.status(state.mlflow_status)
@@ -183,7 +183,7 @@ def on_the_page(tracker: Tracker, notice: Notice) -> Notice:
         _, prefix, fault = text.partition(NOT_WORKING)
         if prefix:
             faults.append(fault[:1].upper() + fault[1:] + ".")
-            with tracking.recording("does not say on the run's page what is wrong with it"):
+            with tracking.warn_on_error("the warnings on the page of the run"):
                 tracking.describe(replace(tracker, patience_s=0), {"Warnings": " ".join(faults)})
 
     return tell
@@ -207,7 +207,7 @@ def _complete(run: PreparedRun, notice: Notice, evaluate: Evaluate | None) -> Tr
     """Finish a run that has seen all its images: send metrics that wait, and score the checkpoints that are left."""
     job, tracker = run.job, run.job.tracker
     goodput = goodput_of(read_sessions(job.storage, job.run_uri))
-    with tracking.recording("has not got all that waits"):
+    with tracking.warn_on_error("what waits to be recorded"):
         send_unsent(job)
         if not tracker.is_finished():
             if goodput:
@@ -247,7 +247,7 @@ def _sweep(job: Job, *, ended: bool = False) -> None:
 
 def _result(tracker: Tracker, status: str, images_seen: int, goodput: Goodput | None) -> TrainingResult:
     published: list[Published] = []
-    with tracking.recording("does not say which checkpoints are published"):
+    with tracking.warn_on_error("the list of published checkpoints"):
         published = checkpoints.list_published(tracker)
     return TrainingResult(tracker, status, images_seen, published[-1] if published else None, goodput)
 

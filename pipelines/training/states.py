@@ -181,7 +181,7 @@ def after(state: State, event: Event, *, max_failures: int, patience_s: float) -
 
 
 def _while_short(state: Running, now_s: float, shortage: str | None, patience_s: float) -> State:
-    """Ray Train would wait for missing nodes for ever."""
+    """Return the state after nodes were counted: Ray Train alone would wait for missing ones for ever."""
     if shortage is None:
         return replace(state, short_since_s=None)
     since_s = now_s if state.short_since_s is None else state.short_since_s

@@ -69,7 +69,7 @@ def test_a_host_that_is_cut_off_and_comes_back_leaves_no_trace_in_the_losses(tmp
             training.gets_on(300)
             say(f"{training.images():,} images with {network.one.name} alone; {network.two.name} is connected again")
             network.two.mend()
-            # Ray has given the node up, and it ends when it hears of that: whoever supervises it starts it anew.
+            # Ray has given the node up, and it ends when it hears of that: whoever supervises it starts it again.
             until(lambda: network.two.processes[-1].poll() is not None, 300, lambda: "the end of the old Ray node")
             say("its Ray node has ended, and starts again")
             network.join(network.two)

@@ -53,7 +53,7 @@ def test_the_networks_of_the_paper_have_its_numbers_of_parameters(size):
 
 
 def diffusers_twin(network, size):
-    """The same network in diffusers, which embeds time and class in every block anew."""
+    """The same network in diffusers, which embeds time and class in every block again."""
     diffusers = pytest.importorskip("diffusers", reason="comes with the dev extra")
     config = network.config
     twin = diffusers.DiTTransformer2DModel(

@@ -45,7 +45,7 @@ def test_an_experiment_makes_an_optimizer_step_or_one_forward_pass_without_numbe
 def test_the_page_has_every_experiment_with_what_its_configuration_gives():
     page = experiments.PAGE.read_text()
     assert page == experiments.page_with(page, experiments.tables(experiments.count_all())), (
-        "python docs/site/experiments.py writes it anew"
+        "python docs/site/experiments.py writes it again"
     )
 
 

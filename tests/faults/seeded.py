@@ -72,7 +72,7 @@ MATHEMATICS = (
     ),
     Fault(
         "eps_of_clipped_x0",
-        "Where the predicted x_0 is clipped, eps is computed anew, so that both still add up to x_t.",
+        "Where the predicted x_0 is clipped, eps is computed again, so that both still add up to x_t.",
         "ddpm/prediction.py",
         "    x_0 = prediction.x0.clamp(-bound, bound)\n"
         "    return replace(prediction, x0=x_0, eps=eps_from_x0(x_0, x_t, t, schedule))",

@@ -1,6 +1,6 @@
 """The `ddpm` command for tests: as its console script, or forked from a process that has imported its libraries.
 
-A command that starts anew imports torch and MLflow for three seconds of a core, and the tests start hundreds. What is
+A command that starts again imports torch and MLflow for three seconds of a core, and the tests start hundreds. What is
 forked imports all of the project itself, so that whatever its modules read or set at import is as in a new process.
 Ray is imported there too: it reads its settings at import, and the command sets them before.
 """

@@ -269,7 +269,7 @@ def main(name: str, run_id: str, *kinds: str) -> None:
         "tampered previous": tampered_previous,
         "tampered checkpoint": tampered_checkpoint,
         "other evaluator": lambda: asked(version(good, scored(good, other, steps=11))),
-        "the champion scored anew": lambda: asked(version(good, scored(good, other))),
+        "the champion scored again": lambda: asked(version(good, scored(good, other))),
     }
     print(json.dumps({kind: cases[kind]() for kind in kinds}))
 

@@ -114,7 +114,7 @@ UNUSABLE = {
     "tampered previous": "is not what was signed (signature: ",
     "tampered checkpoint": "is not the file that was published",
 }
-NOT_REFUSED = ["the same weights again", "nearly the same settings", "NaN weights", "the champion scored anew"]
+NOT_REFUSED = ["the same weights again", "nearly the same settings", "NaN weights", "the champion scored again"]
 EXPECTED_TOO = {
     "mirrored copies": "not copies",
     "shifted copies": "not copies",
@@ -174,7 +174,7 @@ def test_equal_versions_are_not_better(answers, client):
 
 def test_a_champion_whose_scores_no_longer_compare_is_followed_by_the_same_model_scored_anew(answers, client):
     assert "ddpm register models:/gated/2" in answers["other evaluator"]["reason"]
-    anew = answers["the champion scored anew"]
-    assert anew["passed"], anew["reason"]
-    assert "it is the model of models:/gated/2" in anew["reason"]
-    assert aliases(client)["champion"] == anew["version"]
+    again = answers["the champion scored again"]
+    assert again["passed"], again["reason"]
+    assert "it is the model of models:/gated/2" in again["reason"]
+    assert aliases(client)["champion"] == again["version"]

@@ -28,7 +28,7 @@ def test_a_flow_on_new_pictures_scores_the_champion_on_them_before_it_compares(s
     said = shell.ok("flow", *settings, "name=retrained-again", "images=40960", "--dry-run").err
     assert "ingest  will run: " in said
     second = shell.ok("flow", *settings, "name=retrained-again", "images=40960", "--json")
-    assert "models:/retrained/1 was scored on other data or otherwise: scoring it anew" in second.err
+    assert "models:/retrained/1 was scored on other data or otherwise: scoring it again" in second.err
     verdict = second.answer["gate"]
     assert verdict["passed"], verdict["reason"]
     assert verdict["reason"].startswith("better: Frechet distance ")

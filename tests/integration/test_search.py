@@ -268,7 +268,7 @@ def test_a_training_study_with_trials_that_fail_ends_with_the_right_best(shell, 
     assert done.answer["config"] == "s3://ddpm/studies/odd/best/config.json"
     taken = shell.folder / "best.json"
     s3.download(done.answer["config"], taken)
-    here = ["storage.local_stack=true"]  # whose addresses are found anew
+    here = ["storage.local_stack=true"]  # whose addresses are found again
     assert shell.ok("train", "--config", str(taken), "images=256", *here, "--json").answer["images_seen"] == 256
 
 

@@ -103,7 +103,7 @@ def test_planted_secrets_are_shown_and_stored_nowhere(
     while training.poll() is None:
         time.sleep(1)
         if training.pid in holding(processes(), planted_secrets):
-            continue  # it has not started itself anew yet
+            continue  # it has not started itself again yet
         shown += holding(processes(), planted_secrets) + holding(ray_lists(local_stack), planted_secrets)
         for file in local_stack.home.glob("[!.]*-credentials-*"):
             with contextlib.suppress(FileNotFoundError):

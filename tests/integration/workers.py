@@ -1,6 +1,6 @@
 """Ray's worker processes for tests, forked from one that has imported their libraries.
 
-A worker that Ray starts anew imports Ray twice, torch, MLflow and more, for three seconds of a core, and tests start
+A worker that Ray starts again imports Ray twice, torch, MLflow and more, for three seconds of a core, and tests start
 hundreds. Here a raylet asks a process beside it for a fork (`start_worker.py`), which goes on as Ray's own
 `default_worker.py` with the arguments, environment, folder and streams that it would have had. It imports Ray and all
 of the project itself, so that whatever their modules read or set at import is as in a new process. Everything else is

@@ -14,7 +14,7 @@ from pipelines.storage import retry
 
 @pytest.fixture(scope="session", autouse=True)
 def _services_are_described_once() -> Iterator[None]:
-    """botocore parses what it knows of S3 anew for every client, which takes longer than most of the tests of it."""
+    """botocore parses what it knows of S3 again for every client, which takes longer than most of the tests of it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(botocore.loaders, "create_loader", functools.cache(botocore.loaders.create_loader))
         yield

@@ -64,7 +64,7 @@ def asset_of(
 def failure(context: dg.AssetExecutionContext, settings: OrchestrateSettings, text: str, *, retry: bool) -> Exception:
     """Return what an asset raises whose stage has failed.
 
-    Dagster's own retry policy would start a cancelled run anew, and would not try again after a process that has ended
+    Dagster's own retry policy would start a cancelled run again, and would not try again after a process that has ended
     without a word.
 
     Args:

@@ -74,7 +74,7 @@ def facts(gives: str, results: Results, tracking_uri: str) -> tuple[Metadata, st
 
 def gate_table(verdict: Verdict) -> str:
     """Return the gate's table in Markdown."""
-    lines = ["| | asked for | found | bound |", "|---|---|---|---|"]
+    lines = ["| | check | found | required |", "|---|---|---|---|"]
     cells = [("ok" if row.passed else "NO", row.name, row.figure, row.bound) for row in verdict.rows]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
     return "\n".join(lines)

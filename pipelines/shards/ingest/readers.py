@@ -92,7 +92,7 @@ class ZipMember:
         if self.method == zipfile.ZIP_STORED:
             return data
         if self.method != zipfile.ZIP_DEFLATED:
-            raise UnreadableError(f"is compressed by method {self.method}: make the zip anew, stored or deflated")
+            raise UnreadableError(f"is compressed by method {self.method}: make the zip again, stored or deflated")
         try:
             return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size + 1)
         except zlib.error as error:

@@ -155,7 +155,7 @@ def _row(where: str, values: dict[str, Any], folder: str) -> ImageRow:
     label = values.get("label")
     for column, value in (("path", path), ("caption", caption), ("label", label)):
         if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ValueError(f"has the {column} {value!r}, of which a part is no character: write it anew as UTF-8")
+            raise ValueError(f"has the {column} {value!r}, of which a part is no character: write it again as UTF-8")
     if label is not None and (isinstance(label, bool) or not isinstance(label, str | int)):
         raise ValueError(f"{path} has the label {label!r}: labels are class names, or class indices from 0")
     if isinstance(label, int) and label < 0:

@@ -104,7 +104,10 @@ def group_store() -> Store | None:
 
 @torch.no_grad()
 def copies_on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous copies in CPU memory; those from a GPU go through page-locked memory, all of them at once."""
+    """Return contiguous copies in CPU memory.
+
+    Those of GPU tensors are in page-locked memory: all transfers are issued at once, and waited for together.
+    """
     copies = {}
     for name, tensor in tensors.items():
         copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

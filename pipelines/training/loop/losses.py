@@ -114,7 +114,7 @@ def _check_widths(text_dim: int, *embeddings: Tensor) -> None:
     """Check the width of text embeddings; only those of the first sample were checked before the training.
 
     Raises:
-        ValueError: they are.
+        ValueError: a width differs from `text_dim`.
     """
     widths = {embedding.shape[-1] for embedding in embeddings}
     if widths != {text_dim}:

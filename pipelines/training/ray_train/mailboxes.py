@@ -69,7 +69,7 @@ class Monitor:
             self.attempts[name] = replace(attempt, lost_to=attempt.lost_to or cause)
 
     def set_final_error(self, message: str) -> None:
-        """Record an error that would come again however often the workers are started; the first message stays."""
+        """Record an error that a restart of the workers cannot mend; the first message stays."""
         self.final = self.final or message
 
     def final_error(self) -> str | None:

@@ -27,7 +27,7 @@ from pipelines.training.ray_train.answers import answer
 from pipelines.training.ray_train.worker_logs import recorded
 
 FINAL_ERRORS = (FloatingPointError, ShardCorruptError, ModelError, FencedError)
-"""Errors that come again however often the workers are started: stream, data and checkpoints are the same."""
+"""Errors that a restart of the workers cannot mend: stream, data and checkpoints would be the same."""
 POST_EVERY_S = 0.5
 ORPHANED_S = 30.0
 """How long a worker without a driver waits for Ray to end it."""

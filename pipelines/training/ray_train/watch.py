@@ -110,7 +110,7 @@ class Watch:
         """Return how the workers ended.
 
         Args:
-            final: the error that would come again however often they are started; None where there is none.
+            final: an error that a restart cannot mend; None where there is none.
         """
         config = self.job.config
         error = fit.error if final is None else TrainingError(f"training '{config.name}' failed: {final}")
@@ -119,7 +119,7 @@ class Watch:
         return WorkersEnded(error, lost, checkpoint_images(config), seen >= length)
 
     def _shortage(self) -> NodesCounted | None:
-        """Ask Ray every few seconds only."""
+        """Return whether the nodes are too few for the workers; None where it was asked a moment ago."""
         now_s = time.monotonic()
         if now_s - self.asked_nodes_at < SHORTAGE_EVERY_S:
             return None
@@ -127,7 +127,7 @@ class Watch:
         return NodesCounted(now_s, shortage(self.job.config.cluster, alive_nodes()))
 
     def _taken_over(self) -> AnotherDriver | None:
-        """Ask the store every few seconds only, and never wait for it."""
+        """Return whether another driver has the run; None where it was asked a moment ago, or the store is away."""
         if time.monotonic() - self.asked_fence_at < TAKEOVER_EVERY_S:
             return None
         self.asked_fence_at = time.monotonic()

@@ -1,7 +1,7 @@
 """The functions that Ray Train calls in its workers.
 
-Its controller loads this module as well, and needs none of what a worker imports, which takes seconds. So the functions
-import that, and what they are given comes as a pickle.
+Ray Train's controller loads this module too. So what takes seconds to import, and only workers need, is imported inside
+the functions, and their arguments come as a pickle.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def test_a_damaged_checkpoint_does_not_take_a_whole_ones_place(run):
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_by_itself(run):
     for images in (100, 200):
         shutil.rmtree(run.path / run.enter(images))
-    with pytest.raises(ModelError, match=r"(?s)no checkpoint in .* is whole.*state\.json is missing.*start anew"):
+    with pytest.raises(ModelError, match=r"(?s)no checkpoint in .* is whole.*state\.json is missing.*start again"):
         run.newest()
     with pytest.raises(ModelError, match=r"state\.json is missing"):
         newest_checkpoint(run.config)

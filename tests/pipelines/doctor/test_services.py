@@ -14,7 +14,7 @@ from pipelines import doctor
 from pipelines.config import compose
 from pipelines.doctor import services
 from pipelines.doctor.check import ok, run_probes
-from pipelines.doctor.services import check_mlflow, check_ray, closed_port, ray_check, stack_check
+from pipelines.doctor.services import check_mlflow, check_ray, check_ray_nodes, closed_port, stack_check
 from pipelines.presentation.errors import PipelineError
 from pipelines.stack import ServiceStatus
 from tests.pipelines.doctor import servers
@@ -107,8 +107,8 @@ def test_a_port_behind_a_proxy_is_left_to_the_proxy_and_loopback_is_not(monkeypa
 
 def test_a_cluster_that_is_too_small_names_the_number_that_fits():
     config = compose(["cluster.num_workers=4"])
-    assert ray_check(config, "head:1", "2.60", [{"CPU": 4.0}]).status == "ok"
-    found = ray_check(config, "head:1", "2.60", [{"CPU": 2.0}, {"CPU": 1.0}])
+    assert check_ray_nodes(config, "head:1", "2.60", [{"CPU": 4.0}]).status == "ok"
+    found = check_ray_nodes(config, "head:1", "2.60", [{"CPU": 2.0}, {"CPU": 1.0}])
     assert (found.status, found.fix) == ("failed", "cluster.num_workers=3")
 
 

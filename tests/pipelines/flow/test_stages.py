@@ -294,7 +294,7 @@ def test_a_champion_is_incomparable_where_its_scores_are_of_other_data(registere
 
 @dataclass
 class FakeGate:
-    """A gate whose champion is of other data until the version of it that was scored anew is promoted."""
+    """A gate whose champion is of other data until the version of it that was scored again is promoted."""
 
     champion: ModelVersion | None
     asked: list[str] = field(default_factory=list)

@@ -254,7 +254,7 @@ def test_a_server_that_refuses_a_description_fails_nothing(monkeypatch, tmp_path
     monkeypatch.setattr("pipelines.tracking.model_registry.ask", refuse)
     evidence = replace(EVIDENCE, dataset_uri=f"file://{tmp_path}/nowhere")
     describe("", ModelVersion("digits", "2", "r", {}, ()), evidence, SPEC, None, Storage())
-    assert "has no model card of models:/digits/2" in caplog.text
+    assert "failed at the model card of models:/digits/2" in caplog.text
 
 
 def test_the_newest_picture_of_each_key_at_a_number_of_images_is_found():

@@ -177,7 +177,7 @@ def test_evidence_that_somebody_has_damaged_says_so(home, tmp_path, change):
     text = written(tmp_path).to_json()
     damaged = change if isinstance(change, bytes) else json.dumps({**json.loads(text), **change}).encode()
     (tmp_path / "model" / "evidence.json").write_bytes(damaged)
-    with pytest.raises(EvidenceError, match=r"evidence.json is (damaged|of another format).*register the model anew"):
+    with pytest.raises(EvidenceError, match=r"evidence.json is (damaged|of another format).*register the model again"):
         Evidence.read(tmp_path / "model")
 
 

@@ -57,7 +57,7 @@ class Version:
         return model_folder(self.folder)
 
     def sign(self, change: Callable[[Evidence], Evidence] = lambda evidence: evidence) -> Version:
-        """Sign the folder anew, as whoever has the key could, with changed evidence and its tags."""
+        """Sign the folder again, as whoever has the key could, with changed evidence and its tags."""
         evidence = change(Evidence.read(self.inside))
         evidence = replace(evidence, files=file_digests(self.inside))
         (self.inside / layout.EVIDENCE).write_text(evidence.to_json())

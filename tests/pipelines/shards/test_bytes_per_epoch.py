@@ -24,7 +24,7 @@ class Node:
 
     Attributes:
         body: while all lanes live.
-        tail: only from the first lane's end on, when the live lanes are spread over the ranks anew.
+        tail: only from the first lane's end on, when the live lanes are spread over the ranks again.
     """
 
     body: frozenset[int]

@@ -67,7 +67,7 @@ def test_embeddings_that_no_network_takes_are_refused(tmp_path):
     from dataclasses import replace
 
     pooled_only = shapes(tmp_path, lambda texts: replace(embed(texts), text=None, text_mask=None))
-    with pytest.raises(DatasetError, match=r"widths 16 \(pooled\) and None \(text\).*ingest the data anew"):
+    with pytest.raises(DatasetError, match=r"widths 16 \(pooled\) and None \(text\).*ingest the data again"):
         caption_width(pooled_only, "train", Storage())
 
 

@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException, RestException
 
 from pipelines.storage.retry import TransientError
 from pipelines.tracking import Tracker, TrackingError, UnreachableError, run_log
-from pipelines.tracking.client import client, http_status, reporting
+from pipelines.tracking.client import as_tracking_errors, client, http_status
 from pipelines.tracking.mlflow_sink import MlflowSink
 from pipelines.tracking.run_log import Outbox
 from tests.http_server import Answer, Request, serving
@@ -157,7 +157,10 @@ def test_statuses_are_read_from_the_answer_and_not_from_its_text():
     ids=lambda value: type(value).__name__,
 )
 def test_what_the_artifact_store_raises_is_sorted_too(error, again):
-    with pytest.raises(TrackingError, match="artifacts of MLflow at http://m") as raised, reporting("http://m"):
+    with (
+        pytest.raises(TrackingError, match="artifacts of MLflow at http://m") as raised,
+        as_tracking_errors("http://m"),
+    ):
         raise error
     assert isinstance(raised.value, TransientError) is again
 

@@ -68,8 +68,8 @@ LEFT_OUT: dict[str, tuple[bytes, str]] = {
     "another checksum": (changed(X, 16, b"\0\0\0\0"), "does not have the checksum that the zip records"),
     "a place behind the end": (changed(X, 42, b"\xf0\xff\xff\x7f"), "the zip's directory points to no file"),
     "a place within another file": (changed(X, 42, b"\x03\0\0\0"), "the zip's directory points to no file"),
-    "LZMA": (changed(X, 10, b"\x0e\0"), "is compressed by method 14: make the zip anew, stored or deflated"),
-    "a method that is none": (changed(X, 10, b"\x63\0"), "is compressed by method 99: make the zip anew, stored or"),
+    "LZMA": (changed(X, 10, b"\x0e\0"), "is compressed by method 14: make the zip again, stored or deflated"),
+    "a method that is none": (changed(X, 10, b"\x63\0"), "is compressed by method 99: make the zip again, stored or"),
     "a stream that is none": (changed({"cat/x.png": b"", **GOOD}, 24, b"\x09\0\0\0"), "the zip is damaged"),
 }
 REFUSED: dict[str, tuple[bytes, str]] = {
