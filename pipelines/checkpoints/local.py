@@ -23,16 +23,12 @@ from pipelines.checkpoints.catalog import Listed
 from pipelines.checkpoints.errors import ModelError
 from pipelines.checkpoints.files import CheckpointState
 from pipelines.checkpoints.parts import PartsIndex
+from pipelines.environment.limits import NODE_FOLDER, SHARED_MEMORY, large_shared_memory
 from pipelines.environment.scratch import closed_folder
 from pipelines.storage import layout
 
 logger = logging.getLogger(__name__)
 
-NODE_FOLDER = "DDPM_NODE_FOLDER"
-"""Environment variable with the folder in which a node keeps copies."""
-SHARED_MEMORY = Path("/dev/shm")
-SMALLEST = 2**30
-"""Size in bytes below which shared memory is not used: a container's 64 MiB would hold no copy."""
 LEFT_OVER_S = 24 * 3600.0
 """Seconds after which the copies of a run that wrote no more of them are deleted."""
 
@@ -117,7 +113,7 @@ class NodeFolder:
 
     def __init__(self, *run: str) -> None:
         named = os.environ.get(NODE_FOLDER)
-        base = Path(named) if named else SHARED_MEMORY if _large(SHARED_MEMORY) else None
+        base = Path(named) if named else SHARED_MEMORY if large_shared_memory() else None
         self._copies = closed_folder(base) / "copies"
         self.path = self._copies / _sha256("\n".join(run).encode())[:16]
         self.path.mkdir(parents=True, exist_ok=True)
@@ -194,7 +190,3 @@ class NodeFolder:
 
 def _record_file(rank: int) -> str:
     return f"{layout.part_file(rank)}.record"
-
-
-def _large(folder: Path) -> bool:
-    return folder.is_dir() and shutil.disk_usage(folder).total >= SMALLEST

@@ -59,6 +59,9 @@ class KubeRayLaunch(Launch):
     workers_per_node: PositiveInt = Field(1, description="workers of cluster.num_workers in each pod")
     memory_gib: PositiveFloat = Field(24, description="memory of a worker, in GiB")
     shm_gib: PositiveFloat = Field(8, description="largest size of /dev/shm, in GiB, as part of memory_gib")
+    disk_gib: PositiveFloat = Field(
+        10, description="disk of a worker pod for logs and temporary files, in GiB, beside the cache of shards"
+    )
     head_cpus: PositiveFloat = Field(2, description="CPUs of the head, which does not train")
     head_memory_gib: PositiveFloat = Field(8, description="memory of the head, in GiB")
     gpu_product: str | None = Field(None, description="label nvidia.com/gpu.product of the nodes; null: any GPU")

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
 from pipelines.environment import cgroups
 
+NODE_FOLDER = "DDPM_NODE_FOLDER"
+"""Environment variable with the folder in which a node keeps copies of checkpoints."""
+SHARED_MEMORY = Path("/dev/shm")
+SMALLEST = 2**30
+"""Size in bytes below which shared memory is not used: a container's 64 MiB would hold no copy."""
 NVIDIA_SMI_S = 10.0
 """Seconds that `nvidia-smi` may take."""
 
@@ -24,21 +32,38 @@ class NodeLimits:
         device: of a GPU.
         node: of memory.
         disk: of disk for temporary files.
-        setting: the setting that raises the memory of each worker of the node, if one does; its value is in GiB.
+        shared: of shared memory, where that is what keeps copies of checkpoints.
+        settings: place -> the setting that makes it larger, by GiB for each worker of the node, or of disk for all.
     """
 
     where: str
     device: float | None = None
     node: float | None = None
     disk: float | None = None
-    setting: str | None = None
+    shared: float | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 def limits_here() -> NodeLimits:
     """Return what this machine, or this container, has."""
     memory, limit = psutil.virtual_memory().total, cgroups.limit("memory")
     disk = shutil.disk_usage(tempfile.gettempdir()).free
-    return NodeLimits("this machine", gpu_bytes(), min(memory, limit or memory), disk)
+    return NodeLimits("this machine", gpu_bytes(), min(memory, limit or memory), disk, shared_bytes())
+
+
+def shared_bytes() -> float | None:
+    """Return the free shared memory; None where copies of checkpoints are kept elsewhere."""
+    if os.environ.get(NODE_FOLDER) or not large_shared_memory():
+        return None
+    return shutil.disk_usage(SHARED_MEMORY).free
+
+
+def large_shared_memory() -> bool:
+    """Return whether shared memory can hold copies at all."""
+    try:
+        return shutil.disk_usage(SHARED_MEMORY).total >= SMALLEST
+    except OSError:
+        return False
 
 
 def gpu_bytes() -> float | None:

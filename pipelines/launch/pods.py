@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from pipelines.config import Config, KubeRayLaunch
-from pipelines.environment.limits import NodeLimits
+from pipelines.environment.limits import SMALLEST, NodeLimits
 from pipelines.launch.command import ClusterCommand
 
 Plain = dict[str, Any]
@@ -20,7 +20,6 @@ CACHE_FOLDER = "/var/cache/ddpm"
 SPARE_CPUS = 2
 """Additional cores of a worker pod, for Ray's own processes and an evaluation during training."""
 GIB = 2**30
-LOGS_GIB = 10
 """Disk of a pod for temporary files: Ray's logs and spilled objects, and checkpoints before their upload."""
 CACHE_MARGIN = 10
 """Factor of a volume for shards over `data.cache_gib`, for partial downloads and compiled networks."""
@@ -123,7 +122,7 @@ def worker_resources(config: Config, launch: KubeRayLaunch) -> dict[str, str]:
     found = {
         "cpu": str(math.ceil(cluster.cpus_per_worker * per_node) + SPARE_CPUS),
         "memory": gib(launch.memory_gib * per_node),
-        "ephemeral-storage": gib(LOGS_GIB + (0 if launch.cache_class else cache_gib(config))),
+        "ephemeral-storage": gib(launch.disk_gib + (0 if launch.cache_class else cache_gib(config))),
     }
     if cluster.gpus_per_worker:
         found["nvidia.com/gpu"] = str(cluster.gpus_per_worker * per_node)
@@ -133,10 +132,12 @@ def worker_resources(config: Config, launch: KubeRayLaunch) -> dict[str, str]:
 def pod_limits(launch: KubeRayLaunch) -> NodeLimits:
     """Return what a worker pod has; the memory of its GPUs is known where the label of the nodes names it."""
     named = re.search(r"(\d+)GB", launch.gpu_product or "")
-    memory = launch.memory_gib * launch.workers_per_node
+    workers, shared = launch.workers_per_node, launch.shm_gib * launch.workers_per_node * GIB
+    settings = {"node": "launch.memory_gib", "disk": "launch.disk_gib", "shared": "launch.shm_gib"}
     # A card of 80 GB has a little less than 80 GiB.
     device = None if named is None else int(named[1]) * GIB
-    return NodeLimits("a pod", device, memory * GIB, LOGS_GIB * GIB, "launch.memory_gib")
+    memory, disk = launch.memory_gib * workers * GIB, launch.disk_gib * GIB
+    return NodeLimits("a pod", device, memory, disk, shared if shared >= SMALLEST else None, settings)
 
 
 def cache_gib(config: Config) -> int:

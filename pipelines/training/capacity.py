@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from pipelines.config import Config, ConfigError, override_value
-from pipelines.environment.limits import NodeLimits
+from pipelines.environment.limits import NODE_FOLDER, NodeLimits
 from pipelines.training.loop.hardware import Precision, resolve_precision
 from pipelines.training.loop.parallel import micro_batch_count
 from pipelines.training.memory import GIB, Placement, estimate, in_words
@@ -26,6 +26,7 @@ PLACES = {
     "device": "memory of a GPU",
     "node": "memory of a node",
     "disk": "temporary files",
+    "shared": "shared memory",
 }
 """The places that have a limit, in words."""
 
@@ -99,6 +100,7 @@ def _verdicts(config: Config, placement: Placement, limits: NodeLimits) -> list[
         "device": (needed.device if placement.device == "cuda" else {}, limits.device),
         "node": (needed.node, limits.node),
         "disk": (needed.disk, limits.disk),
+        "shared": (needed.shared if limits.shared is not None else {}, limits.shared),
     }
     return [
         Finding(name, parts, there, _verdict(config, parts, there)) for name, (parts, there) in places.items() if parts
@@ -124,8 +126,9 @@ def _remedy(config: Config, placement: Placement, limits: NodeLimits, finding: F
         found = _verdicts(_with(config, settings), replace(placement, ranks=ranks), limits)
         return all(each.verdict == "fits" for each in found if each.place == finding.place)
 
-    if finding.place == "node" and limits.setting is not None:
-        return f"{limits.setting}={math.ceil(sum(finding.needed.values()) / placement.per_node / GIB)} is enough"
+    if setting := limits.settings.get(finding.place):
+        workers = 1 if finding.place == "disk" else placement.per_node
+        return f"{setting}={math.ceil(sum(finding.needed.values()) / workers / GIB)} is enough"
     choices = _choices(config, placement, finding.place)
     helping = [next(((name, value) for value in values if fits({name: value})), None) for name, values in choices]
     if any(helping):
@@ -144,6 +147,8 @@ def _remedy(config: Config, placement: Placement, limits: NodeLimits, finding: F
         return f"{' '.join(_text(*each) for each in together.items())} are enough together"
     if finding.place == "disk":
         return "set TMPDIR to a larger disk, or cluster.parallel=fsdp with several workers, whose checkpoints need none"
+    if finding.place == "shared":
+        return f"set {NODE_FOLDER} to a folder on a fast disk, or give the container more with --shm-size"
     return "take a smaller network, fewer workers on a node, or a larger node"
 
 

@@ -84,6 +84,11 @@ class MemoryEstimate:
         """Each place by its name."""
         return {"device": self.device, "host": self.host, "node": self.node, "disk": self.disk}
 
+    @property
+    def shared(self) -> dict[str, int]:
+        """Bytes of shared memory, which are part of the node's."""
+        return {name: size for name, size in self.node.items() if name == "local copies"}
+
     def to_dict(self) -> dict[str, dict[str, int]]:
         """Return the bytes of each part and their total, for each place."""
         return {name: {**parts, "total": sum(parts.values())} for name, parts in self.places.items()}

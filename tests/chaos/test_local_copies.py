@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.checkpoints.local import NODE_FOLDER
+from pipelines.environment.limits import NODE_FOLDER
 from pipelines.training.log_lines import LogReader
 from tests.chaos.arena import Arena, Training, until
 

@@ -170,7 +170,7 @@ def largest_limits(found: Sequence[NodeLimits]) -> NodeLimits:
         known = [getattr(limits, name) for limits in found]
         return None if None in known else max(known, default=None)
 
-    return NodeLimits("the largest node", most("device"), most("node"), most("disk"))
+    return NodeLimits("the largest node", most("device"), most("node"), most("disk"), most("shared"))
 
 
 def _limits_of(nodes: Sequence[str]) -> list[NodeLimits]:

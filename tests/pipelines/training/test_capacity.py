@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipelines.config import ConfigError, compose
-from pipelines.environment.limits import NodeLimits
+from pipelines.environment.limits import NODE_FOLDER, NodeLimits
 from pipelines.training.capacity import compare, placement_of, require_room
 from pipelines.training.memory import GIB, MIB, estimate
 
@@ -85,10 +85,27 @@ def test_a_compiled_network_is_refused_only_where_half_of_its_activations_do_not
 
 def test_the_memory_of_a_pod_is_raised_by_its_setting():
     config = config_of(*WIDE)
-    limits = NodeLimits("a pod", node=2 * GIB, setting="launch.memory_gib")
+    limits = NodeLimits("a pod", node=2 * GIB, settings={"node": "launch.memory_gib"})
     (node,) = [each for each in compare(config, placement_of(config, 2), limits) if each.place == "node"]
     size = int(node.remedy.removeprefix("launch.memory_gib=").split()[0])
     assert 2 * (size - 1) * GIB < sum(node.needed.values()) <= 2 * size * GIB
+
+
+def test_copies_on_nodes_need_shared_memory_and_each_place_of_a_pod_is_raised_by_its_setting():
+    config = config_of(*WIDE, "checkpoint.local_every=64")
+    needed = estimate(config, placement_of(config, 2))
+    settings = {"shared": "launch.shm_gib", "disk": "launch.disk_gib"}
+    limits = NodeLimits("a pod", shared=1.0, disk=1.0, settings=settings)
+    found = {each.place: each for each in compare(config, placement_of(config, 2), limits)}
+    assert found["shared"].needed == {"local copies": needed.node["local copies"]}
+    for place, workers in {"shared": 2, "disk": 1}.items():
+        assert found[place].verdict == "too large"
+        size = int(found[place].remedy.removeprefix(f"{settings[place]}=").split()[0])
+        assert workers * (size - 1) * GIB < sum(found[place].needed.values()) <= workers * size * GIB
+    (here,) = [each for each in compare(config, placement_of(config, 2), NodeLimits("here", shared=1.0)) if each.remedy]
+    assert NODE_FOLDER in here.remedy
+    none = config_of(*WIDE)
+    assert "shared" not in [each.place for each in compare(none, placement_of(none), limits)]
 
 
 def test_sharded_checkpoints_need_no_temporary_files():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.checkpoints.local import NODE_FOLDER
+from pipelines.environment.limits import NODE_FOLDER
 from pipelines.training.loop.local_copies import receivers
 from tests.forked import FORKING, start_ranks
 from tests.pipelines.training.loop.ranks import (
