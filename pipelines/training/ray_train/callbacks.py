@@ -64,8 +64,10 @@ class FreeWorkers(ControllerCallback, WorkerGroupCallback):
             remove_placement_group(self._reserved)
 
 
-class TellCause(ControllerCallback):
+class TellCause(ControllerCallback, WorkerGroupCallback):
     """Tells the monitor of a run why its workers are started again, for the ledger.
+
+    It does so when the next ones start: until then Ray may not know of a node that it is lost with its workers.
 
     Args:
         monitor: handle of the actor.
@@ -73,13 +75,22 @@ class TellCause(ControllerCallback):
 
     def __init__(self, monitor: Any) -> None:
         self.monitor = monitor
+        self.cause: str | None = None
+        self.nodes: set[str] = set()
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Tell what a new state of Ray Train's controller is due to, where that is the end of a group of workers."""
+        """Remember what has ended a group of workers, where a new state of Ray Train's controller says so."""
         error = getattr(current_state, "training_failed_error", None)
         cause = "resize" if isinstance(current_state, ResizingState) else error and cause_of(error)
-        if cause:
-            self.monitor.lost.remote(cause)
+        self.cause = self.cause or cause
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Tell why the group before this one has ended."""
+        if self.cause is not None:
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            lost = self.cause in ("process", "error") and not self.nodes <= alive
+            self.monitor.lost.remote("node" if lost else self.cause)
+        self.cause, self.nodes = None, {worker.metadata.node_id for worker in worker_group.get_workers()}
 
 
 def cause_of(error: BaseException) -> str:
@@ -97,6 +108,4 @@ def cause_of(error: BaseException) -> str:
     lost = [each for each in failures if isinstance(each, RayActorError)]
     if any(each.preempted for each in lost):
         return "preemption"
-    if any("node has died" in str(each) for each in lost):
-        return "node"
     return "process" if lost or any(isinstance(each, WorkerHealthCheckTimeoutError) for each in failures) else "error"

@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
@@ -50,15 +51,14 @@ def test_the_controller_of_every_training_frees_its_workers_resources():
     assert [type(c) for c in trainer._create_default_callbacks() if isinstance(c, FreeWorkers)] == [FreeWorkers]
 
 
-def died(text: str = "", preempted: bool = False) -> Exception:
-    return WorkerHealthCheckFailedError("a worker", RayActorError(None, text, preempted=preempted))
+def died(preempted: bool = False) -> Exception:
+    return WorkerHealthCheckFailedError("a worker", RayActorError(None, "it died", preempted=preempted))
 
 
 PEER = RuntimeError("Connection closed by peer")
 CAUSED = {
-    "process": [died("The actor died unexpectedly"), PEER],
-    "node": [PEER, died("The actor died unexpectedly"), died("because its node has died. Node Id: 1")],
-    "preemption": [died("because its node has died", preempted=True), PEER],
+    "process": [died(), PEER],
+    "preemption": [died(), died(preempted=True), PEER],
     "error": [ValueError("a shard is damaged")],
 }
 
@@ -76,25 +76,36 @@ def test_a_worker_that_does_not_answer_and_one_that_is_lost_at_the_start_are_los
     assert cause_of(ControllerError(TimeoutError())) == "error"
 
 
-def test_the_monitor_is_told_why_workers_start_again_and_keeps_the_first_cause_with_the_attempt():
+def on_nodes(*names: str) -> SimpleNamespace:
+    workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=name)) for name in names]
+    return SimpleNamespace(get_workers=lambda: workers)
+
+
+def test_the_monitor_is_told_why_workers_start_again_and_that_a_node_was_lost_with_them(monkeypatch):
+    alive = {"a", "b"}
+    nodes = [{"NodeID": name, "Alive": name in alive} for name in "abc"]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monitor = Monitor()
-    told = TellCause(SimpleNamespace(lost=SimpleNamespace(remote=monitor.lost)))
-    told.after_controller_state_update(RunningState(), ResizingState(scaling_decision=None))
-    assert monitor.attempts == {}  # nobody has trained yet
-    progress = Progress(64, 0, 1.0, {})
-    for name, states in {
-        "a": [
-            RestartingState(WorkerGroupError("failed", {0: died("its node has died")})),
-            ShuttingDownState(RunningState()),
-        ],
-        "b": [ResizingState(scaling_decision=None), RestartingState(WorkerGroupError("failed", {0: died()}))],
-        "c": [FinishedState()],
-    }.items():
-        monitor.post(name, 1.0, progress)
+    callback = TellCause(SimpleNamespace(lost=SimpleNamespace(remote=monitor.lost)))
+    lost_process = WorkerGroupError("failed", {0: died(), 1: PEER})
+    lives = [
+        (
+            ("a", "b"),
+            [RestartingState(lost_process), ShuttingDownState(RunningState()), ResizingState(None)],
+            "process",
+        ),
+        (("a", "c"), [RestartingState(lost_process)], "node"),
+        (("a", "c"), [ResizingState(None)], "resize"),
+        (("a",), [RestartingState(WorkerGroupError("failed", {0: ValueError()}))], "error"),
+        (("a",), [FinishedState()], None),
+    ]
+    for number, (where, states, _) in enumerate(lives):
+        callback.after_worker_group_start(on_nodes(*where))
+        monitor.post(str(number), 1.0, Progress(64, 0, 1.0, {}))
         for state in states:
-            told.after_controller_state_update(RunningState(), state)
-        monitor.post(name, 2.0, progress)
-    assert [attempt.lost_to for attempt in monitor.attempts.values()] == ["node", "resize", None]
+            callback.after_controller_state_update(RunningState(), state)
+        monitor.post(str(number), 2.0, Progress(64, 0, 1.0, {}))
+    assert [attempt.lost_to for attempt in monitor.attempts.values()] == [cause for _, _, cause in lives]
 
 
 def test_callbacks_and_functions_of_workers_load_without_torch_which_is_imported_while_the_collector_rests():
