@@ -8,11 +8,11 @@ import tarfile
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from ddpm.generate import to_uint8
+from pipelines.presentation.images import to_png
 from pipelines.shards.members import decode_image
 
 THUMBNAIL = 32
@@ -52,9 +52,7 @@ def pack_samples(
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for i, image in enumerate(images):
-            png = io.BytesIO()
-            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(png, "png")
-            members = {"png": png.getvalue()}
+            members = {"png": to_png(image)}
             if labels is not None:
                 members["cls"] = str(int(labels[i])).encode()
             if not finite[i]:

@@ -21,6 +21,7 @@ from pipelines.evaluation.plots import class_grid, label_grid, side_by_side
 from pipelines.evaluation.scoring import digest_of
 from pipelines.inference.pictures import Finished, PictureRow, Pictures, encoder_of, picture
 from pipelines.inference.request import MANIFEST, SampleRequest
+from pipelines.presentation.images import to_png
 from pipelines.shards.read import spread_positions
 
 NAME_BYTES = 200
@@ -119,7 +120,7 @@ def written_as_drawn(out: Path) -> Finished:
             out.mkdir(parents=True, exist_ok=True)
             (out / MANIFEST).unlink(missing_ok=True)
         for path, image in zip(_paths(out, rows, first), pixels, strict=True):
-            save_png(path, image)
+            path.write_bytes(to_png(image))
 
     return write_batch
 
@@ -136,7 +137,7 @@ def write(pictures: Pictures, out: Path, source: PictureSource, *, as_drawn: boo
         written_as_drawn(out)(0, pictures.rows, pictures.pixels)
     files = _paths(out, pictures.rows)
     grid = out / "grid.png"
-    Image.fromarray(grid_of(pictures)).save(grid)
+    grid.write_bytes(to_png(grid_of(pictures)))
     inputs = _write_inputs(pictures, out)
     others = [path for paths in inputs.values() for path in paths]
     if pictures.film is not None:
@@ -147,11 +148,6 @@ def write(pictures: Pictures, out: Path, source: PictureSource, *, as_drawn: boo
     manifest = out / MANIFEST
     manifest.write_text(json.dumps(_manifest(pictures, source, files, inputs, out), indent=1) + "\n")
     return Written(files, grid, manifest, others)
-
-
-def save_png(path: Path, image: NDArray[np.uint8]) -> None:
-    """Write an image, uint8 [H, W, C], as a PNG."""
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
 
 
 def file_name(name: str) -> str:
@@ -223,7 +219,7 @@ def _write_inputs(pictures: Pictures, out: Path) -> dict[str, list[Path]]:
             (out / folder).mkdir(exist_ok=True)
             written[field] = [out / folder / f"{i:05d}.png" for i in range(len(images))]
             for path, image in zip(written[field], images, strict=True):
-                save_png(path, image)
+                path.write_bytes(to_png(image))
     return written
 
 
@@ -233,7 +229,7 @@ def _write_film(pictures: Pictures, film: Film, out: Path) -> list[Path]:
     In both, x_t is above (strip) or left of (animation) the x_0 that the model predicts from it.
     """
     paths = [out / "film.png", out / "film.webp"]
-    Image.fromarray(film_strip(film)).save(paths[0])
+    paths[0].write_bytes(to_png(film_strip(film)))
     frames = []
     for x_t, x0 in zip(film.x_t.numpy(), film.x0.numpy(), strict=True):
         halves = [class_grid(images, pictures.columns) for images in (x_t, x0)]

@@ -1,4 +1,4 @@
-"""Images embedded in a page."""
+"""Images as PNG files, and embedded in a page."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ LARGE_BYTES = 64_000
 """Size of a PNG in bytes above which a picture is stored as WebP, so that a page with many can be sent by mail."""
 QUALITY = 85
 """Quality of such a WebP, 0 to 100."""
+
+
+def to_png(pixels: NDArray[np.uint8]) -> bytes:
+    """Return an image, uint8 [H, W, C], as a PNG file; one channel is grey."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)

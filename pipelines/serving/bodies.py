@@ -27,6 +27,7 @@ from pipelines.inference.files import PictureSource, grid_of
 from pipelines.inference.inputs import DRAWN, read_file
 from pipelines.inference.pictures import PictureRow, Pictures
 from pipelines.inference.request import TASKS, Request, RequestError, check_fields
+from pipelines.presentation.images import to_png
 from pipelines.serving.limits import Limits
 from pipelines.shards.ingest.encode import as_png
 
@@ -167,9 +168,7 @@ def read_answer(answer: Mapping[str, Any]) -> tuple[Pictures, PictureSource]:
 
 def encode_png(image: NDArray[np.uint8]) -> str:
     """Return an image, uint8 [H, W, C], as a PNG file in base64."""
-    buffer = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "png")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(to_png(image)).decode()
 
 
 def decode_png(text: str) -> NDArray[np.uint8]:
