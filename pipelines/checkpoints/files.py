@@ -27,7 +27,7 @@ from pipelines.checkpoints.sharded import read_index, read_tensors
 from pipelines.config import FORMER_DEFAULTS, Config, override_value
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
-from pipelines.storage import Storage, layout
+from pipelines.storage import Storage, file_sha256, layout
 
 CHECKPOINT_VERSION, SHARDED_VERSION = 2, 3
 """The versions of checkpoints in whole files, and in parts, which earlier releases cannot read."""
@@ -248,9 +248,3 @@ def _require_bare_names(names: Iterable[str], where: str) -> None:
             raise ModelError(
                 f"{where}/{layout.TRAINING_STATE} lists {name!r}, which is no file of a checkpoint: it cannot be used"
             )
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

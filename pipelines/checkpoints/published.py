@@ -17,10 +17,10 @@ from ddpm.model import ModelSpec
 from ddpm.tensor_files import LARGEST_FILE, files_of, index_name, index_text, read_weights, split_files
 from pipelines import tracking
 from pipelines.checkpoints.errors import ModelError
-from pipelines.checkpoints.files import EMA, POWER, CheckpointState, file_sha256
+from pipelines.checkpoints.files import EMA, POWER, CheckpointState
 from pipelines.checkpoints.sharded import Assembled, read_index
 from pipelines.environment.scratch import temporary_folder
-from pipelines.storage import Storage, join, layout
+from pipelines.storage import Storage, file_sha256, join, layout
 from pipelines.tracking import Tracker
 
 BEST = "eval/frechet_distance"

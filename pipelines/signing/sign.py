@@ -7,7 +7,6 @@ configuration decides which signatures are trusted, never the signed data.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from pipelines.signing.keys import (
     own_key_path,
     public_key,
 )
+from pipelines.storage import file_sha256
 
 if TYPE_CHECKING:
     from model_signing import signing, verifying
@@ -48,10 +48,7 @@ def files_below(folder: Path) -> list[str]:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file; empty for a link, which is not content of the folder."""
-    if path.is_symlink():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if path.is_symlink() else file_sha256(path)
 
 
 SIGNED_TEXT = "text"

@@ -13,7 +13,7 @@ from pipelines.storage.errors import (
     TransientStorageError,
 )
 from pipelines.storage.fence import Fence, FencedError, fenced
-from pipelines.storage.local import SYSTEM_FOLDERS, local_path
+from pipelines.storage.local import SYSTEM_FOLDERS, file_sha256, local_path
 from pipelines.storage.store import (
     BACKENDS,
     Storage,
@@ -41,6 +41,7 @@ __all__ = [
     "address_forms",
     "check_address",
     "fenced",
+    "file_sha256",
     "is_local",
     "join",
     "local_path",

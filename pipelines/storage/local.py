@@ -21,6 +21,12 @@ SYSTEM_FOLDERS = frozenset({"__MACOSX", "lost+found", "$RECYCLE.BIN", "System Vo
 """Folders that systems put among the user's files: in zips, on disks, and thumbnails on network drives."""
 
 
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class LocalBackend:
     """Folders through pathlib; every file is written to a temporary file and renamed.
 

@@ -29,7 +29,7 @@ from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat, encode_i
 from pipelines.shards.ingest.readers import UnreadableError, is_remote
 from pipelines.shards.ingest.report import BadImage, PixelSums, ShardRecord
 from pipelines.shards.ingest.sources import SourceImage
-from pipelines.storage import NotFoundError, Storage, join, layout
+from pipelines.storage import NotFoundError, Storage, file_sha256, join, layout
 
 LAYOUT_VERSION = 2  # of the members of a sample; with another version every shard is written again
 PROBED = 32  # images from which the size of a sample is estimated
@@ -194,17 +194,11 @@ def _is_whole(record: ShardRecord, settings: IngestSettings, scratch: Path) -> b
         if hashlib.sha256(index).hexdigest() != record.index_sha256:
             return False
         settings.storage.download(join(settings.uri, record.name), copy)
-        return _sha256(copy) == record.sha256
+        return file_sha256(copy) == record.sha256
     except NotFoundError:
         return False
     finally:
         copy.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass
@@ -224,7 +218,7 @@ class _Tally:
             key=job.key,
             samples=samples,
             size=tar.stat().st_size,
-            sha256=_sha256(tar),
+            sha256=file_sha256(tar),
             index_sha256=hashlib.sha256(index).hexdigest(),
             pixels=self.pixels,
             per_class=dict(sorted(self.per_class.items())),
