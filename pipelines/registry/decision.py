@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
 
 from ddpm.quality import Measured
@@ -17,7 +16,7 @@ from pipelines.evaluation.copies import LEAST
 from pipelines.evaluation.measure import Measures
 from pipelines.evaluation.paired import level, paired_test
 from pipelines.evaluation.scores import Estimate, Scores
-from pipelines.registry.verdict import VerdictRow
+from pipelines.registry.verdict import Verdict, VerdictRow
 
 POWER = 0.9
 """Probability of detecting the difference that is called detectable with a number of samples."""
@@ -35,24 +34,7 @@ VARIETY_SHARE = 0.2
 NAMES = {"frechet_distance": "Frechet distance", "kid": "kernel distance"}
 
 
-@dataclass(frozen=True)
-class Decision:
-    """The outcome of a comparison.
-
-    Attributes:
-        passed: whether the version may take the alias.
-        reason: in words.
-        rows: lines of the gate's table.
-    """
-
-    passed: bool
-    reason: str
-    rows: tuple[VerdictRow, ...]
-
-
-def decide(
-    candidate: Measures, present: Measures, attempt: int, champion: str, margin: float | None = None
-) -> Decision:
+def decide(candidate: Measures, present: Measures, attempt: int, champion: str, margin: float | None = None) -> Verdict:
     """Decide by the paired difference of two versions' distances, in its standard errors, one-sided.
 
     Args:
@@ -60,6 +42,9 @@ def decide(
         attempt: which one it is against this champion, from 1.
         champion: name of the version at the alias.
         margin: distance by which the version may be worse; None where it has to be better.
+
+    Returns:
+        Whether the version may take the alias, why, and lines of the gate's table; all else is for the gate to say.
     """
     ours, theirs, accuracies = candidate.distance, present.distance, (candidate.accuracy, present.accuracy)
     difference = theirs - ours
@@ -70,18 +55,20 @@ def decide(
     if not math.isfinite(difference.value) or not error > 0:
         why = "a distance that is not a number" if not math.isfinite(difference.value) else "the same samples"
         row = VerdictRow(asked, distances, "a difference that can be measured", passed=False)
-        return Decision(False, f"the two versions give {why}: {distances}", (row,))
+        return Verdict(False, f"the two versions give {why}: {distances}", rows=(row,))
     z, _ = paired_test(difference, margin or 0.0)
     bound = f"z >= {needed:.2f} (attempt {attempt}, level {level(attempt):.3g})"
     rows = [VerdictRow(asked, f"{distances}: z = {z:.2f}", bound, z >= needed), *_accuracy(*accuracies, champion)]
     failed = [row for row in rows[1:] if not row.passed]
     if z < needed:
-        return Decision(False, _not_passed(ours.n, difference.value, error, needed, distances, rows[1:]), tuple(rows))
+        return Verdict(
+            False, _not_passed(ours.n, difference.value, error, needed, distances, rows[1:]), rows=tuple(rows)
+        )
     if failed:
-        return Decision(False, f"{failed[0].name}: {failed[0].figure}, asked for {failed[0].bound}", tuple(rows))
+        return Verdict(False, f"{failed[0].name}: {failed[0].figure}, asked for {failed[0].bound}", rows=tuple(rows))
     by = f"by {z:.1f} standard errors of the paired difference, where {needed:.2f} are asked for"
     word = "better" if margin is None else f"not worse by {margin:g}"
-    return Decision(True, f"{word}: {distances}, {by}", tuple(rows))
+    return Verdict(True, f"{word}: {distances}, {by}", rows=tuple(rows))
 
 
 def _not_passed(n: int, gain: float, error: float, needed: float, distances: str, more: Sequence[VerdictRow]) -> str:

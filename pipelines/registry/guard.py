@@ -10,10 +10,9 @@ So the guard may do a promotion's move itself, or a moment later than another on
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 
 from pipelines import tracking
 from pipelines.presentation.errors import PipelineError
@@ -126,25 +125,19 @@ class Logs:
             return None
 
 
-@dataclass
-class Refusals:
-    """A context that goes on where MLflow refuses something, as it may for one model of many, and remembers that.
+@contextmanager
+def _going_on(refused: list[TrackingError]) -> Iterator[None]:
+    """Go on where MLflow refuses something, as it may for one model of many, and note that; raise what an outage does.
 
-    Attributes:
-        first: the first refusal; None without any.
+    Args:
+        refused: to which a refusal is added.
     """
-
-    first: TrackingError | None = None
-
-    def __enter__(self) -> None:
-        """Begin something."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
-        """Remember a refusal; what an outage raises is passed on."""
-        if not isinstance(error, TrackingError) or isinstance(error, UnreachableError):
-            return False
-        self.first = self.first or error
-        return True
+    try:
+        yield
+    except UnreachableError:
+        raise
+    except TrackingError as error:
+        refused.append(error)
 
 
 @dataclass
@@ -177,22 +170,22 @@ class Guard:
                 from being corrected.
         """
         for _ in range(ROUNDS):
-            known, refused = set(self.guarded), Refusals()
+            known, refused = set(self.guarded), list[TrackingError]()
             wrong = self._look(refused)
             for each in wrong:
-                with refused:
+                with _going_on(refused):
                     self._correct(each)
-            if refused.first is not None:
-                raise refused.first
+            if refused:
+                raise refused[0]
             if not wrong and self.guarded == known:
                 return
 
-    def _look(self, refused: Refusals) -> list[Correction]:
+    def _look(self, refused: list[TrackingError]) -> list[Correction]:
         """Return what is wrong with the aliases that were known before; learn of further ones."""
         known = sorted(self.guarded)
         aliases: dict[str, dict[str, str]] = {}
         for model in dict.fromkeys(model for model, _ in known):
-            with refused:
+            with _going_on(refused):
                 aliases[model] = tracking.aliases(self.uri, model)
         verdicts = self.logs.read()  # after MLflow was asked, see above
         self.guarded |= verdicts.keys()
@@ -202,7 +195,7 @@ class Guard:
         for model, alias in known:
             if model in aliases:
                 believed = verdicts.get((model, alias), [])
-                with refused:
+                with _going_on(refused):
                     digest = self._digest(model, last_passed(believed))
                     wrong = correction((model, alias), aliases[model].get(alias), believed, digest)
                     found += [] if wrong is None else [wrong]
