@@ -147,12 +147,10 @@ class SamplingActors:
         ((_, found),) = self._ask(subject, "noise", [(count, seed)])
         return np.asarray(found)
 
-    def likelihood(
-        self, subject: SampledModel, images: NDArray[np.uint8], labels: NDArray[np.int64] | None, seed: int
-    ) -> Likelihood:
-        """Return the likelihood of real images, uint8 [N, C, H, W], with their classes [N]."""
+    def likelihood(self, subject: SampledModel, images: Tensor, cond: Conditioning | None, seed: int) -> Likelihood:
+        """Return the likelihood of real images [N, C, H, W] in [-1, 1], with their classes and captions, if any."""
         spans = [slice(first, first + BATCH) for first in range(0, len(images), BATCH)]
-        calls = [(images[span], None if labels is None else labels[span], span.start, seed) for span in spans]
+        calls = [(images[span], None if cond is None else cond[span], span.start, seed) for span in spans]
         found = dict(self._ask(subject, "likelihood", calls))
         parts = [found[place] for place in range(len(calls))]
         return Likelihood(Bounds.joined([part.bounds for part in parts]), np.concatenate([part.ode for part in parts]))
@@ -260,16 +258,11 @@ class Drawer:
         images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
         return self.judged.encode(to_levels(images)).features.numpy()
 
-    def likelihood(
-        self, images: NDArray[np.uint8], labels: NDArray[np.int64] | None, first: int, seed: int
-    ) -> Likelihood:
-        """Return the likelihood of a batch of real images, given their captions where the model is on text."""
-        model, device, stop = self.judged.model, self.judged.device, first + len(images)
-        x_0 = torch.from_numpy(images).to(device).float() / 127.5 - 1
-        image_ids, prompts = torch.arange(first, stop), self.prompts
-        text = None if prompts is None else prompts.held_out.condition(image_ids, labels=False)
-        cond = with_labels(text, labels if model.spec.classes else None)
-        return likelihood(model, x_0, None if cond is None else cond.to(device), image_ids.to(device), seed)
+    def likelihood(self, images: Tensor, cond: Conditioning | None, first: int, seed: int) -> Likelihood:
+        """Return the likelihood of a batch of real images, of which the first has this number."""
+        image_ids = torch.arange(first, first + len(images), device=self.judged.device)
+        mine = self.judged.condition(cond, torch.arange(len(images)))
+        return likelihood(self.judged.model, images.to(self.judged.device), mine, image_ids, seed)
 
     def bound(self, images: Tensor, cond: Conditioning | None, seed: int) -> Tensor:
         """Return the bound of each image, [N]."""

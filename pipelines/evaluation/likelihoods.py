@@ -14,6 +14,9 @@ from ddpm.bound import variational_bounds
 from ddpm.conditioning import Conditioning
 from ddpm.likelihood import ode_bits_per_dim
 from ddpm.model import Model
+from pipelines.evaluation.drawing import with_labels
+from pipelines.evaluation.real import Real
+from pipelines.shards.captions import Captions
 
 BOUND_STEPS = 250
 """Steps of the chain whose bound is computed, respaced from the schedule's own where it has more: each is one network
@@ -117,3 +120,18 @@ def ode_bits(model: Model, x_0: Tensor, cond: Conditioning | None, image_ids: Te
         atol=ODE_TOLERANCE,
     )
     return found.bits_per_dim.double()
+
+
+def held_out_images(
+    real: Real, captions: Captions | None, most: int | None = None
+) -> tuple[Tensor, Conditioning | None]:
+    """Return the stored test images, [N, C, H, W] in [-1, 1], with their classes and captions, if any.
+
+    Args:
+        captions: of these images.
+        most: number of images, the first ones; all of them by default.
+    """
+    images, labels = real.held_out()
+    x_0 = torch.from_numpy(images[:most]).float() / 127.5 - 1
+    text = None if captions is None else captions.condition(torch.arange(len(x_0)), labels=False)
+    return x_0, with_labels(text, None if labels is None else labels[:most])

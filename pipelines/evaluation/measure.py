@@ -23,7 +23,7 @@ from pipelines.evaluation.actors import SamplingActors
 from pipelines.evaluation.compare import Comparison, Distance, measured_accuracy
 from pipelines.evaluation.copies import Copies, look_for_copies
 from pipelines.evaluation.data import EvaluationData
-from pipelines.evaluation.likelihoods import Likelihood
+from pipelines.evaluation.likelihoods import Likelihood, held_out_images
 from pipelines.evaluation.samples import SampledModel, SampleFiles, SampleSpec
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.presentation.progress import Display, Notice, Progress, no_notice, no_progress
@@ -158,9 +158,8 @@ def evaluate(
             noise = actors.noise(subject, min(plan.n, NOISE_IMAGES), plan.seeds[0])
             likelihoods = None
             if most := request.likelihood_images:
-                images, labels = real.held_out()
-                labels = None if labels is None else labels[:most]
-                likelihoods = actors.likelihood(subject, images[:most], labels, plan.seeds[0])
+                held_out = held_out_images(real, None if prompts is None else prompts.held_out, most)
+                likelihoods = actors.likelihood(subject, *held_out, plan.seeds[0])
         comparison = Comparison.of(plan, drawn, real, noise, folder)
         estimates = comparison.estimates(evaluator)
         copies = look_for_copies(comparison.train, comparison.test, drawn, plan.n)

@@ -20,7 +20,7 @@ from ddpm.model import Model, ModelSpec
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.quality import FeatureMoments, Measured, precision_recall
 from pipelines.evaluation.compare import NEIGHBOURS, measured_frechet
-from pipelines.evaluation.drawing import JudgedModel, counted, with_labels
+from pipelines.evaluation.drawing import JudgedModel, counted
 from pipelines.evaluation.evaluators import Evaluator, FeatureEncoder
 from pipelines.evaluation.real import Real
 from pipelines.evaluation.samples import balanced_labels
@@ -249,14 +249,3 @@ class RungJudge:
             scores |= {"images_seen": float(state.images_seen), "samples": float(self.samples)}
             uri = join(self.uri, layout.numbered(state.images_seen))
             self.storage.write(uri, json.dumps(scores).encode())
-
-
-def held_out_images(real: Real, captions: Captions | None) -> tuple[Tensor, Conditioning | None]:
-    """Return the stored test images, [N, C, H, W] in [-1, 1], with their classes and captions, if any.
-
-    Args:
-        captions: of these images.
-    """
-    images, labels = real.held_out()
-    text = None if captions is None else captions.condition(torch.arange(len(images)), labels=False)
-    return torch.from_numpy(images).float() / 127.5 - 1, with_labels(text, labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optuna import visualization as show
 from plotly.graph_objects import Bar, Figure
@@ -27,14 +27,12 @@ from pipelines.presentation.blocks import (
     with_interval,
 )
 from pipelines.presentation.images import Picture
+from pipelines.search.confirmation import Confirmed
 from pipelines.search.importance import Importances, importances
 from pipelines.search.observer import AXIS, describe_params
 from pipelines.search.study import TrialRecord, best, count_states, done, loss, pareto_front
 from pipelines.search.study_config import Objective, StudyConfig
 from pipelines.search.tune_trials import past_of
-
-if TYPE_CHECKING:
-    from pipelines.search.confirmation import Confirmed
 
 MIN_JUDGED = 4
 """Judged trials below which parallel coordinates show nothing."""

@@ -22,12 +22,13 @@ from ddpm.conditioning import Conditioning
 from pipelines import tracking
 from pipelines.checkpoints import ModelError, references
 from pipelines.config import Config, ConfigError, sampling
+from pipelines.evaluation.likelihoods import held_out_images
 from pipelines.evaluation.prompts import open_captions
 from pipelines.evaluation.real import HELD_OUT
 from pipelines.evaluation.samples import SampledModel
 from pipelines.evaluation.scoring import digest_of, subject_of
 from pipelines.search.confirmation import DEFAULT, Confirmed, winner_of
-from pipelines.search.judge import RungJudge, asked_for, held_out_images
+from pipelines.search.judge import RungJudge, asked_for
 from pipelines.search.observer import identify
 from pipelines.search.space import apply
 from pipelines.search.studies import Search

@@ -18,10 +18,10 @@ from pipelines.evaluation.compare import Distance
 from pipelines.evaluation.evaluators import Evaluator
 from pipelines.evaluation.evaluators.contrastive import Contrastive
 from pipelines.evaluation.images import to_levels
+from pipelines.evaluation.likelihoods import held_out_images
 from pipelines.evaluation.prompts import Prompts
 from pipelines.evaluation.real import Real, RealSplit
 from pipelines.search.confirmation import DEFAULT
-from pipelines.search.judge import held_out_images
 from pipelines.search.study import TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
 from pipelines.search.training_search import TrainingSearch, chosen, fresh_images
