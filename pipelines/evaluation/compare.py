@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,6 @@ NEIGHBOURS = 10_000
 """Images of each side, at most, that are compared one by one."""
 NEAREST = 6
 """Images of each side, at least: precision and density need the five nearest neighbours of an image."""
-CHUNK = 4_096
 FRECHET_FEATURES = 256
 """Features above which two models are compared by the kernel distance: of so many, a covariance needs more samples."""
 
@@ -186,12 +185,6 @@ def _diversity(features: Tensor, labels: Tensor | None) -> dict[str, Measured]:
     return {"diversity": measured_diversity(features, groups)} if int(groups.bincount().max()) > 1 else {}
 
 
-def _chunks(rows: Rows, start: int, stop: int) -> Iterator[NDArray[np.generic]]:
-    """Yield rows [start, stop), a few at a time."""
-    for first in range(start, stop, CHUNK):
-        yield rows.read(first, min(first + CHUNK, stop))
-
-
 def _tensor(rows: Rows, start: int, stop: int) -> Tensor:
     return torch.from_numpy(rows.read(start, stop))
 
@@ -199,7 +192,7 @@ def _tensor(rows: Rows, start: int, stop: int) -> Tensor:
 def moments_of(rows: Rows, start: int, stop: int) -> FeatureMoments:
     """Return the moments of feature rows, in memory for a few of them."""
     total: FeatureMoments | None = None
-    for chunk in _chunks(rows, start, stop):
+    for chunk in rows.chunks(start, stop):
         part = FeatureMoments.of(torch.from_numpy(chunk))
         total = part if total is None else total + part
     assert total is not None
@@ -215,7 +208,7 @@ def measured_frechet(reference: FeatureMoments, features: Tensor) -> Measured:
 def frechet_of_rows(reference: FeatureMoments, moments: FeatureMoments, rows: Rows, start: int, stop: int) -> Measured:
     """Return the Frechet distance of feature rows [start, stop), whose moments these are, to the reference."""
     influence = FrechetInfluence.of(reference, moments)
-    parts = [influence(torch.from_numpy(chunk)) for chunk in _chunks(rows, start, stop)]
+    parts = [influence(torch.from_numpy(chunk)) for chunk in rows.chunks(start, stop)]
     return Measured(influence.distance, torch.cat(parts))
 
 
@@ -227,6 +220,6 @@ def measured_accuracy(probabilities: Rows, labels: NDArray[np.int64], start: int
         labels: of the samples [n].
         start: place of the first of them among the rows.
     """
-    chunks = _chunks(probabilities, start, start + len(labels))
+    chunks = probabilities.chunks(start, start + len(labels))
     predicted = np.concatenate([chunk.argmax(1) for chunk in chunks])
     return Measured.mean(torch.from_numpy(predicted == labels))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-CHUNK_BYTES = 8 << 20
+CHUNK = 4_096
 
 
 class Rows:
@@ -44,11 +44,10 @@ class Rows:
             data = os.pread(file.fileno(), max(stop - start, 0) * self.row_bytes, start * self.row_bytes)
         return np.frombuffer(bytearray(data), self.dtype).reshape(-1, *self.shape)
 
-    def chunks(self) -> Iterator[NDArray[np.generic]]:
-        """Yield all rows in order, a few MiB at a time."""
-        step = max(CHUNK_BYTES // self.row_bytes, 1)
-        for start in range(0, len(self), step):
-            yield self.read(start, start + step)
+    def chunks(self, start: int, stop: int) -> Iterator[NDArray[np.generic]]:
+        """Yield the rows [start, stop) in order, `CHUNK` at a time."""
+        for first in range(start, stop, CHUNK):
+            yield self.read(first, min(first + CHUNK, stop))
 
     def map(self) -> NDArray[np.generic]:
         """Return all rows as a read-only memory map."""
