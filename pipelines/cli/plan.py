@@ -46,7 +46,6 @@ def plan(
     from pipelines.plan.keep import to_yaml
     from pipelines.plan.services import services_config
     from pipelines.stack.connect import connect_running
-    from pipelines.storage import Storage
 
     budget_s = read_budget(budget or BUDGET, overrides)
     check_there(source)
@@ -55,7 +54,7 @@ def plan(
     start_s = STACK_S if missing and not running else 2.0
     from pipelines.plan.make import make_plan
 
-    made = make_plan(source, overrides, budget_s, services, Storage.of(services), terminal.stage, start_s=start_s)
+    made = make_plan(source, overrides, budget_s, services, terminal.stage, start_s=start_s)
     show_plan(made)
     from pipelines.doctor.estimates import check_estimates, numbers, require_fit
 

@@ -35,7 +35,6 @@ def make_plan(
     overrides: Sequence[str],
     budget_s: float,
     services: Config,
-    storage: Storage,
     notice: StageNotice,
     *,
     start_s: float = 0.0,
@@ -59,13 +58,13 @@ def make_plan(
     notice("look", f"{source}: sizes, colours, labels, mirror images")
     facts = look(
         absolute(source),
-        storage,
+        Storage.of(services),
         test_fraction=float(settings.get("data.test_fraction", 0.1)),
         encoder=settings.get("data.text_encoder", "auto"),
     )
     looked_s = time.monotonic() - began
     notice("measure", "training steps of several networks, for a few seconds")
-    machine = _measured(facts, settings, budget_s, services, storage, notice, start_s, compared=compared)
+    machine = _measured(facts, settings, budget_s, services, notice, start_s, compared=compared)
     machine = replace(machine, looking_s=looked_s + machine.looking_s)
     return compose_plan(facts, machine, budget_s, overrides, compared=compared)
 
@@ -116,7 +115,7 @@ def find_or_make(
     own_model = model if user.sets("registry.model") else book.model_of(where, model)
     compared = _has_version(services, own_model, settings)
     start_s += time.monotonic() - began
-    made = make_plan(source, overrides, budget_s, services, storage, notice, start_s=start_s, compared=compared)
+    made = make_plan(source, overrides, budget_s, services, notice, start_s=start_s, compared=compared)
     made, run = replace(made, key=key), str(made.config["name"])
     own_run = run if user.sets("name") else book.free_name(run)
     if own_run != run:
@@ -164,7 +163,6 @@ def _measured(
     settings: dict[str, Any],
     budget_s: float,
     services: Config,
-    storage: Storage,
     notice: StageNotice,
     start_s: float,
     *,
