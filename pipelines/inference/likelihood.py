@@ -209,8 +209,8 @@ def _test_split(uri: str, model: Model, most: int, config: Config) -> Data:
     labels = batch.labels if spec.classes and dataset.classes == spec.classes else None
     cond = Conditioning(label=labels, text=batch.text, text_mask=batch.text_mask, pooled=batch.pooled)
     known = labels is not None or batch.pooled is not None
-    images = to_levels(batch.images).permute(0, 2, 3, 1).numpy()  # the bytes that a float32 stands for
-    return Data(f"the test split of {uri}", as_tensor(images), cond if known else None)
+    images = to_levels(batch.images).float() / 127.5 - 1  # of the bytes that a float32 stands for
+    return Data(f"the test split of {uri}", images, cond if known else None)
 
 
 def _folder(folder: Path, model: Model, most: int, notice: Notice) -> Data:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddpm.conditioning import Conditioning
-from ddpm.generate import Sampling, to_uint8
+from ddpm.generate import to_uint8
 from ddpm.inference import (
     Drawing,
     Drawn,
@@ -27,7 +27,7 @@ from ddpm.inference import (
     method_name,
     row_drawings,
 )
-from ddpm.model import Model, ModelSpec
+from ddpm.model import Model
 from pipelines.checkpoints import references
 from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config
@@ -99,7 +99,8 @@ def open_model(reference: str, request: Request, config: Config) -> Resolved:
     """
     device = str(task_device())
     resolved = references.open_model(reference, config, device)
-    settings = _sampling(request, resolved.model.spec)
+    with as_request_error():
+        settings = resolved.model.spec.sampling.with_fields(**request.sampling)
     if settings.guidance == resolved.model.spec.sampling.guidance:
         return resolved
     model = references.guided(resolved.model, settings, config.tracking.uri, Storage.of(config))
@@ -245,7 +246,8 @@ class _Resolving:
         originals = np.stack([image.pixels for image in images]) if images else None
         columns["image"] = None if originals is None else [torch.from_numpy(pixels) for pixels in originals]
         if isinstance(request, InpaintRequest):
-            pairs = zip(self._one_each(request.masks), images, strict=True)
+            masks = request.masks * (len(images) if len(request.masks) == 1 else 1)
+            pairs = zip(masks, images, strict=True)
             hidden = np.stack([read_mask(mask, image, self.spec.shape) for mask, image in pairs])
             columns["mask"] = [torch.from_numpy(mask[..., None] * np.uint8(255)) for mask in hidden]
             more = {"method": request.method, "settings": request.method_settings}
@@ -304,9 +306,6 @@ class _Resolving:
             self.encode = TextEncoder(name, digest=self.spec.lineage.get("text_encoder_digest"))
         return self.encode(texts)
 
-    def _one_each(self, values: Sequence[Any]) -> list[Any]:
-        return list(values) * (len(self.images) if len(values) == 1 else 1)
-
     def _rows(self, noise: Noise) -> tuple[PictureRow, ...]:
         request = self.request
         labels = None if self.labels is None else self._spread([self.spec.classes[i] for i in self.labels])
@@ -336,9 +335,3 @@ class _Resolving:
             method = drawing.task.method
             update |= {"method": method_name(method), "method_settings": {} if method is None else dict(vars(method))}
         return request.model_copy(update=update)
-
-
-def _sampling(request: Request, spec: ModelSpec) -> Sampling:
-    """Return the model's settings with those of the request."""
-    with as_request_error():
-        return spec.sampling.with_fields(**request.sampling)

@@ -222,11 +222,9 @@ class Option:
             return given
         if self.several == "repeat" or given in classes:
             return [given]
-        parts = [self._one(part.strip()) for part in (given.split(",") if self.several else [given])]
+        texts = [part.strip() for part in (given.split(",") if self.several else [given])]
+        parts = texts if self.type in (str, Path) else [plain_value(self.name, text) for text in texts]
         return parts if self.several else parts[0]
-
-    def _one(self, text: str) -> Any:
-        return text if self.type in (str, Path) else plain_value(self.name, text)
 
 
 SETTINGS: dict[str, tuple[Option, ...]] = {

@@ -76,18 +76,14 @@ def _unless_damaged(name: str, look: Callable[[], Iterator[str]]) -> list[str]:
 
 def _foreign_files(pyfunc: Path) -> Iterator[str]:
     """Yield what lies in a pyfunc and belongs to no version."""
-    compiled: set[str] = set()
+    compiled, known = set[str](), {*WRITTEN, SERVED, _ARTIFACTS["signature"]}
     for name in files_below(pyfunc):
         parts = PurePosixPath(name).parts
         if COMPILED in parts:
             compiled.add(str(PurePosixPath(*parts[: parts.index(COMPILED) + 1])))
-        elif not (name.startswith((f"{_ARTIFACTS['model']}/", f"{CODE}/")) or name in _known()):
+        elif not (name.startswith((f"{_ARTIFACTS['model']}/", f"{CODE}/")) or name in known):
             yield f"{name} is new"
     yield from (f"{folder} holds compiled code, which Python would run: delete it" for folder in sorted(compiled))
-
-
-def _known() -> set[str]:
-    return {*WRITTEN, SERVED, _ARTIFACTS["signature"]}
 
 
 def _differing_loader(pyfunc: Path) -> Iterator[str]:

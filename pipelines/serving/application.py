@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from pipelines.serving.follow import Follower
 from pipelines.serving.http import make_app
 from pipelines.serving.limits import Limits, RefusedRequest
 from pipelines.serving.metrics import Metrics
-from pipelines.serving.served import Served, load
+from pipelines.serving.served import load
 
 logger = logging.getLogger("ray.serve")
 CONNECTIONS = 10_000
@@ -61,9 +62,7 @@ class ModelReplica:
         def find() -> str:
             return lookup.find_registered(reference, config.tracking.uri).uri
 
-        def load_version(version: str) -> Served:
-            return load(version, config, drawing)
-
+        load_version = partial(load, config=config, executor=drawing)
         follows = reference.startswith("models:/") and "@" in reference
         version = await asyncio.to_thread(find) if follows else reference
         served = await asyncio.to_thread(load_version, version)

@@ -97,7 +97,10 @@ class Limits:
             RefusedRequest: a list, a text or a number is too large, or they are nested too deeply.
         """
         for name, value in body.items():
-            self._check_names(name)
+            if len(name) > SETTING:
+                raise RefusedRequest(
+                    422, f"a field has a name of {len(name):,} characters: at most {SETTING} are allowed"
+                )
             for part in _leaves(value, name):
                 if isinstance(part, str):
                     self._check_text(name, part)
@@ -214,10 +217,6 @@ class Limits:
                 422, f"{name} is {width}x{height} pixels, the model's images are {size[0]}x{size[1]}: resize it"
             )
         return width * height
-
-    def _check_names(self, name: str) -> None:
-        if len(name) > SETTING:
-            raise RefusedRequest(422, f"a field has a name of {len(name):,} characters: at most {SETTING} are allowed")
 
     def _check_length(self, name: str, length: int) -> None:
         # The longest setting has an entry for each pair of steps: the weights of a generalized solver.

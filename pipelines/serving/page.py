@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,9 @@ class ModelPage:
     ) -> None:
         self._front, self._models, self._limits, self._token_digest = front, models, limits, token_digest
 
-    async def ask(self, body: dict[str, Any]) -> Mapping[str, Any]:
-        """Return the server's answer."""
-        return await ask_front(self._front, body)
-
     def __serve_build_asgi_app__(self) -> Any:
         """Return the application that Ray Serve answers HTTP with."""
-        return make_page(self._models, self.ask, self._limits, self._token_digest)
+        return make_page(self._models, partial(ask_front, self._front), self._limits, self._token_digest)
 
 
 def page_application(front: Any, models: Sequence[Mapping[str, Any]], limits: Limits, token_digest: str | None) -> Any:
