@@ -42,7 +42,7 @@ from pipelines.evaluation.scores import features_name
 from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
 from pipelines.remote.tasks import finished
 from pipelines.shards.index import Dataset, DatasetError
-from pipelines.shards.quarantine import kept_shards, read_quarantine, stream_digest
+from pipelines.shards.quarantine import Quarantine, kept_shards, read_quarantine, stream_digest
 from pipelines.shards.read import Batch, opened_split, spread_positions
 from pipelines.signing import Derived, SignatureError, Signer, Trust
 from pipelines.storage import Storage, join, layout
@@ -209,8 +209,7 @@ def open_real(
     if record is None or data is None:
         signer = Signer.of(config.registry)  # before anything is computed
         notice(f"the real images are read and encoded, {why}")
-        access = _Access(dataset, storage, config.data.cache_dir, config.data.cache_gib)
-        record = _compute(access, evaluator, stored, stream, config.cluster.gpus_per_worker > 0, progress)
+        record = _compute(dataset, quarantine, config, evaluator, stored, progress)
         stored.record(record, signer)
         data = storage.read(join(stored.folder, layout.REAL_MOMENTS))
     tensors = load(data)
@@ -223,37 +222,25 @@ def open_real(
     return Real(stored, record["files"], stream, split("train"), split("test"), evaluator.encoder.width, thumbnail)
 
 
-@dataclass(frozen=True)
-class _Access:
-    """How a task reads the real images."""
-
-    dataset: Dataset
-    storage: Storage
-    cache_dir: str | None
-    cache_gib: float
-
-    def counts(self, split: str) -> list[int]:
-        """Return the number of images in each shard of a split."""
-        quarantine = read_quarantine(self.dataset.uri, self.storage)
-        return [shard.samples for shard in kept_shards(self.dataset, split, quarantine)]
-
-    def read(self, split: str, positions: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
-        """Yield a batch for each of these lists of positions in a split's shard order."""
-        with opened_split(self.dataset, split, self.storage, self.cache_dir, self.cache_gib) as reader:
-            for some in positions:
-                yield reader.at(some)
+def _batches(dataset: Dataset, config: Config, split: str, positions: Sequence[NDArray[np.int64]]) -> Iterator[Batch]:
+    """Yield a batch for each of these lists of positions in a split's shard order."""
+    data = config.data
+    with opened_split(dataset, split, Storage.of(config), data.cache_dir, data.cache_gib) as reader:
+        for some in positions:
+            yield reader.at(some)
 
 
 def _compute(
-    access: _Access,
+    dataset: Dataset,
+    quarantine: Quarantine | None,
+    config: Config,
     evaluator: Evaluator,
     stored: Derived,
-    stream: str,
-    use_gpu: bool,
     progress: Progress,
 ) -> dict[str, Any]:
     """Encode every real image in Ray tasks, store what a later evaluation needs, and return the record of it."""
-    counts = {split: sum(access.counts(split)) for split in SPLITS}
+    use_gpu = config.cluster.gpus_per_worker > 0
+    counts = {split: sum(shard.samples for shard in kept_shards(dataset, split, quarantine)) for split in SPLITS}
     total, done = sum(counts.values()), 0
     shared = ray.put(evaluator)
     task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_encode_part)
@@ -266,7 +253,7 @@ def _compute(
         for begin in range(0, len(firsts), IN_FLIGHT):
             some = firsts[begin : begin + IN_FLIGHT]
             spans = [(first, min(first + PART, counts[split])) for first in some]
-            pending = [task.remote(access, split, span, shared, stored) for span in spans]
+            pending = [task.remote(dataset, config, split, span, shared, stored) for span in spans]
             for place, part in finished(pending, {"CPU": 1, "GPU": int(use_gpu)}, "encode real images"):
                 found[begin + place] = part
                 done += spans[place][1] - spans[place][0]
@@ -278,12 +265,12 @@ def _compute(
         classes = np.sum([part.class_counts for part in parts], axis=0).tolist()
         splits[split] = {"count": counts[split], "reference": moments.count, "class_counts": classes}
     files |= {
-        layout.REAL_HELD_OUT: stored.write(layout.REAL_HELD_OUT, _held_out(access, counts["test"])),
+        layout.REAL_HELD_OUT: stored.write(layout.REAL_HELD_OUT, _held_out(dataset, config, counts["test"])),
         layout.REAL_MOMENTS: stored.write(layout.REAL_MOMENTS, save(tensors)),
     }
     return {
         "format": FORMAT,
-        "stream_digest": stream,
+        "stream_digest": stream_digest(dataset, quarantine),
         "evaluator": evaluator.record(),
         "splits": splits,
         "files": files,
@@ -304,28 +291,30 @@ class _Part:
     digest: str
 
 
-def _encode_part(access: _Access, split: str, span: tuple[int, int], evaluator: Evaluator, stored: Derived) -> _Part:
+def _encode_part(
+    dataset: Dataset, config: Config, split: str, span: tuple[int, int], evaluator: Evaluator, stored: Derived
+) -> _Part:
     """Encode the images at the positions [start, stop) of a split, and store their rows."""
     torch.set_num_threads(1)
     encode = evaluator.encoder.to(task_device())
     share = evaluator.share if split == "train" else None
-    quarantine = read_quarantine(access.dataset.uri, access.storage)
+    quarantine = read_quarantine(dataset.uri, stored.storage)
     positions = np.arange(*span)
     batches = [positions[i : i + ENCODE_BATCH] for i in range(0, len(positions), ENCODE_BATCH)]
     rows: list[dict[str, NDArray[Any]]] = []
-    for batch in access.read(split, batches):
+    for batch in _batches(dataset, config, split, batches):
         levels = to_levels(batch.images)
         rows.append(
             {
                 "features": encode(levels).features.numpy(),
                 "labels": np.full(len(levels), -1) if batch.labels is None else batch.labels.numpy(),
-                "reference": reference_mask(share, access.dataset, quarantine, batch.ordinals).numpy(),
+                "reference": reference_mask(share, dataset, quarantine, batch.ordinals).numpy(),
                 "pixels": thumbnails(levels),
             }
         )
     part = {name: np.concatenate([each[name] for each in rows]) for name in rows[0]}
     digest = stored.write(_part_name(split, span[0]), numpy_save(part))
-    classes = len(access.dataset.classes)
+    classes = len(dataset.classes)
     chosen = part["features"][part["reference"]]
     return _Part(
         FeatureMoments.of(torch.from_numpy(chosen)) if len(chosen) else None,
@@ -334,9 +323,9 @@ def _encode_part(access: _Access, split: str, span: tuple[int, int], evaluator: 
     )
 
 
-def _held_out(access: _Access, count: int) -> bytes:
+def _held_out(dataset: Dataset, config: Config, count: int) -> bytes:
     """Return test images for likelihoods, spread evenly over the split, as they are stored."""
-    (batch,) = access.read("test", [held_out_positions(count)])
+    (batch,) = _batches(dataset, config, "test", [held_out_positions(count)])
     part = {"images": to_levels(batch.images).numpy()}
     return numpy_save(part if batch.labels is None else part | {"labels": batch.labels.numpy()})
 

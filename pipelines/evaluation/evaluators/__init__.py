@@ -158,7 +158,7 @@ def _train(
     connect()
     check_signing(config.registry)
     notice(f"training the evaluator ({kind}) on real images, once for this dataset")
-    training = Training.of(config, kind, dataset)
+    training = Training(kind, dataset, config)
     use_gpu = config.cluster.gpus_per_worker > 0
     trained = train_on_ray(training, use_gpu=use_gpu) if ray.is_initialized() else training()
     return store(kind, trained, dataset, Storage.of(config), config.registry)

@@ -61,24 +61,12 @@ class Training:
     Attributes:
         kind: of the evaluator.
         dataset: on whose train split.
-        storage: where the dataset is.
-        cache_dir: the shard cache; None for the default one of the node.
-        cache_gib: its size.
-        passes: over its images; None for as many as the kind has by default.
+        config: names storage and the shard cache, and says how many passes over the images there are.
     """
 
     kind: Trainable
     dataset: Dataset
-    storage: Storage
-    cache_dir: str | None
-    cache_gib: float
-    passes: int | None = None
-
-    @classmethod
-    def of(cls, config: Config, kind: Trainable, dataset: Dataset) -> Training:
-        """Return the training of an evaluator with the shard cache of a configuration."""
-        data, passes = config.data, config.evaluation.evaluator_passes
-        return cls(kind, dataset, Storage.of(config), data.cache_dir, data.cache_gib, passes)
+    config: Config
 
     def __call__(self) -> Trained:
         """Read the share, train, and measure the accuracy, on the device that Ray has assigned and one thread."""
@@ -88,8 +76,8 @@ class Training:
                 shared = read_share(reader, share)
             images, labels = shared.images, shared.labels
             options: dict[str, Any] = {"seed": SEED, "device": device}
-            if self.passes is not None:
-                options["passes"] = self.passes
+            if (passes := self.config.evaluation.evaluator_passes) is not None:
+                options["passes"] = passes
             if self.kind == "contrastive":
                 return Trained(_saved(train_contrastive(images, **options)), share, None)
             if self.kind == "captions":
@@ -110,8 +98,8 @@ class Training:
 
     def _reader(self, split: str) -> AbstractContextManager[ShardReader]:
         """Open a split of the dataset."""
-        text = self.kind == "captions"
-        return opened_split(self.dataset, split, self.storage, self.cache_dir, self.cache_gib, text=text)
+        data, text = self.config.data, self.kind == "captions"
+        return opened_split(self.dataset, split, Storage.of(self.config), data.cache_dir, data.cache_gib, text=text)
 
 
 def train_on_ray(training: Training, *, use_gpu: bool) -> Trained:

@@ -50,7 +50,7 @@ def split(dataset, name, folder):
 
 
 def test_it_is_trained_on_its_share_alone_and_judged_by_the_test_split(labelled, config, halves, seen, tmp_path):
-    trained = Training.of(config(), "classifier", labelled)()
+    trained = Training("classifier", labelled, config())()
     images = to_levels(split(labelled, "train", tmp_path).images)
     assert trained.share.count == len(images) // 2
     assert torch.equal(seen["images"][0], images[trained.share.trained(torch.arange(len(images)))])
@@ -64,7 +64,7 @@ def test_it_is_trained_on_its_share_alone_and_judged_by_the_test_split(labelled,
 def test_memory_is_bounded_whatever_the_size_of_the_dataset(labelled, config, halves, seen, monkeypatch):
     monkeypatch.setattr(shares, "MAX_IMAGES", 9)
     monkeypatch.setattr(train, "READ_BYTES", 5 * 8 * 8 * 4 + 1)
-    trained = Training.of(config(), "classifier", labelled)()
+    trained = Training("classifier", labelled, config())()
     assert len(seen["images"][0]) == trained.share.count == 9
     assert max(seen["read"]) <= 5
 
@@ -72,7 +72,7 @@ def test_memory_is_bounded_whatever_the_size_of_the_dataset(labelled, config, ha
 def test_large_images_are_reduced_once_and_at_every_judgement(labelled, config, seen, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "MAX_SIDE", 6)
     monkeypatch.setattr(stored, "MAX_SIDE", 6)
-    trained = Training.of(config(), "classifier", labelled)()
+    trained = Training("classifier", labelled, config())()
     images = to_levels(split(labelled, "train", tmp_path).images)
     assert seen["images"][0].shape[1:] == (1, 6, 6)
     found = stored.store("classifier", trained, labelled, Storage(), config().registry)
@@ -83,7 +83,7 @@ def test_large_images_are_reduced_once_and_at_every_judgement(labelled, config, 
 
 
 def test_data_without_labels_train_a_network_without_classes(unlabelled, config, seen):
-    trained = Training.of(config(), "contrastive", unlabelled)()
+    trained = Training("contrastive", unlabelled, config())()
     assert trained.accuracy is None
     assert seen["images"][0].dtype == torch.uint8
     assert trained.share.count == unlabelled.samples("train")
@@ -91,7 +91,7 @@ def test_data_without_labels_train_a_network_without_classes(unlabelled, config,
 
 def test_it_is_the_same_every_time_and_leaves_the_threads_of_the_process_alone(labelled, config, seen):
     before = torch.get_num_threads()
-    one, other = (Training.of(config(), "classifier", labelled)() for _ in range(2))
+    one, other = (Training("classifier", labelled, config())() for _ in range(2))
     assert one.weights == other.weights
     assert torch.get_num_threads() == before
 
@@ -105,7 +105,7 @@ def test_levels_are_those_that_the_shards_hold(labelled, tmp_path):
 def test_a_ray_task_trains_the_same_network(labelled, config):
     import ray
 
-    training = Training.of(config(), "classifier", labelled)
+    training = Training("classifier", labelled, config())
     here = training()
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
