@@ -67,8 +67,8 @@ class SamplingActors:
     The evaluator is loaded once in each; the networks of the last subject stay loaded.
 
     Args:
-        data: what judges the samples.
-        request: how many samples are drawn of each subject, by how many actors, and whether each has a GPU.
+        data: what judges the samples; its configuration says how many actors there are, and whether each has a GPU.
+        request: how many samples are drawn of each subject.
         authority: says whose stored samples are believed, and signs the new ones; None to draw all of them.
         notice: called where an actor is lost, and where what is stored is not believed.
         subjects: whose samples are drawn.
@@ -88,11 +88,12 @@ class SamplingActors:
         self.data, self.request, self.authority, self.notice = data, request, authority, notice
         n = request.n or data.real.test.count
         units = len(request.seeds) * -(-n // request.batch_size)
-        weights, gpus = max(subject.model.nbytes for subject in subjects), seen_gpus() if request.use_gpu else None
-        count = min(actors_that_hold(weights, request.actors, alive_nodes(), gpus), units)
-        needs = {"CPU": 1.0, "GPU": float(request.use_gpu), "memory": 0.0 if request.use_gpu else float(weights)}
+        cluster, weights = data.config.cluster, max(subject.model.nbytes for subject in subjects)
+        gpus = seen_gpus() if cluster.gpus_per_worker > 0 else None
+        count = min(actors_that_hold(weights, data.config.evaluation.actors, alive_nodes(), gpus), units)
+        needs = {"CPU": 1.0, "GPU": float(gpus is not None), "memory": float(weights) if gpus is None else 0.0}
         shared = ray.put(data.evaluator)
-        self.pool = ActorPool(_SamplingActor, (shared, data.storage), needs, count, request.patience_s, notice)
+        self.pool = ActorPool(_SamplingActor, (shared, data.storage), needs, count, cluster.patience_s, notice)
         self._shared: dict[str, Any] = {}
 
     def __enter__(self) -> SamplingActors:

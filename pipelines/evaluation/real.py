@@ -239,27 +239,24 @@ def _compute(
     progress: Progress,
 ) -> dict[str, Any]:
     """Encode every real image in Ray tasks, store what a later evaluation needs, and return the record of it."""
-    use_gpu = config.cluster.gpus_per_worker > 0
+    needs = {"CPU": 1, "GPU": int(config.cluster.gpus_per_worker > 0)}
     counts = {split: sum(shard.samples for shard in kept_shards(dataset, split, quarantine)) for split in SPLITS}
     total, done = sum(counts.values()), 0
     shared = ray.put(evaluator)
-    task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(_encode_part)
+    task = ray.remote(num_cpus=needs["CPU"], num_gpus=needs["GPU"])(_encode_part)
     splits: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     files: dict[str, str] = {}
     for split in SPLITS:
-        firsts = list(range(0, counts[split], PART))
+        spans = [(first, min(first + PART, counts[split])) for first in range(0, counts[split], PART)]
+        calls = (task.remote(dataset, config, split, span, shared, stored) for span in spans)
         found: dict[int, _Part] = {}
-        for begin in range(0, len(firsts), IN_FLIGHT):
-            some = firsts[begin : begin + IN_FLIGHT]
-            spans = [(first, min(first + PART, counts[split])) for first in some]
-            pending = [task.remote(dataset, config, split, span, shared, stored) for span in spans]
-            for place, part in finished(pending, {"CPU": 1, "GPU": int(use_gpu)}, "encode real images"):
-                found[begin + place] = part
-                done += spans[place][1] - spans[place][0]
-                progress(done, total)
-        parts = [found[i] for i in range(len(firsts))]  # always in this order, whatever finished first
-        files |= {_part_name(split, first): part.digest for first, part in zip(firsts, parts, strict=True)}
+        for place, part in finished(calls, needs, "encode real images", at_once=IN_FLIGHT):
+            found[place] = part
+            done += spans[place][1] - spans[place][0]
+            progress(done, total)
+        parts = [found[i] for i in range(len(spans))]  # always in this order, whatever finished first
+        files |= {_part_name(split, first): part.digest for (first, _), part in zip(spans, parts, strict=True)}
         moments = reduce(lambda a, b: a + b, [part.moments for part in parts if part.moments is not None])
         tensors |= {f"{split}.mean": moments.mean, f"{split}.scatter": moments.scatter}
         classes = np.sum([part.class_counts for part in parts], axis=0).tolist()

@@ -35,16 +35,13 @@ RECORD_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """How many samples of a model are drawn, and how: seeds, batches and actors.
+    """How many samples of a model are drawn, from which seeds and in which batches.
 
     Attributes:
         n: samples of each noise seed; as many as the test split has, where None.
         seeds: seeds of the noise.
         batch_size: images that are drawn together.
         likelihood_images: test images whose likelihood is computed too; 0 for none.
-        actors: how many draw at a time; as many as the cluster has processors or GPUs, where None.
-        use_gpu: whether each has a GPU.
-        patience_s: seconds to wait for a node, and for an actor that does not answer.
         root: folder of all evaluations.
     """
 
@@ -52,9 +49,6 @@ class SampleSpec:
     seeds: tuple[int, ...]
     batch_size: int
     likelihood_images: int
-    actors: int | None
-    use_gpu: bool
-    patience_s: float
     root: str
 
     @classmethod
@@ -66,9 +60,6 @@ class SampleSpec:
             seeds=tuple(range(asked.seed, asked.seed + asked.seeds)),
             batch_size=asked.batch_size,
             likelihood_images=asked.likelihood_images,
-            actors=asked.actors,
-            use_gpu=config.cluster.gpus_per_worker > 0,
-            patience_s=config.cluster.patience_s,
             root=join(config.storage.root, layout.EVALUATIONS),
         )
 

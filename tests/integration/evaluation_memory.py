@@ -51,7 +51,8 @@ def main(dataset_uri: str, root: str, n: int) -> None:
     model = Model(spec, network.build().eval())
     judge = Classifier(dataset.channels, dataset.image_size, len(dataset.classes)).eval()
     evaluator = Evaluator(judge, "classifier", "stub", "untrained", "none", labels=True, accuracy=None)
-    config = compose(["+experiment=digits", f"data.cache_dir={root}/cache", "data.cache_gib=1"])
+    own = ["evaluation.actors=2", f"data.cache_dir={root}/cache", "data.cache_gib=1"]
+    config = compose(["+experiment=digits", *own])
     data = EvaluationData(dataset, config)
     vars(data)["evaluator"] = evaluator
     peaks = {"actors": 0}
@@ -66,7 +67,7 @@ def main(dataset_uri: str, root: str, n: int) -> None:
                 continue
 
     asked = [f"evaluation.n={n}", "evaluation.seeds=1", "evaluation.batch_size=500", "evaluation.likelihood_images=0"]
-    asked += ["evaluation.actors=2", f"storage.root=file://{root}/{n}"]
+    asked += [f"storage.root=file://{root}/{n}"]
     request = SampleSpec.of(compose(["+experiment=digits", *asked]))
     done = evaluate(SampledModel(model, f"stub-{n}", Sampling.of(steps=1)), request, data, progress=watch)
     assert done.scores.n == n
