@@ -88,7 +88,7 @@ def guided(model: Model, settings: Sampling, tracking_uri: str | None, storage: 
     """
     for name, reference in settings.guides.items():
         if getattr(model, name) is None or model.spec.sampling.guides.get(name) != reference:
-            found: Any = {name: _GUIDES[name](model, reference, tracking_uri, storage)}
+            found: Any = {name: GUIDES[name](model, reference, tracking_uri, storage)}
             model = replace(model, **found)
     return model
 
@@ -123,7 +123,7 @@ def weaker_for(model: Model, reference: str, tracking_uri: str | None, storage: 
     return weak
 
 
-_GUIDES: dict[str, Callable[..., Any]] = {"classifier": classifier_for, "weak": weaker_for}
+GUIDES: dict[str, Callable[..., Any]] = {"classifier": classifier_for, "weak": weaker_for}
 """Guidance setting that names a network -> function that loads it."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -67,26 +67,35 @@ class PictureRow:
     image: int | None = None
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """The pictures of a request, and where each comes from.
+@dataclass(frozen=True, kw_only=True)
+class PictureRows:
+    """Where each of some pictures comes from.
 
     Attributes:
-        pixels: uint8 [N, H, W, C], row by row.
-        rows: of each picture.
+        rows: of each picture, row by row.
         columns: number of columns.
         request: with everything that was left open filled in; it draws the same pictures again.
         originals: the given images at the model's size, uint8 [M, H, W, C]; None where there are none.
-        hidden: their pixels that were filled, bool [M, H, W]; None where there are none.
-        film: the way to the pictures, where that was asked for.
+        hidden: their pixels that are filled, bool [M, H, W]; None where there are none.
     """
 
-    pixels: NDArray[np.uint8]
     rows: tuple[PictureRow, ...]
     columns: int
     request: Request
     originals: NDArray[np.uint8] | None = None
     hidden: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures(PictureRows):
+    """The pictures of a request, and where each comes from.
+
+    Attributes:
+        pixels: uint8 [N, H, W, C], row by row.
+        film: the way to the pictures, where that was asked for.
+    """
+
+    pixels: NDArray[np.uint8]
     film: Film | None = None
 
 
@@ -107,26 +116,20 @@ def open_model(reference: str, request: Request, config: Config) -> Resolved:
     return replace(resolved, model=model.to(device))
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A request that was resolved against a model: what is to be drawn, and what the pictures are.
+@dataclass(frozen=True, kw_only=True)
+class Prepared(PictureRows):
+    """A request that was resolved against a model: what is to be drawn, and where each picture comes from.
 
     Attributes:
         drawing: what is to be drawn, row by row.
-        rows, columns, request, originals, hidden: see `Pictures`.
     """
 
     drawing: Drawing
-    rows: tuple[PictureRow, ...]
-    columns: int
-    request: Request
-    originals: NDArray[np.uint8] | None = None
-    hidden: NDArray[np.bool_] | None = None
 
     def pictures(self, drawn: Drawn) -> Pictures:
         """Return the pictures, once they are drawn."""
-        pixels = to_uint8(drawn.images).cpu().numpy()
-        return Pictures(pixels, self.rows, self.columns, self.request, self.originals, self.hidden, drawn.film)
+        shared = {field.name: getattr(self, field.name) for field in fields(PictureRows)}
+        return Pictures(pixels=to_uint8(drawn.images).cpu().numpy(), film=drawn.film, **shared)
 
 
 def encoder_of(resolved: Resolved, request: Request) -> Encode | None:
@@ -264,8 +267,14 @@ class _Resolving:
             **more,
         )
         drawing = replace(drawing, film=FRAMES if request.film else 0)
-        complete = self._complete(drawing)
-        return Prepared(drawing, self._rows(noise), self.columns, complete, originals, hidden)
+        return Prepared(
+            drawing=drawing,
+            rows=self._rows(noise),
+            columns=self.columns,
+            request=self._complete(drawing),
+            originals=originals,
+            hidden=hidden,
+        )
 
     def _columns(self) -> int:
         request = self.request

@@ -17,11 +17,12 @@ import torch
 from ray import tune
 
 from ddpm.generate import Sampling
+from ddpm.guidance import GUIDANCE
 from ddpm.model import Model
 from ddpm.models.classifier import NoisyClassifier
+from ddpm.settings import settings_of
 from pipelines import registry, tracking
 from pipelines.checkpoints import references
-from pipelines.checkpoints.references import classifier_for, weaker_for
 from pipelines.config import Config, changed_sampling, from_dict, sampling, sampling_overrides
 from pipelines.config.choices import VARIANTS
 from pipelines.evaluation import samples
@@ -50,14 +51,12 @@ def guides_of(model: Model, study: StudyConfig, base: Config, storage: Storage) 
     Raises:
         ModelError: one of them does not exist or does not fit the model.
     """
-    kinds, uri = study.values("guidance.kind", base), base.tracking.uri
-    loaders: dict[str, tuple[str, Callable[..., NoisyClassifier | Model]]] = {
-        "classifier": ("guidance.classifier", classifier_for),
-        "auto": ("guidance.weak", weaker_for),
+    kinds = [GUIDANCE.find(str(kind)) for kind in study.values("guidance.kind", base)]
+    asked = {setting.name for kind in kinds for setting in settings_of(kind) if setting.reference}
+    named = {
+        str(value): name for name in asked for value in study.values(f"guidance.{name}", base) if value is not None
     }
-    asked = [loaders[kind] for kind in loaders if kind in kinds]
-    named = {str(name): load for path, load in asked for name in study.values(path, base) if name is not None}
-    return {name: load(model, name, uri, storage) for name, load in named.items()}
+    return {value: references.GUIDES[name](model, value, base.tracking.uri, storage) for value, name in named.items()}
 
 
 def base_of(config: Config, settings: Sampling) -> Config:

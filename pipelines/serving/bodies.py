@@ -151,13 +151,13 @@ def read_answer(answer: Mapping[str, Any]) -> tuple[Pictures, PictureSource]:
         given = {name: [decode_png(text) for text in fields[name]] for name in ("images", "masks") if name in fields}
         names = {name: [f"{name}-{i}.png" for i in range(len(pictures))] for name, pictures in given.items()}
         pictures = Pictures(
-            np.stack([decode_png(text) for text in answer["images"]]),
-            tuple(PictureRow(**row) for row in answer["rows"]),
-            int(answer["columns"]),
-            kind.of(**{**fields, **names}),
-            np.stack(given["images"]) if "images" in given else None,
-            np.stack(given["masks"])[..., 0] > 0 if "masks" in given else None,
-            None if answer["film"] is None else _read_film(answer["film"]),
+            pixels=np.stack([decode_png(text) for text in answer["images"]]),
+            rows=tuple(PictureRow(**row) for row in answer["rows"]),
+            columns=int(answer["columns"]),
+            request=kind.of(**{**fields, **names}),
+            originals=np.stack(given["images"]) if "images" in given else None,
+            hidden=np.stack(given["masks"])[..., 0] > 0 if "masks" in given else None,
+            film=None if answer["film"] is None else _read_film(answer["film"]),
         )
         told = answer["model"]
         source = PictureSource(told["reference"], told["digest"], told["uri"], told["lineage"], told["versions"])

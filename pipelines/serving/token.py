@@ -26,10 +26,17 @@ class Token:
     Attributes:
         text: the token itself.
         source: the path of its file, or the name of its variable.
+
+    Raises:
+        ConfigError: it is too short.
     """
 
     text: str
     source: str
+
+    def __post_init__(self) -> None:
+        if len(self.text) < SHORTEST:
+            raise ConfigError(f"the token of {self.source} has {len(self.text)} characters: use {SHORTEST} or more")
 
     @property
     def digest(self) -> str:
@@ -48,14 +55,14 @@ def server_token(file: str | None, home: Path, environ: Mapping[str, str] = os.e
         ConfigError: the file cannot be read, or the token is too short.
     """
     if file is None and environ.get(VARIABLE):
-        return _checked(Token(environ[VARIABLE], VARIABLE))
+        return Token(environ[VARIABLE], VARIABLE)
     path = Path(file) if file is not None else home / NAME
     if file is None:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
             create_private(path, secrets.token_urlsafe(32))
     try:
-        return _checked(Token(path.read_text().strip(), str(path)))
+        return Token(path.read_text().strip(), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"serving.token_file = {file}: it cannot be read ({error})") from error
 
@@ -82,9 +89,3 @@ def is_allowed(authorization: str | None, digest: str) -> bool:
     """
     kind, _, token = (authorization or "").partition(" ")
     return hmac.compare_digest(digest_of(token.strip()), digest) and kind.lower() == "bearer"
-
-
-def _checked(token: Token) -> Token:
-    if len(token.text) < SHORTEST:
-        raise ConfigError(f"the token of {token.source} has {len(token.text)} characters: use {SHORTEST} or more")
-    return token
