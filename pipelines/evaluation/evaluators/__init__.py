@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import ray
 
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 
-def evaluator_kind(config: Config, dataset: Dataset) -> str:
+def evaluator_kind(config: Config, dataset: Dataset) -> Literal["classifier", "contrastive", "inception", "encoder"]:
     """Return the kind of evaluator that judges samples of a dataset: the configured one, by default by its labels."""
     if config.evaluation.evaluator != "auto":
         return config.evaluation.evaluator
@@ -104,11 +105,9 @@ def open_evaluator(
     found = find_evaluator(config, dataset)
     if found is not None:
         return found
-    match evaluator_kind(config, dataset):
-        case "classifier" | "contrastive" as kind:
-            return _train(kind, config, dataset, notice, connect)
-        case kind:
-            raise AssertionError(f"an evaluator '{kind}' is opened from files and not trained")
+    kind = evaluator_kind(config, dataset)
+    assert kind == "classifier" or kind == "contrastive", f"an evaluator '{kind}' is opened from files, not trained"
+    return _train(kind, config, dataset, notice, connect)
 
 
 def find_evaluator(config: Config, dataset: Dataset) -> Evaluator | None:
@@ -119,17 +118,11 @@ def find_evaluator(config: Config, dataset: Dataset) -> Evaluator | None:
     """
     storage = Storage.of(config)
     check_evaluator(config, dataset)
-    match evaluator_kind(config, dataset):
-        case "inception":
-            with _local(config.evaluation.weights, storage) as path:
-                return open_inception(path)
-        case "encoder":
-            with _local(config.evaluation.weights, storage) as path:
-                return open_encoder(path, config.evaluation, dataset)
-        case "classifier" | "contrastive" as kind:
-            return find(kind, dataset, storage, config.registry)
-        case kind:
-            raise ConfigError(f"evaluation.evaluator = {kind}: there is no such evaluator")
+    kind = evaluator_kind(config, dataset)
+    if kind == "classifier" or kind == "contrastive":
+        return find(kind, dataset, storage, config.registry)
+    with _local(config.evaluation.weights, storage) as path:
+        return open_inception(path) if kind == "inception" else open_encoder(path, config.evaluation, dataset)
 
 
 def open_matcher(
