@@ -90,23 +90,19 @@ class EvaluationData:
         Returns:
             None for a model that is not conditioned on text, and for data without fitting captions.
         """
-        key = spec.network.text_dim, spec.classes
+        width, classes = key = spec.network.text_dim, spec.classes
         if key not in self._prompts:
-            self._prompts[key] = self._open_prompts(*key)
+            found = open_captions(width, self.dataset, self.config, self.notice)
+            labelled = bool(classes) and classes == self.dataset.classes
+            # Where all captions are the same, there is nothing to tell apart.
+            matcher = self.matcher if found is not None and len(found[0].different[0]) > 1 else None
+            self._prompts[key] = None if found is None else Prompts(*found, labelled, matcher)
         return self._prompts[key]
 
     @cached_property
     def _prompts(self) -> dict[tuple[int, tuple[str, ...]], Prompts | None]:
         """Those that were opened, by what of a model they depend on."""
         return {}
-
-    def _open_prompts(self, width: int, classes: tuple[str, ...]) -> Prompts | None:
-        found = open_captions(width, self.dataset, self.config, self.notice)
-        if found is None:
-            return None
-        labelled = bool(classes) and classes == self.dataset.classes
-        # Where all captions are the same, there is nothing to tell apart.
-        return Prompts(*found, labelled, self.matcher if len(found[0].different[0]) > 1 else None)
 
     def opened(self, spec: ModelSpec) -> EvaluationData:
         """Return this with all that judges samples of a model opened, to be sent to where no key is."""

@@ -113,7 +113,8 @@ def score_and_record(
         The scores, and whether they were computed now.
     """
     authority = Authority.of(config.registry)
-    uri, say = dataset_uri or resolved.model.spec.lineage.get("dataset_uri", config.data.uri), _said(display)
+    uri = dataset_uri or resolved.model.spec.lineage.get("dataset_uri", config.data.uri)
+    say = partial(display.stage, "evaluate")
     data = EvaluationData.of(uri, config, connect, say, display.counter("evaluate", "real images"))
     scored = score(resolved, settings, data, display, authority)
     tracker, published, spec = resolved.tracker, resolved.published, resolved.model.spec
@@ -153,7 +154,7 @@ def score(
     Raises:
         DatasetError, ConfigError: the data cannot be used to score the model.
     """
-    config, storage, notice = data.config, data.storage, _said(display)
+    config, storage, notice = data.config, data.storage, partial(display.stage, "evaluate")
     model = references.guided(resolved.model, settings, config.tracking.uri, storage)
     asked = _Asked.of(model, digest_of(resolved), settings, data)
     of_data = data.dataset.uri.rstrip("/").rsplit("/", 1)[-1], data.dataset.digest
@@ -206,11 +207,6 @@ def find_scores(
         return _Asked.of(guides, model_digest, settings, data).found(tracker, Trust.of(config.registry))
     except _NotMadeError:
         return None
-
-
-def _said(display: Display) -> Notice:
-    """Return what shows lines of an evaluation."""
-    return partial(display.stage, "evaluate")
 
 
 def subject_of(model: Model, model_digest: str, settings: Sampling, data: EvaluationData) -> SampledModel:
