@@ -54,6 +54,8 @@ NETWORKS = {"0.1 B": (768, 10), "0.7 B": (1152, 28), "2 B": (2048, 28), "8 B": (
 CLUSTERS, PER_NODE = (8, 64, 512), 8
 STORED = 20
 """Bytes of a checkpoint for each parameter: the weight, AdamW's two moments, the average, and what it lacks."""
+STORE_EVERY_S, LOCAL_EVERY_S, RESTART_S = 600, 60, 30
+"""Seconds between checkpoints, between copies on the nodes, and from a failure until workers read their state."""
 REQUEST_MIB = 8
 """Size of the pieces of an upload."""
 
@@ -177,6 +179,8 @@ def worked_out(name: str, gpus: int) -> dict[str, Any]:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in make_network(config).parameters())
     part = STORED * parameters / gpus
+    write_s = [PER_NODE * part / speed / 1e9 for speed in (1, 10)]
+    read_s = [STORED * parameters / speed / 1e9 for speed in (1, 10)]
     return {
         "network": name,
         "parameters": parameters,
@@ -185,8 +189,11 @@ def worked_out(name: str, gpus: int) -> dict[str, Any]:
         "node_gib": sum(found.node.values()) / 2**30,
         "part_gib": part / 2**30,
         "requests": gpus * (math.ceil(part / MIB / REQUEST_MIB) + 2) + 3,
-        "write_s": [PER_NODE * part / speed / 1e9 for speed in (1, 10)],
-        "read_s": [STORED * parameters / speed / 1e9 for speed in (1, 10)],
+        "write_s": write_s,
+        "read_s": read_s,
+        "failure_s": [STORE_EVERY_S / 2 + RESTART_S + seconds for seconds in read_s],
+        # A lost node's part comes from the one node that has it too.
+        "local_failure_s": [LOCAL_EVERY_S / 2 + RESTART_S + seconds for seconds in write_s],
     }
 
 
