@@ -12,6 +12,8 @@ from tests.benchmarks.programs import SERVICES, check, files_of_results, main_of
 
 ALONE = sorted({*programs()} - {*SERVICES})
 """Those which need no service."""
+LONG = ("checkpoint", "digits", "few_steps", "memory")
+"""Those which train even in their least form."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,9 @@ def _settings_of_torch():
 
 @pytest.mark.heavy
 @pytest.mark.usefixtures("_settings_of_torch")
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in ALONE]
+)
 def test_a_benchmark_runs_with_the_least_of_everything(name, home, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("DDPM_HOME", str(home))
     before = files_of_results()

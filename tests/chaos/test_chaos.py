@@ -129,11 +129,15 @@ def disturb(proxy: FaultProxy, fault: Fault, training: Training) -> Training:
     return training
 
 
-PARTS = [kill_worker, kill_s3, preempt_node, miss_mlflow, kill_driver]
-
-
-def test_a_training_survives_the_loss_of_every_part(arena: Arena, tmp_path: Path):
-    run_chaos(arena, tmp_path, PARTS, random.Random(0))
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([kill_worker, preempt_node, kill_driver], id="a worker, a node, the driver"),
+        pytest.param([kill_worker, kill_s3, preempt_node, miss_mlflow, kill_driver], id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_a_training_survives_the_loss_of_every_part(arena: Arena, tmp_path: Path, parts: list[Callable[..., Training]]):
+    run_chaos(arena, tmp_path, parts, random.Random(0))
 
 
 @pytest.mark.slow

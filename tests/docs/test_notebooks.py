@@ -34,8 +34,8 @@ FEWER = {
 """Texts of notebooks that decide how long they take, and what stands there in the short form."""
 LEARNS = {"guidance", "likelihood", "plane"}
 """Those that ask whether what they have learned is right, for which the short form learns too little."""
-RUNS = [pytest.param(path, id=path.stem, marks=pytest.mark.integration if path.stem in SERVERS else pytest.mark.slow)
-        for path in NOTEBOOKS]  # fmt: skip
+SLOW, ON_RAY = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.integration]
+RUNS = [pytest.param(path, id=path.stem, marks=ON_RAY if path.stem in SERVERS else SLOW) for path in NOTEBOOKS]
 
 
 def run(notebook, folder, monkeypatch):

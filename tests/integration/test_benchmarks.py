@@ -15,6 +15,8 @@ from tests.benchmarks.programs import SERVICES, check, files_of_results, quick
 from tests.integration.workers import STARTER, forked
 
 pytestmark = pytest.mark.integration
+SHORT = ("data", "overhead")
+"""Those whose least form is short: a cluster that streams shards, and trainings."""
 ON_DIGITS = ("studies", "trials")
 """Those which take the model and the evaluator of digits as given, and measure on whichever stack runs: no `--home`."""
 
@@ -53,7 +55,9 @@ def command(request, name, shell, forks, tmp_path):
     return [*words, "--out", str(tmp_path)], environment
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize(
+    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in SERVICES]
+)
 def test_a_benchmark_runs_with_the_least_of_everything(name, command, shell, local_stack, work, tmp_path):
     words, environment = command
     words += ["--smoke", *([] if name in ON_DIGITS else ["--home", str(local_stack.home)])]
