@@ -26,6 +26,7 @@ from pipelines.training.loop.context import Job
 from pipelines.training.loop.health import expected_faults
 from pipelines.training.loop.log import send_unsent
 from pipelines.training.prepare import PreparedRun
+from pipelines.training.ray_train.callbacks import cause_of
 from pipelines.training.ray_train.monitor import only_driver
 from pipelines.training.ray_train.resources import (
     connect_ray,
@@ -119,6 +120,7 @@ def train(
                         if state.reason is not None:
                             seen, cause = state.images_seen, root_cause(state.reason)
                             notice(f"starting again at {seen:,} images after: {cause}")
+                            monitor.lost.remote(cause_of(state.reason))
                         event: Event = WorkersStarted(checkpoint_images(config))
                         fit = Fit(workers(job, monitor))
                         fit.start()

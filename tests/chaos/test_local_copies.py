@@ -17,6 +17,7 @@ from tests.chaos.arena import Arena, Training, until
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(3000)]
 
 BATCH, STEPS = 32, 40
+FAR = 1_000_000
 LARGE = ["model=dit_digits", "model.width=640", "model.depth=8", "model.heads=8"]
 """51 M parameters, whose state has a GB."""
 SETTINGS = [
@@ -84,13 +85,9 @@ def test_eight_workers_on_two_nodes_lose_a_process_and_a_node(two_nodes: Arena, 
     assert len(goes_on(arena, training, begun, "node")) >= (2 if copies else 0)
     goodput = training.answer(900)["goodput"]
     print(goodput)
-    assert {cause: loss["times"] for cause, loss in goodput["losses"].items()} == {"process": 1, "node": 1}
-    alone = [
-        "cluster.num_workers=1",
-        "cluster.parallel=ddp",
-        "cluster.shard_size=null",
-        f"checkpoint.every={12 * BATCH}",
-    ]
+    assert goodput["losses"].keys() == {"process", "node"}
+    alone = ["cluster.num_workers=1", "cluster.parallel=ddp", "cluster.shard_size=null", f"checkpoint.every={FAR}"]
+    alone += ["cluster.cpus_per_worker=2", "cluster.threads_per_worker=2"]
     arena.train(*SETTINGS, "name=calm", *alone).answer(900)
     calm, lossy = losses(arena, "calm"), losses(arena, "lossy")
     assert list(lossy) == list(range(BATCH, STEPS * BATCH + 1, BATCH))

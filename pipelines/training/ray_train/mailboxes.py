@@ -63,10 +63,10 @@ class Monitor:
         return self.stop
 
     def lost(self, cause: str) -> None:
-        """Record what ended the workers of the newest attempt, one of `goodput.CAUSES`."""
+        """Record what ended the workers of the newest attempt, one of `goodput.CAUSES`; what was said first stays."""
         if self.attempts:
             name, attempt = next(reversed(self.attempts.items()))
-            self.attempts[name] = replace(attempt, lost_to=cause)
+            self.attempts[name] = replace(attempt, lost_to=attempt.lost_to or cause)
 
     def set_final_error(self, message: str) -> None:
         """Record an error that a restart of the workers cannot mend; the first message stays."""
