@@ -62,9 +62,7 @@ def _start_s3(home: Path, running: dict[str, StartedService]) -> StartedService:
     # S3 answers before its bucket exists, which the filer shows, and before it can store files, which the master shows.
     bucket = f"{scheme}://127.0.0.1:{ports['filer.port']}/buckets/{BUCKET}/"
     volumes = f"{scheme}://127.0.0.1:{ports['master.port']}/dir/assign"
-    # It keeps the buffers of large uploads, and Go frees them only under a limit: 7 GB stayed after a few GB of parts.
-    environment = {"GOMEMLIMIT": "1GiB"}
-    return launch("s3", command, home, environment, url, url, (url, bucket, volumes), private)
+    return launch("s3", command, home, {}, url, url, (url, bucket, volumes), private)
 
 
 def _start_mlflow(home: Path, running: dict[str, StartedService]) -> StartedService:
