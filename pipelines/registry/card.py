@@ -29,7 +29,8 @@ from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.storage import Storage, StorageError
 from pipelines.tracking import ModelVersion, Tracker, TrackingError, links
 
-MARK = "<!-- model card: written by ddpm, again with each verdict; a text above this line stays -->"
+MARK = "<!-- model card: written by ddpm, anew with each verdict; a text above this line stays -->"
+"""Where a card begins in a description: stored with every version, so it is not to be reworded."""
 LARGEST = 5_000
 """Characters that MLflow's database keeps of a description."""
 SHORT = 12

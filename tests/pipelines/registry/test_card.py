@@ -219,6 +219,10 @@ def test_what_a_person_wrote_above_the_card_stays():
     assert first == f"{MARK}\n\ncard 1"
     edited = f"Ours.\n\n{first}"
     assert below_notes(edited, "card 2") == f"Ours.\n\n{MARK}\n\ncard 2"
+    stored = (
+        "Ours.\n\n<!-- model card: written by ddpm, anew with each verdict; a text above this line stays -->\n\ncard 1"
+    )
+    assert below_notes(stored, "card 2") == f"Ours.\n\n{MARK}\n\ncard 2"  # as earlier releases have written it
     assert below_notes("by hand", "card 1") == f"by hand\n\n{MARK}\n\ncard 1"
 
 
