@@ -23,7 +23,7 @@ from pipelines.checkpoints.catalog import Listed
 from pipelines.checkpoints.errors import ModelError
 from pipelines.checkpoints.files import CheckpointState
 from pipelines.checkpoints.parts import PartsIndex
-from pipelines.environment.limits import NODE_FOLDER, SHARED_MEMORY, large_shared_memory
+from pipelines.environment.limits import copies_folder
 from pipelines.environment.scratch import closed_folder
 from pipelines.storage import layout
 
@@ -112,9 +112,7 @@ class NodeFolder:
     """
 
     def __init__(self, *run: str) -> None:
-        named = os.environ.get(NODE_FOLDER)
-        base = Path(named) if named else SHARED_MEMORY if large_shared_memory() else None
-        self._copies = closed_folder(base) / "copies"
+        self._copies = closed_folder(copies_folder()) / "copies"
         self.path = self._copies / _sha256("\n".join(run).encode())[:16]
         self.path.mkdir(parents=True, exist_ok=True)
         self._delete_leftovers()

@@ -51,19 +51,19 @@ def limits_here() -> NodeLimits:
     return NodeLimits("this machine", gpu_bytes(), min(memory, limit or memory), disk, shared_bytes())
 
 
+def copies_folder() -> Path | None:
+    """Return the folder in which this node keeps copies of checkpoints; None for that of temporary files."""
+    if named := os.environ.get(NODE_FOLDER):
+        return Path(named)
+    return SHARED_MEMORY if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).total >= SMALLEST else None
+
+
 def shared_bytes() -> float | None:
-    """Return the free shared memory; None where copies of checkpoints are kept elsewhere."""
-    if os.environ.get(NODE_FOLDER) or not large_shared_memory():
-        return None
-    return shutil.disk_usage(SHARED_MEMORY).free
+    """Return the size of shared memory; None where copies of checkpoints are kept elsewhere.
 
-
-def large_shared_memory() -> bool:
-    """Return whether shared memory can hold copies at all."""
-    try:
-        return shutil.disk_usage(SHARED_MEMORY).total >= SMALLEST
-    except OSError:
-        return False
+    Not what is free of it: the copies of a run that goes on are there already.
+    """
+    return shutil.disk_usage(SHARED_MEMORY).total if copies_folder() == SHARED_MEMORY else None
 
 
 def gpu_bytes() -> float | None:
