@@ -317,7 +317,7 @@ def resumable_checkpoints(storage: Storage, folder: str) -> Resumable:
     """Return the checkpoints that a run can resume from; listed ones that are gone are among the problems.
 
     Raises:
-        ModelError: there were checkpoints, and none is complete: the run must not start again by itself.
+        ModelError: there were checkpoints, and none is complete: the run must not start from the beginning by itself.
     """
     while True:
         # Whoever trains goes on meanwhile: what is entered after the list was read is not in it, and what has left the

@@ -20,7 +20,6 @@ CACHE_FOLDER = "/var/cache/ddpm"
 SPARE_CPUS = 2
 """Additional cores of a worker pod, for Ray's own processes and an evaluation during training."""
 GIB = 2**30
-"""Disk of a pod for temporary files: Ray's logs and spilled objects, and checkpoints before their upload."""
 CACHE_MARGIN = 10
 """Factor of a volume for shards over `data.cache_gib`, for partial downloads and compiled networks."""
 
