@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
 FEW = 16
 """Largest number of lanes and stretches of a batch that are handled one by one; above, the whole batch is located."""
 
@@ -92,14 +94,32 @@ class SampleOrder:
         Raises:
             ValueError: there are more ranks than samples in the batch.
         """
-        if world_size > size:
-            raise ValueError(f"{world_size} ranks cannot share a batch of {size}: use fewer workers or a larger batch")
-        span = slice(rank * size // world_size, (rank + 1) * size // world_size)
+        return self.part(start, size, span_of(size, rank, world_size))
+
+    def part(self, start: int, size: int, span: slice) -> Located:
+        """Return the samples at these positions of a sorted batch, as `batch` has them."""
         ordinals = self._piece_ordinals(start, size, span)
         if ordinals is None:
             whole = self.batch(start, size)
             return Located(whole.ordinals[span], whole.shards[span], whole.indices[span])
         return self.locate(ordinals)
+
+    def ordinals(self, shards: Ints, indices: Ints, epoch: int) -> Ints:
+        """Return the ordinals at which an epoch has samples of the split, the inverse of `locate`, int64 [n].
+
+        Args:
+            shards: of the samples, int64 [n].
+            indices: of the samples within their shards, int64 [n].
+        """
+        plan = self._plan(epoch)
+        slot = np.argsort(plan.lane_shards)[shards]
+        lane = np.searchsorted(plan.lane_of, slot, side="right") - 1
+        first, begin, end = self._window(plan, lane, slot)
+        position = begin + unfeistel(plan.ends[slot] + indices - begin, end - begin, plan.key ^ (first * 2 + 1))
+        round_ = position - plan.ends[plan.lane_of[lane]]
+        segment = np.searchsorted(plan.segment_round, round_, side="right") - 1
+        within = (round_ - plan.segment_round[segment]) * plan.segment_live[segment] + lane
+        return epoch * self.total + plan.segment_start[segment] + within
 
     def _piece_ordinals(self, start: int, size: int, span: slice) -> Ints | None:
         """Return the ordinals at positions `span` of a sorted batch, without locating the rest of the batch.
@@ -189,46 +209,81 @@ class SampleOrder:
         lane = within % plan.segment_live[segment]
         round_ = plan.segment_round[segment] + within // plan.segment_live[segment]
 
-        lane_first = plan.lane_of[lane]
-        position = plan.ends[lane_first] + round_  # within the concatenated lanes
+        position = plan.ends[plan.lane_of[lane]] + round_  # within the concatenated lanes
         slot = np.searchsorted(plan.ends, position, side="right") - 1
-        window = (slot - lane_first) // self.window
-        first = lane_first + window * self.window
-        last = np.minimum(first + self.window, plan.lane_of[lane + 1])
-        begin, end = plan.ends[first], plan.ends[last]
+        first, begin, end = self._window(plan, lane, slot)
         shuffled = begin + feistel(position - begin, end - begin, key=plan.key ^ (first * 2 + 1))
         slot = np.searchsorted(plan.ends, shuffled, side="right") - 1
         return lane, round_, plan.lane_shards[slot], shuffled - plan.ends[slot]
 
+    def _window(self, plan: _EpochPlan, lane: Ints, slot: Ints) -> tuple[Ints, Ints, Ints]:
+        """Return (first slot, first sample, end) of the windows in which slots of the concatenated lanes lie."""
+        lane_first = plan.lane_of[lane]
+        first = lane_first + (slot - lane_first) // self.window * self.window
+        last = np.minimum(first + self.window, plan.lane_of[lane + 1])
+        return first, plan.ends[first], plan.ends[last]
 
-def feistel(x: Ints, size: Ints, key: Ints | int, rounds: int = 6) -> Ints:
+
+def span_of(size: int, rank: int, world_size: int) -> slice:
+    """Return which positions of a sorted global batch belong to one rank; sizes differ by at most one.
+
+    Raises:
+        ValueError: there are more ranks than samples in the batch.
+    """
+    if world_size > size:
+        raise ValueError(f"{world_size} ranks cannot share a batch of {size}: use fewer workers or a larger batch")
+    return slice(rank * size // world_size, (rank + 1) * size // world_size)
+
+
+def feistel(x: Ints, size: Ints, key: Ints | int) -> Ints:
     """Permute [0, size) by a key, element by element, with a balanced Feistel network and cycle-walking.
 
     The network permutes [0, 4^h) with 4^h >= size. A result >= size is put through it again until it is < size (Black &
     Rogaway 2002), which takes fewer than four rounds of cycle-walking on average.
     """
+
+    def turn(left: Words, right: Words, low: Words, key: Words) -> tuple[Words, Words]:
+        for round_key in _ROUND_KEYS:
+            left, right = right, left ^ (_mix(right + key + round_key) & low)
+        return left, right
+
+    return _walk(x, size, key, turn)
+
+
+def unfeistel(x: Ints, size: Ints, key: Ints | int) -> Ints:
+    """Invert `feistel`."""
+
+    def turn(left: Words, right: Words, low: Words, key: Words) -> tuple[Words, Words]:
+        for round_key in reversed(_ROUND_KEYS):
+            left, right = right ^ (_mix(left + key + round_key) & low), left
+        return left, right
+
+    return _walk(x, size, key, turn)
+
+
+def _walk(
+    x: Ints, size: Ints, key: Ints | int, turn: Callable[[Words, Words, Words, Words], tuple[Words, Words]]
+) -> Ints:
+    """Apply a permutation of [0, 4^h), given for halves of h bits, until every result is < size."""
     size = np.asarray(size, dtype=np.int64)
     bits = np.ceil(np.log2(np.maximum(size, 2))).astype(np.uint64)
     half = (bits + np.uint64(1)) // np.uint64(2)
     mask = (np.uint64(1) << half) - np.uint64(1)
     keys = np.broadcast_to(np.asarray(key).astype(np.uint64), size.shape)
-
-    def once(value: NDArray[np.uint64], at: NDArray[np.bool_]) -> NDArray[np.uint64]:
-        bits, low, key = half[at], mask[at], keys[at]
-        left, right = value >> bits, value & low
-        for i in range(rounds):
-            left, right = right, left ^ (_mix(right + key + np.uint64(i * 0x9E3779B97F4A7C15 % 2**64)) & low)
-        return (left << bits) | right
-
     value = np.asarray(x, dtype=np.int64).astype(np.uint64)
     outside = np.ones(size.shape, dtype=bool)
     while outside.any():
-        value[outside] = once(value[outside], outside)
+        bits, low, now = half[outside], mask[outside], value[outside]
+        left, right = turn(now >> bits, now & low, low, keys[outside])
+        value[outside] = (left << bits) | right
         outside = value >= size.astype(np.uint64)
     return value.astype(np.int64)
 
 
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+_ROUND_KEYS = [np.uint64(i * 0x9E3779B97F4A7C15 % 2**64) for i in range(6)]
+
+
+def _mix(x: Words) -> Words:
     """Return the finalizer of SplitMix64 (Steele et al. 2014), in which every output bit depends on every input bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
