@@ -241,9 +241,11 @@ def ours(storage: Storage, cache: Path, cores: int) -> Make:
 
     def make(skip: int) -> Iterator[Any]:
         settings = StreamSettings(lanes=8, window=4, seed=0, cache_dir=cache, cache_bytes=20 << 30, threads=cores)
-        reader, order = open_stream(read_dataset(URI, storage), "train", storage, settings)
+        dataset = read_dataset(URI, storage)
+        reader, order = open_stream(dataset, "train", storage, settings)
+        end = dataset.samples("train")
         stream = TrainingStream(
-            reader, order, batch_size=BATCH, rank=0, world_size=1, start=skip, stop=order.total, threads=cores
+            reader, order, batch_size=BATCH, rank=0, world_size=1, start=skip, stop=end, threads=cores
         )
         for batch in stream:
             yield batch.images, batch.labels

@@ -16,7 +16,7 @@ class Conditioning:
     """The conditions of a batch of samples; the first axis of every tensor is the batch.
 
     Attributes:
-        label: class index in [0, num_classes), int64 [B].
+        label: class index in [0, num_classes), int64 [B]; -1 for a sample without a label, which takes the null one.
         text: token embeddings [B, L, D].
         text_mask: bool [B, L], True for real tokens, False for padding; None if there is no padding.
         pooled: embedding of the whole text, [B, D].

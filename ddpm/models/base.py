@@ -123,14 +123,15 @@ def class_rows(config: NetworkConfig, cond: Conditioning, x_t: Tensor) -> Tensor
     """Return the row of each sample in a class embedding, int64 [B]; dropped and absent labels take the last, null.
 
     Examples:
-        >>> cond = Conditioning(label=torch.tensor([3, 7]), drop=torch.tensor([False, True]))
-        >>> class_rows(NetworkConfig(num_classes=10), cond, torch.zeros(2, 3, 8, 8)).tolist()
-        [3, 10]
+        >>> cond = Conditioning(label=torch.tensor([3, 7, -1]), drop=torch.tensor([False, True, False]))
+        >>> class_rows(NetworkConfig(num_classes=10), cond, torch.zeros(3, 3, 8, 8)).tolist()
+        [3, 10, 10]
     """
     null = config.num_classes
     if cond.label is None:
         return torch.full((len(x_t),), null, dtype=torch.long, device=x_t.device)
-    return cond.label if cond.drop is None else torch.where(cond.drop, null, cond.label)
+    absent = cond.label < 0 if cond.drop is None else (cond.label < 0) | cond.drop
+    return torch.where(absent, null, cond.label)
 
 
 def text_vectors(cond: Conditioning, null_text: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -58,6 +58,7 @@ def model_spec(
         "dataset_uri": dataset.uri,
         "stream_digest": stream_digest(dataset, quarantine),
         "quarantined": 0 if quarantine is None else len(quarantine.excluded),
+        **mixture_lineage(dataset),
     }
     return ModelSpec(
         network=network_config(config),
@@ -69,6 +70,27 @@ def model_spec(
         sampling=sampling(config),
         lineage={"run": config.name, **data, **lineage},
     )
+
+
+def mixture_lineage(dataset: Dataset) -> dict[str, Any]:
+    """Return what a model's description says of a mixture; nothing for a dataset alone.
+
+    Returns:
+        `sources`, each with its name, address, digest of its stream and weights by first sample; and
+        `reference_digest`, of the stream at `dataset_uri`, by whose images samples are judged.
+    """
+    if not dataset.sources:
+        return {}
+    sources = [
+        {
+            "name": source.name,
+            "uri": source.uri,
+            "stream_digest": source.digest,
+            "weights": {str(n): weight for n, weight in source.weights.items()},
+        }
+        for source in dataset.sources
+    ]
+    return {"sources": sources, "reference_digest": dataset.reference_digest}
 
 
 def _has_classes(config: Config) -> bool:

@@ -131,6 +131,8 @@ def override_value(value: Any) -> str:
             return repr(value)
         case list() | tuple():
             return f"[{','.join(override_value(part) for part in value)}]"
+        case dict():
+            return f"{{{','.join(f'{key}:{override_value(part)}' for key, part in value.items())}}}"
     text = str(value)
     if re.fullmatch(r"[A-Za-z_]\w*", text) and text.lower() not in ("null", "true", "false", "none", "nan", "inf"):
         return text
@@ -291,6 +293,8 @@ def models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
         return models_in(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return [model for arg in typing.get_args(annotation) for model in models_in(arg)]
+    if typing.get_origin(annotation) is tuple:
+        return models_in(typing.get_args(annotation)[0])
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel) else []
 
 
@@ -304,6 +308,8 @@ def _explain(error: Any) -> str:
         ]
         if variants:
             models = variants
+        elif part.isdigit():
+            parts.append(part)  # of a list
         else:
             parts.append(part)
             allowed = sorted({field for model in models for field in model.model_fields})
@@ -317,6 +323,7 @@ def _explain(error: Any) -> str:
         tag, kinds = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "").split(", ")
         return f"{path}.kind: there is no '{tag}'. Allowed: {', '.join(kinds)}.{suggest(tag, kinds)}"
     if error["type"] == "missing":
-        return f"{path} has no value: set it with {path}=VALUE"
+        remedy = "give it one" if any(part.isdigit() for part in parts) else f"set it with {path}=VALUE"
+        return f"{path} has no value: {remedy}"
     got = "" if isinstance(error["input"], dict) else f", got {error['input']!r}"
     return f"{path}: {message}{got}" if path else message

@@ -241,6 +241,9 @@ class Config(ConfigSection):
             mode="json",
             include={"data": {"image_size", "channels", "num_classes", "lanes", "window", "flip"}},
         )
+        if self.data.sources:
+            mixed = [{"name": source.name, "weight": source.weight} for source in self.data.sources]
+            data["data"]["sources"] = json.loads(json.dumps(mixed))
         decisive = {"task", "init_from", "seed", "batch_size", "model", "schedule", "objective", "optim"}
         rest = self.model_dump(mode="json", include=decisive, exclude={"optim": {"max_skipped"}})
         consistency = self.objective.loss == "consistency"  # its stages are parts of the run

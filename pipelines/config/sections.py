@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from collections import Counter
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -10,6 +12,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -25,16 +28,59 @@ Geometry = Literal["crop", "resize", "keep"]
 Encoding = Literal["png", "jpg", "webp", "npy"]
 
 
+class SourceConfig(ConfigSection):
+    """One of several datasets that a training draws from."""
+
+    name: Annotated[str, Field(pattern=NAME, max_length=60)] = Field(
+        description="name of the source, by which metrics and messages call it"
+    )
+    uri: str = Field(description="address of the folder with its shards and dataset.json")
+    weight: float | dict[int, float] = Field(
+        1.0,
+        description="share of the training stream, relative to the other weights; or {N: WEIGHT, ...}, with a weight "
+        "from sample N of the stream on, where the first N is 0",
+    )
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _weight(cls, given: Any) -> Any:
+        try:
+            found = {int(n): float(w) for n, w in given.items()} if isinstance(given, dict) else float(given)
+        except (TypeError, ValueError):
+            raise ValueError("a weight is a number, or {N: WEIGHT, ...} with a weight from sample N on") from None
+        weights, starts = (list(found.values()), list(found)) if isinstance(found, dict) else ([found], [0])
+        if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
+            raise ValueError("weights are numbers above 0; leave a source out that is not to be drawn")
+        if min(starts) != 0:
+            raise ValueError("weights by stretch need one from sample 0 on, and none before it: {0: 1, 1000000: 3}")
+        return found
+
+    @property
+    def weights(self) -> dict[int, float]:
+        """First sample -> weight from there on."""
+        return self.weight if isinstance(self.weight, dict) else {0: self.weight}
+
+
 class DataConfig(ConfigSection):
     """The dataset and how it is read."""
 
     source: str | None = Field(
         None, description="source that `ddpm flow` ingests: `digits`, a folder, a .zip, or a .csv or .jsonl of paths"
     )
-    uri: str = Field(description="address of the folder with the shards and dataset.json")
+    uri: str = Field(
+        description="address of the folder with the shards and dataset.json; with data.sources, that of the dataset by "
+        "whose images samples are judged, by default the first source"
+    )
+    sources: tuple[SourceConfig, ...] = Field(
+        (),
+        description="datasets to train on in a mixture, each {name: NAME, uri: ADDRESS, weight: WEIGHT}, instead of "
+        "the one at data.uri; the weight is a number, or {N: WEIGHT, ...} with one from sample N of the stream on",
+    )
     image_size: PositiveInt = Field(le=4096, description="height and width in pixels")
     channels: Literal[1, 3] = Field(description="1 for grey images, 3 for colour")
-    num_classes: NonNegativeInt = Field(description="number of classes; 0 for images without labels")
+    num_classes: NonNegativeInt = Field(
+        description="number of classes, of all sources together; 0 for images without labels"
+    )
     lanes: PositiveInt = Field(8, description="positions in the data that are read in parallel; must divide batch_size")
     window: PositiveInt = Field(4, description="consecutive shards of a lane that are shuffled together")
     flip: bool = Field(False, description="mirror every image with probability 1/2")
@@ -60,6 +106,27 @@ class DataConfig(ConfigSection):
     )
     decode_threads: PositiveInt = Field(2, description="image decoding threads per worker")
     prefetch_batches: PositiveInt = Field(4, description="batches that a worker prefetches")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reference(cls, given: Any) -> Any:
+        """Let the first source judge where no other dataset is named."""
+        sources = given.get("sources") if isinstance(given, dict) else None
+        if isinstance(sources, list) and sources and isinstance(sources[0], dict) and not given.get("uri"):
+            return {**given, "uri": sources[0].get("uri", "")}
+        return given
+
+    @field_validator("sources")
+    @classmethod
+    def _names(cls, sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        twice = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
+        if twice:
+            where = [i for i, source in enumerate(sources) if source.name == twice[0]]
+            raise ValueError(
+                f"sources {' and '.join(map(str, where))}, counted from 0, are both named '{twice[0]}': give each a "
+                "name of its own"
+            )
+        return sources
 
 
 class OptimConfig(ConfigSection):

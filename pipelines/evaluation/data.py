@@ -17,6 +17,15 @@ from pipelines.shards.quarantine import read_quarantine, stream_digest
 from pipelines.storage import Storage
 
 
+def same_labels(spec: ModelSpec, dataset: Dataset) -> bool:
+    """Return whether labels of a dataset mean the same for a model.
+
+    A model of a mixture has the classes of all sources, and first those of the dataset that judges it.
+    """
+    known = len(dataset.classes) if spec.lineage.get("sources") else len(spec.classes)
+    return spec.classes[:known] == dataset.classes
+
+
 def _connected() -> None:
     """Do nothing, in a process that is connected to the Ray cluster."""
 
@@ -93,7 +102,7 @@ class EvaluationData:
         width, classes = key = spec.network.text_dim, spec.classes
         if key not in self._prompts:
             found = open_captions(width, self.dataset, self.config, self.notice)
-            labelled = bool(classes) and classes == self.dataset.classes
+            labelled = bool(classes) and same_labels(spec, self.dataset)
             # Where all captions are the same, there is nothing to tell apart.
             matcher = self.matcher if found is not None and len(found[0].different[0]) > 1 else None
             self._prompts[key] = None if found is None else Prompts(*found, labelled, matcher)
@@ -124,7 +133,7 @@ class EvaluationData:
                 f"{self.dataset.uri} has images of shape {shape} and the model draws {spec.shape}: ingest the data at "
                 "the model's size (data.image_size, data.channels), or name other data with data.uri"
             )
-        if spec.classes and self.dataset.classes and spec.classes != self.dataset.classes:
+        if spec.classes and self.dataset.classes and not same_labels(spec, self.dataset):
             differing = [
                 f"class {number} is {there!r} there and {here!r} in the model"
                 for number, (here, there) in enumerate(zip(spec.classes, self.dataset.classes, strict=False))

@@ -125,7 +125,7 @@ def score_and_record(
         published is not None
         and settings == spec.sampling
         and dataset_uri is None
-        and scored.scores.stream_digest == spec.lineage.get("stream_digest", scored.scores.stream_digest)
+        and scored.scores.stream_digest == judging_digest(spec, scored.scores.stream_digest)
         and lookup.scored_alike(config, tracker)
     )
     if own and published is not None:
@@ -207,6 +207,16 @@ def find_scores(
         return _Asked.of(guides, model_digest, settings, data).found(tracker, Trust.of(config.registry))
     except _NotMadeError:
         return None
+
+
+def judging_digest(spec: ModelSpec, unknown: str) -> str:
+    """Return the digest of the stream by which a model's own scores are made: of its data, or of what judges a mixture.
+
+    Args:
+        unknown: what to return for a model of an earlier release, which does not say.
+    """
+    lineage = spec.lineage
+    return str(lineage.get("reference_digest", lineage.get("stream_digest", unknown)))
 
 
 def subject_of(model: Model, model_digest: str, settings: Sampling, data: EvaluationData) -> SampledModel:

@@ -12,8 +12,9 @@ from pipelines.checkpoints import newest_checkpoint
 from pipelines.config import Config
 from pipelines.flow.stage import TRAIN, Results, Site, Stage, StageSpec, StageStatus, digest, there
 from pipelines.presentation.progress import Display, Notice, Report, TimeBreakdown, no_report
-from pipelines.shards.index import read_dataset
-from pipelines.shards.quarantine import read_quarantine, stream_digest
+from pipelines.shards.index import Dataset
+from pipelines.shards.joined import read_data, with_sources
+from pipelines.shards.quarantine import Quarantine, read_quarantine, stream_digest
 from pipelines.storage import Storage, join, layout
 from pipelines.training import driver
 from pipelines.training.describe import workers_text
@@ -42,7 +43,7 @@ class Train(Stage[TrainingResult]):
         """Return the digests of the data with their quarantine, and of the settings that decide the loss trace."""
         dataset = there(given.dataset)
         return {
-            "data": stream_digest(dataset, read_quarantine(dataset.uri, site.storage)),
+            "data": stream_digest(*self._data(site, dataset)),
             "settings": digest({**self.config.identity(), "images": self.config.images}),
         }
 
@@ -57,8 +58,7 @@ class Train(Stage[TrainingResult]):
         state = checkpoints.newest_checkpoint(config)
         if state is None:
             return StageStatus(None, f"run '{config.name}' has no checkpoint")
-        quarantine = read_quarantine(config.data.uri, storage)
-        checkpoints.check_resumable(state, config, there(given.dataset), quarantine)
+        checkpoints.check_resumable(state, config, *self._data(site, there(given.dataset)))
         length = state.ends_at(config)
         if state.images_seen < length:
             return StageStatus(None, f"run '{config.name}' has seen {state.images_seen:,} of {length:,} images")
@@ -73,6 +73,10 @@ class Train(Stage[TrainingResult]):
         if has_outstanding(tracker, config, length):
             return StageStatus(None, f"{seen}, and a published checkpoint is not scored")
         return StageStatus(TrainingResult(tracker, "complete", state.images_seen, published[-1], None), seen)
+
+    def _data(self, site: Site, dataset: Dataset) -> tuple[Dataset, Quarantine | None]:
+        """Return what is trained on: the dataset of the flow, or a mixture that it judges, with what is left out."""
+        return with_sources(self.config.data, dataset, read_quarantine(dataset.uri, site.storage), site.storage)
 
     def fills_time(self, site: Site) -> bool:
         """Return whether the run is to end at a time."""
@@ -147,8 +151,7 @@ def for_data(config: Config) -> Config:
     """
     storage = Storage.of(config)
     state = newest_checkpoint(config)
-    dataset = read_dataset(config.data.uri, storage)
-    digest = stream_digest(dataset, read_quarantine(config.data.uri, storage))
+    digest = stream_digest(*read_data(config.data, storage))
     if state is None or state.stream_digest == digest or config.data.allow_changed:
         return config
     return config.model_copy(update={"name": f"{config.name}-{digest[:8]}"})

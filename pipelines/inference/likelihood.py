@@ -19,6 +19,7 @@ from ddpm.model import Model
 from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config
 from pipelines.environment.lineage import code_lineage
+from pipelines.evaluation.data import same_labels
 from pipelines.evaluation.images import to_levels
 from pipelines.evaluation.likelihoods import Bounds, bound_bits, ode_bits
 from pipelines.evaluation.scoring import digest_of
@@ -206,7 +207,7 @@ def _test_split(uri: str, model: Model, most: int, config: Config) -> Data:
     text = spec.network.text_dim > 0
     with opened_split(dataset, "test", storage, config.data.cache_dir, config.data.cache_gib, text=text) as reader:
         batch = reader.at(spread_positions(sum(shard.samples for shard in reader.shards), most))
-    labels = batch.labels if spec.classes and dataset.classes == spec.classes else None
+    labels = batch.labels if dataset.classes and spec.classes and same_labels(spec, dataset) else None
     cond = Conditioning(label=labels, text=batch.text, text_mask=batch.text_mask, pooled=batch.pooled)
     known = labels is not None or batch.pooled is not None
     images = to_levels(batch.images).float() / 127.5 - 1  # of the bytes that a float32 stands for

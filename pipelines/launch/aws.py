@@ -40,26 +40,24 @@ def worker_policy(config: Config) -> dict[str, Any]:
             "Resource": [f"arn:aws:s3:::{bucket}/{folder}" for folder in folders],
         },
     ]
-    if config.data.uri.startswith("s3://"):
-        data_bucket, data_prefix = split(config.data.uri)
+    addresses = dict.fromkeys([config.data.uri, *(source.uri for source in config.data.sources)])
+    for number, address in enumerate(uri for uri in addresses if uri.startswith("s3://")):
+        data_bucket, data_prefix = split(address)
         if data_bucket != bucket or not data_prefix.startswith(f"{prefix}{layout.DATASETS}/"):
+            more = str(number) if number else ""
             statements += [
-                _list("ListData", data_bucket, [f"{data_prefix}*"]),
+                _list(f"ListData{more}", data_bucket, [f"{data_prefix}*"]),
                 {
-                    "Sid": "ReadData",
+                    "Sid": f"ReadData{more}",
                     "Effect": "Allow",
                     "Action": ["s3:GetObject"],
                     "Resource": [f"arn:aws:s3:::{data_bucket}/{data_prefix}*"],
                 },
-                {
-                    "Sid": "KeepWhatJudges",
-                    "Effect": "Allow",
-                    "Action": ["s3:PutObject"],
-                    "Resource": [
-                        f"arn:aws:s3:::{data_bucket}/{data_prefix}{folder}/*" for folder in layout.BESIDE_DATA
-                    ],
-                },
             ]
+            if address == config.data.uri:
+                beside = [f"arn:aws:s3:::{data_bucket}/{data_prefix}{folder}/*" for folder in layout.BESIDE_DATA]
+                judges: Statement = {"Sid": "KeepWhatJudges", "Effect": "Allow", "Action": ["s3:PutObject"]}
+                statements.append({**judges, "Resource": beside})
     return {"Version": VERSION, "Statement": statements}
 
 

@@ -26,6 +26,7 @@ from pipelines.presentation.blocks import Block, Code, Image, Items, Link, Listi
 from pipelines.registry.evidence import Evidence
 from pipelines.registry.verdict import Verdict, verdict_blocks
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
+from pipelines.shards.joined import weight_in_words
 from pipelines.storage import Storage, StorageError
 from pipelines.tracking import ModelVersion, Tracker, TrackingError, links
 
@@ -227,7 +228,17 @@ def _data(evidence: Evidence, spec: ModelSpec, dataset: Dataset | None) -> Items
         same = "" if dataset.digest == scores.dataset_digest else " (there now, which is other data)"
         rows.append("images: " + ", ".join(f"{dataset.samples(s):,} {s}" for s in dataset.splits) + same)
     rows.append(f"left out by quarantine: {int(lineage.get('quarantined', 0)):,}")
-    if lineage.get("dataset_digest") not in (None, scores.dataset_digest):
+    sources = lineage.get("sources", [])
+    rows += [
+        (
+            f"trained on source {source['name']} (weight {weight_in_words(source['weights'])}): ",
+            Code(source["uri"]),
+            ", digest ",
+            Code(source["stream_digest"][:SHORT]),
+        )
+        for source in sources
+    ]
+    if not sources and lineage.get("dataset_digest") not in (None, scores.dataset_digest):
         rows.append(("trained on other data: ", Code(str(lineage.get("dataset_uri")))))
     shown = ", ".join(spec.classes[:NAMES])
     more = len(spec.classes) - NAMES

@@ -86,7 +86,7 @@ class Evidence:
         """Return the tags of the version, which have to be equal to these."""
         scores = self.scores
         return {
-            **{key: str(value) for key, value in self.lineage.items()},
+            **{key: str(value) for key, value in self.lineage.items() if not isinstance(value, list)},
             "scores": json.dumps(scores.to_plain(), sort_keys=True),
             "frechet_distance": f"{scores['frechet_distance'].value:.4f}",
             "class_accuracy": "" if scores.class_accuracy is None else f"{scores.class_accuracy:.4f}",

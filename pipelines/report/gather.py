@@ -19,7 +19,7 @@ from ddpm.model import ModelSpec
 from ddpm.models import NETWORKS
 from pipelines import tracking
 from pipelines.checkpoints import Published, list_published, published_spec
-from pipelines.config import Config
+from pipelines.config import Config, DataConfig
 from pipelines.evaluation.recorded import evaluation_pictures, read_scores
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation.charts import Point
@@ -34,6 +34,7 @@ from pipelines.report.subject import ReportSubject
 from pipelines.search.space import get_value
 from pipelines.search.study import StudyStore, TrialRecord
 from pipelines.shards.index import read_dataset
+from pipelines.shards.joined import read_data, weight_in_words
 from pipelines.shards.read import spread_positions
 from pipelines.storage import Storage, join, layout
 from pipelines.tracking import ModelVersion
@@ -47,6 +48,8 @@ GRIDS = "samples"
 MOST_GRIDS = 24
 """Grids that the page holds."""
 CURVES = ("train/loss", "updates/grad_norm", "train/images_per_s")
+SOURCE_LOSS = "train/loss/SOURCE".removesuffix("SOURCE")
+"""Prefix of the names of the losses of the sources of a mixture."""
 DISTANCE, ENDS = "eval/frechet_distance", ("low", "high")
 ACCURACY = "test/accuracy_tLEVEL".removesuffix("LEVEL")
 """Prefix of the names of the accuracies of a classifier of noisy images."""
@@ -201,8 +204,15 @@ class _Reader:
         rows += [("digest", digest[:12])] if digest else []
         if not uri:
             return tuple(rows)
+        sources = get_value(settings, "data.sources") or ()
+        for source in sources:
+            weights = source["weight"] if isinstance(source["weight"], Mapping) else {0: source["weight"]}
+            rows.append((f"source {source['name']}", f"{source['uri']}, weight {weight_in_words(weights)}"))
         with self._part("the index of the dataset"):
-            dataset = read_dataset(uri, self.storage)
+            if sources:
+                dataset, _ = read_data(DataConfig.model_validate(settings["data"]), self.storage)
+            else:
+                dataset = read_dataset(uri, self.storage)
             size, colours = dataset.image_size, {1: "grey", 3: "colour"}.get(dataset.channels, "")
             counts = ", ".join(f"{dataset.samples(split):,} {split}" for split in dataset.splits)
             now = "" if digest in (None, dataset.digest) else " (there now: the data have changed since)"
@@ -216,7 +226,7 @@ class _Reader:
     def _curves(self, published: Sequence[Published]) -> dict[str, tuple[Point, ...]]:
         tracker = self.subject.tracker
         there = tracker.last_steps()
-        wanted = [*CURVES, *(key for key in there if key.startswith(ACCURACY))]
+        wanted = [*CURVES, *(key for key in there if key.startswith((ACCURACY, SOURCE_LOSS)))]
         found = {}
         for key in wanted:
             if key in there:

@@ -10,7 +10,7 @@ from pipelines.presentation.blocks import Bar, Block, Charts, Section, Slides, T
 from pipelines.presentation.charts import Chart, Point, Series
 from pipelines.registry.verdict import verdict_blocks
 from pipelines.report.facts import Facts
-from pipelines.report.gather import ACCURACY, DISTANCE
+from pipelines.report.gather import ACCURACY, DISTANCE, SOURCE_LOSS
 
 LEAST_S = 0.05
 """Shortest part of a run's time that is shown, in seconds."""
@@ -66,6 +66,12 @@ def _curves(facts: Facts) -> Section | None:
         for key, title, y, log in wanted
         if len(points := _positive(facts.curves.get(key, ()), only=log)) > 1  # a single one is no curve
     ]
+    by_source = [key for key in facts.curves if key.startswith(SOURCE_LOSS)]
+    if by_source:
+        some = "" if len(by_source) <= MOST_SERIES else f", the first {MOST_SERIES} of {len(by_source)}"
+        first = by_source[:MOST_SERIES]
+        chosen = [Series(key.removeprefix(SOURCE_LOSS), _positive(facts.curves[key])) for key in first]
+        charts.append(Chart(f"Loss by source{some}", "images seen", "training loss", chosen, True))
     accuracies = sorted((int(key.removeprefix(ACCURACY)), key) for key in facts.curves if key.startswith(ACCURACY))
     if accuracies:
         every = [Series(f"t = {t}", facts.curves[key]) for t, key in accuracies]

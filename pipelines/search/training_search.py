@@ -38,6 +38,7 @@ from pipelines.search.training_trial import TrainingTrial, median_seconds, rungs
 from pipelines.search.tune_trials import Trials
 from pipelines.shards.captions import Captions
 from pipelines.shards.index import Dataset, read_dataset
+from pipelines.shards.joined import with_sources
 from pipelines.storage import layout
 from pipelines.tracking import Tracker
 from pipelines.training.prepare import check_dataset
@@ -143,8 +144,9 @@ class TrainingSearch(Search):
             )
         rungs(config.images, config.batch_size, self.study)
         dataset = read_dataset(config.data.uri, self.storage)
-        check_dataset(dataset, config)
-        self.subject, self.identity = dataset.uri, dataset.digest
+        trained, _ = with_sources(config.data, dataset, None, self.storage)
+        check_dataset(trained, config)
+        self.subject, self.identity = dataset.uri, trained.digest
         return dataset
 
     def open(self) -> None:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from pipelines.shards.index import Member, ShardInfo
 from pipelines.shards.source import ShardCorruptError
-from pipelines.storage import StorageError, join
+from pipelines.storage import StorageError
 
 logger = logging.getLogger(__name__)
 STALLED_S = 60.0
@@ -329,7 +329,7 @@ class PartialShard:
     def corrupt(self, uri: str) -> ShardCorruptError:
         """Return the error for a shard that was wrong on a second download."""
         return ShardCorruptError(
-            f"{join(uri, self.shard.name)} has SHA-256 {self.sha256()[:12]}, dataset.json says "
+            f"{self.shard.address(uri)} has SHA-256 {self.sha256()[:12]}, dataset.json says "
             f"{self.shard.sha256[:12]}, on two downloads: the shard is damaged: write it again, or leave it out with "
             "`ddpm check URI --quarantine`"
         )

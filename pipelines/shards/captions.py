@@ -18,7 +18,7 @@ from pipelines.shards.index import Dataset, DatasetError, ShardIndex
 from pipelines.shards.members import FlawError, decode_label, require_member, unpack_embedding
 from pipelines.shards.read import ShardReader
 from pipelines.shards.source import ShardCorruptError
-from pipelines.storage import Storage, join, layout
+from pipelines.storage import Storage, layout
 
 LOOKED_AT = 10
 """Number of samples examined for the width of a dataset's embeddings, because the first ones may be damaged."""
@@ -127,13 +127,13 @@ def caption_width(dataset: Dataset, split: str, storage: Storage) -> int | None:
         DatasetError: they cannot be read, or a network cannot be conditioned on them.
     """
     shard = dataset.shards(split)[0]
-    index = ShardIndex.from_json(storage.read(join(dataset.uri, layout.index_name(shard.name))))
+    index = ShardIndex.from_json(storage.read(layout.index_name(shard.address(dataset.uri))))
     column = index.columns.get("emb.npy")
     there = [] if column is None else [row for row in column.tolist() if row[0] >= 0]
     problem: FlawError | None = None
     for offset, size, _ in there[:LOOKED_AT]:
         try:
-            pooled, text = unpack_embedding(storage.read(join(dataset.uri, shard.name), offset, offset + size))
+            pooled, text = unpack_embedding(storage.read(shard.address(dataset.uri), offset, offset + size))
         except FlawError as error:
             problem = error
             continue

@@ -27,20 +27,54 @@ class DatasetError(PipelineError):
 
 
 @dataclass(frozen=True)
+class Source:
+    """One of the datasets of a mixture.
+
+    Attributes:
+        name: name of the source.
+        uri: folder of the dataset.
+        digest: digest of its stream: of the dataset and of its quarantine.
+        weights: ordinal -> weight from there on.
+        labels: number of the class in the mixture for each class of the dataset; empty for data without labels.
+    """
+
+    name: str
+    uri: str
+    digest: str
+    weights: Mapping[int, float]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ShardInfo:
     """One tar file of a dataset.
 
     Attributes:
-        name: path relative to the folder of dataset.json.
+        name: path relative to the folder of dataset.json; of a shard of a mixture, its address.
         samples: number of samples.
         bytes: size of the file.
         sha256: SHA-256 of the file.
+        source: of a shard of a mixture, the dataset that it is of.
     """
 
     name: str
     samples: int
     bytes: int
     sha256: str
+    source: Source | None = None
+
+    def address(self, folder: str) -> str:
+        """Return the address of the file.
+
+        Args:
+            folder: of the dataset.
+        """
+        return join(folder, self.name) if self.source is None else self.name
+
+    def folder(self, folder: str) -> str:
+        """Return the folder of the dataset that the shard is of: that of its source in a mixture, else the given
+        one."""
+        return folder if self.source is None else self.source.uri
 
 
 @dataclass(frozen=True)
@@ -56,6 +90,8 @@ class Dataset:
         mean: mean of the train split's pixels in [-1, 1], per channel.
         std: standard deviation of these pixels, per channel.
         digest: SHA-256 over all of the above except `uri`.
+        sources: of a mixture, the datasets that its split "train" is of; its other splits are those at `uri`.
+        reference_digest: of a mixture, the digest of the stream at `uri`.
     """
 
     uri: str
@@ -66,6 +102,8 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str
+    sources: tuple[Source, ...] = ()
+    reference_digest: str = ""
 
     def samples(self, split: str) -> int:
         """Return the number of samples of a split."""
@@ -96,7 +134,11 @@ def make_dataset(uri: str, **content: Any) -> Dataset:
 def _content(dataset: Dataset) -> dict[str, Any]:
     """Return the part of `dataset.json` that the digest covers."""
     plain = asdict(dataset)
-    del plain["uri"], plain["digest"]
+    for name in ("uri", "digest", "sources", "reference_digest"):
+        del plain[name]
+    for shards in plain["splits"].values():
+        for shard in shards:
+            del shard["source"]
     return {"schema_version": SCHEMA_VERSION, **plain}
 
 

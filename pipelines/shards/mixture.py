@@ -41,6 +41,16 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(whole) if sum(whole) <= DENOMINATOR else _rounded([Fraction(w, sum(whole)) for w in whole])
 
 
+def by_stretch(weights: Sequence[Mapping[int, float]]) -> dict[int, list[float]]:
+    """Return first ordinal -> weight of each source from there on.
+
+    Args:
+        weights: of each source, first ordinal -> its weight from there on; the first one is 0.
+    """
+    starts = sorted({start for each in weights for start in each})
+    return {start: [each[max(n for n in each if n <= start)] for each in weights] for start in starts}
+
+
 def _rounded(shares: Sequence[Fraction]) -> tuple[int, ...]:
     """Return whole numbers >= 1 with the sum `DENOMINATOR`, nearest to it times shares."""
     wanted = [share * DENOMINATOR for share in shares]

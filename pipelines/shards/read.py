@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from pipelines.shards.members import (
 from pipelines.shards.order import Located
 from pipelines.shards.quarantine import Quarantine, kept_samples, kept_shards, read_quarantine
 from pipelines.shards.source import ShardCorruptError
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,11 @@ class Batch:
     Attributes:
         ordinals: ordinals of the samples in the stream, int64 [B].
         images: pixels in [-1, 1], float32 [B, C, S, S].
-        labels: class indices, int64 [B]; None for data without labels.
+        labels: class indices, int64 [B], -1 for samples of a source without labels; None for data without labels.
         text: token embeddings, float32 [B, L, D], padded with zeros; None where they were not requested.
         text_mask: True for tokens, False for padding, bool [B, L].
         pooled: embeddings of the whole texts, float32 [B, D].
+        sources: of a mixture, the number of each sample's source, int64 [B].
     """
 
     ordinals: Tensor
@@ -54,6 +55,7 @@ class Batch:
     text: Tensor | None = None
     text_mask: Tensor | None = None
     pooled: Tensor | None = None
+    sources: Tensor | None = None
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -107,6 +109,9 @@ class ShardReader:
         self._memory = _Memory(dataset, self.shards) if decoded <= memory_bytes and not text else None
         self._selected: dict[str, ShardIndex] = {}
         self._recorded = {shard.name: shard for shard in dataset.shards(split)}
+        numbers = {source.name: number for number, source in enumerate(dataset.sources)}
+        of_shards = [numbers[shard.source.name] for shard in self.shards if shard.source is not None]
+        self._sources = np.array(of_shards, dtype=np.int64) if of_shards else None
 
     def close(self) -> None:
         """Stop the fetcher."""
@@ -114,6 +119,8 @@ class ShardReader:
 
     def samples(self, located: Located) -> list[dict[str, Any]]:
         """Return samples as WebDataset does, with `__key__`, `__url__` and bytes by extension, and with `__ordinal__`.
+
+        The `cls` of a sample of a mixture is its class there.
 
         Raises:
             ShardCorruptError: a shard is damaged.
@@ -124,10 +131,13 @@ class ShardReader:
             for place, i, members in zip(group.places, group.at, contents, strict=True):
                 found[place] = {
                     "__key__": group.index.keys[i],
-                    "__url__": join(self.dataset.uri, group.shard.name),
+                    "__url__": group.shard.address(self.dataset.uri),
                     "__ordinal__": int(located.ordinals[place]),
                     **{name: bytes(data) for name, data in members.items()},
                 }
+                if group.shard.source is not None and "cls" in members:
+                    with self._named(group, i):
+                        found[place]["cls"] = str(_label(group.shard, members)).encode()
         return found
 
     def batch(self, located: Located) -> Batch:
@@ -145,7 +155,8 @@ class ShardReader:
             torch.from_numpy(located.ordinals),
             torch.from_numpy(pixels).float().div_(127.5).sub_(1),
             torch.from_numpy(labels) if self.dataset.classes else None,
-            *(_padded(embeddings) if self.text else ()),
+            *(_padded(embeddings) if self.text else (None, None, None)),
+            None if self._sources is None else torch.from_numpy(self._sources[located.shards]),
         )
 
     def _decode(self, located: Located) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[Embedding]]:
@@ -160,19 +171,26 @@ class ShardReader:
         embeddings: list[Embedding] = [(None, None)] * count
         for group, contents in self._read(located, self._needed):
             for place, i, members in zip(group.places, group.at, contents, strict=True):
-                try:
+                with self._named(group, i):
                     pixels[place] = decode_pixels(members, size, channels)
                     if self.dataset.classes:
-                        labels[place] = decode_label(bytes(require_member(members, "cls")))
+                        labels[place] = _label(group.shard, members)
                     if self.text:
                         embeddings[place] = unpack_embedding(require_member(members, "emb.npy"))
-                except FlawError as error:
-                    raise ShardCorruptError(
-                        f"{self.dataset.uri}: sample {group.index.keys[i]} of {group.shard.name} {error}; "
-                        f"see all such samples with `ddpm check {self.dataset.uri}`"
-                    ) from error
         # Channels are moved while a pixel is one byte, because that copies a quarter of the bytes.
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), labels, embeddings
+
+    @contextmanager
+    def _named(self, group: _Group, i: int) -> Iterator[None]:
+        """Name sample i of a shard in the error of a member that is wrong."""
+        try:
+            yield
+        except FlawError as error:
+            folder = group.shard.folder(self.dataset.uri)
+            raise ShardCorruptError(
+                f"{folder}: sample {group.index.keys[i]} of {group.shard.name} {error}; "
+                f"see all such samples with `ddpm check {folder}`"
+            ) from error
 
     def at(self, positions: NDArray[np.int64]) -> Batch:
         """Read and decode the samples at these positions in shard order, int64 [B]; ordinals are the positions."""
@@ -234,6 +252,22 @@ class _Group:
     index: ShardIndex
     places: list[int]
     at: list[int]
+
+
+def _label(shard: ShardInfo, members: Mapping[str, Any]) -> int:
+    """Return the class of a sample, in a mixture that of the mixture, or -1 where its source has none.
+
+    Raises:
+        FlawError: it has no label, or one that its source has no class for.
+    """
+    if shard.source is not None and not shard.source.labels:
+        return -1
+    label = decode_label(bytes(require_member(members, "cls")))
+    if shard.source is None:
+        return label
+    if label >= len(shard.source.labels):
+        raise FlawError("label", f"has the label {label}, and its dataset has {len(shard.source.labels)} classes")
+    return shard.source.labels[label]
 
 
 class _Memory:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from pipelines.presentation.errors import PipelineError
 from pipelines.shards.index import DatasetError, Member, ShardIndex, ShardInfo
-from pipelines.storage import ShortObjectError, Storage, join, layout
+from pipelines.storage import ShortObjectError, Storage, layout
 
 
 class ShardCorruptError(PipelineError):
@@ -81,14 +81,15 @@ class ShardSource:
         """
         if start == stop:
             return
-        uri = join(self.uri, shard.name)
+        uri = shard.address(self.uri)
         try:
             requests = self.storage.fetch(uri, start, stop, sink)
         except ShortObjectError as error:
-            sizes = {entry.uri: entry.size for entry in self.storage.list(self.uri)}
+            folder = shard.folder(self.uri)
+            sizes = {entry.uri: entry.size for entry in self.storage.list(folder)}
             raise ShardShortError(
                 f"{uri} is cut short: it has {sizes.get(uri, 0):,} bytes, the index says {shard.bytes:,}: write it "
-                f"again; `ddpm check {self.uri}` finds the rest of what is wrong, and with --quarantine it is left out"
+                f"again; `ddpm check {folder}` finds the rest of what is wrong, and with --quarantine it is left out"
             ) from error
         self.stats.add(requests=requests, bytes=stop - start)
 
@@ -99,7 +100,7 @@ class ShardSource:
             ShardCorruptError: it is damaged, or does not list as many samples as dataset.json says.
             StorageError: the store cannot be reached, or has no such sidecar.
         """
-        where = join(self.uri, layout.index_name(shard.name))
+        where = layout.index_name(shard.address(self.uri))
         try:
             index = ShardIndex.from_json(self.storage.read(where))
         except DatasetError as error:
@@ -125,8 +126,8 @@ class ShardSource:
         data = self.get(shard, start, stop)
         if zlib.crc32(data) != member.crc32:
             raise ShardCorruptError(
-                f"{join(self.uri, shard.name)}: bytes {start:,} to {stop:,} do not have the CRC that "
+                f"{shard.address(self.uri)}: bytes {start:,} to {stop:,} do not have the CRC that "
                 f"{layout.index_name(shard.name)} records, on two reads: the shard is damaged: write it again, or "
-                f"leave it out with `ddpm check {self.uri} --quarantine`"
+                f"leave it out with `ddpm check {shard.folder(self.uri)} --quarantine`"
             )
         return data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import Dataset, DatasetError
+from pipelines.shards.index import Dataset, DatasetError, ShardInfo
+from pipelines.shards.mixture import MixtureOrder, Schedule, by_stretch
 from pipelines.shards.order import Located, SampleOrder
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.shards.read import Batch, ShardReader
@@ -54,28 +55,32 @@ class StreamSettings:
 
 def open_stream(
     dataset: Dataset, split: str, storage: Storage, settings: StreamSettings, quarantine: Quarantine | None = None
-) -> tuple[ShardReader, SampleOrder]:
+) -> tuple[ShardReader, SampleOrder | MixtureOrder]:
     """Return a reader of a split, and the order of its samples.
 
     Raises:
         DatasetError: there is no such split, or the quarantine is of another dataset.
+        ValueError: weights of a mixture are for so short a stretch that they cannot be met.
     """
-    fetcher = ShardFetcher.opened(
-        dataset, split, storage, settings.cache_dir, settings.cache_bytes, settings.lanes * settings.window
-    )
+    in_use = settings.lanes * settings.window * max(1, len(dataset.sources))
+    fetcher = ShardFetcher.opened(dataset, split, storage, settings.cache_dir, settings.cache_bytes, in_use)
     reader = ShardReader(dataset, split, fetcher, quarantine, text=settings.text, memory_bytes=settings.memory_bytes)
-    order = SampleOrder(
-        [shard.samples for shard in reader.shards],
-        lanes=settings.lanes,
-        window=settings.window,
-        seed=settings.seed,
-        digest=stream_digest(dataset, quarantine),
-    )
-    return reader, order
+
+    def order(shards: Sequence[ShardInfo], digest: str) -> SampleOrder:
+        counts = [shard.samples for shard in shards]
+        return SampleOrder(counts, lanes=settings.lanes, window=settings.window, seed=settings.seed, digest=digest)
+
+    if reader.shards[0].source is None:
+        return reader, order(reader.shards, stream_digest(dataset, quarantine))
+    orders = [
+        order([shard for shard in reader.shards if shard.source == source], f"{source.name}/{source.digest}")
+        for source in dataset.sources
+    ]
+    return reader, MixtureOrder(orders, Schedule(by_stretch([source.weights for source in dataset.sources])))
 
 
 class TrainingStream:
-    """The decoded batches of one rank, in the order of `SampleOrder`, read ahead by threads.
+    """The decoded batches of one rank, in the order of `SampleOrder` or `MixtureOrder`, read ahead by threads.
 
     Where there is a GPU they are in page-locked memory, from which they can be copied while the GPU computes.
 
@@ -86,7 +91,7 @@ class TrainingStream:
     def __init__(
         self,
         reader: ShardReader,
-        order: SampleOrder,
+        order: SampleOrder | MixtureOrder,
         *,
         batch_size: int,
         rank: int,

@@ -39,13 +39,19 @@ def check_addresses(config: Config) -> None:
     """Check the addresses of a configuration before any service is started or contacted.
 
     Raises:
-        ConfigError: no registered storage answers `storage.root` or `data.uri`.
+        ConfigError: no registered storage answers `storage.root`, `data.uri` or the address of a source.
     """
-    for setting, address in (("storage.root", config.storage.root), ("data.uri", config.data.uri)):
+    for setting, address in (("storage.root", config.storage.root), *data_addresses(config)):
         try:
             check_address(address.rstrip("/"))
         except StorageError:
             raise ConfigError(f"{setting} = {address}: addresses are {address_forms()}") from None
+
+
+def data_addresses(config: Config) -> list[tuple[str, str]]:
+    """Return the addresses of datasets in a configuration, with the setting that each is of."""
+    sources = [(f"data.sources: uri of '{source.name}'", source.uri) for source in config.data.sources]
+    return [("data.uri", config.data.uri), *sources]
 
 
 def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -> Config:
@@ -218,8 +224,8 @@ def without_secrets(config: Config) -> tuple[Config, dict[str, str]]:
             changed = getattr(config, section).model_copy(update={field: bare})
             config = config.model_copy(update={section: changed})
             variables |= found
-    addresses = {"storage.root": config.storage.root, "data.uri": config.data.uri, "data.source": config.data.source}
-    for setting, address in addresses.items():
+    others = [("storage.root", config.storage.root), ("data.source", config.data.source)]
+    for setting, address in [*others, *data_addresses(config)]:
         if address and (urlsplit(address).password or "") != "":
             raise ConfigError(
                 f"{setting} = {redact(address)} has a password in it, which would be shown with the address: "

@@ -3,6 +3,7 @@
 METRICS = {
     "train/loss": "Mean training loss of the steps since the last point. Losses of different schedules or objectives "
     "are not comparable.",
+    "train/loss/SOURCE": "Mean training loss of the samples of one source of a mixture, by its name in data.sources.",
     "train/images_per_s": "Images trained per second, by all workers together.",
     "train/length": "Images after which the run ends, as corrected by the measured speed; only with training_s.",
     "train/goodput": "Goodput: share of the drivers' time spent on training steps that were kept, 0 to 1.",

@@ -10,6 +10,7 @@ from pipelines.config import Config
 from pipelines.presentation import html
 from pipelines.presentation.blocks import Section, Table
 from pipelines.shards.index import Dataset
+from pipelines.shards.joined import weight_in_words
 from pipelines.storage import layout
 from pipelines.tracking import Tracker, links
 from pipelines.training.goodput import Goodput
@@ -94,7 +95,8 @@ def training_text(config: Config, dataset: Dataset) -> str:
         else f"{config.model.kind}, {config.objective.prediction}-prediction"
     )
     length = f"{config.images:,} images" if config.training_s is None else f"{config.training_s:,.0f} s on images"
+    names = ", ".join(f"`{source.uri}` (weight {weight_in_words(source.weights)})" for source in dataset.sources)
     return (
-        f"{what}, {config.schedule.kind} schedule, {length} of `{dataset.uri}` ({pictures}; "
+        f"{what}, {config.schedule.kind} schedule, {length} of {names or f'`{dataset.uri}`'} ({pictures}; "
         f"{dataset.samples('train'):,} different ones) in batches of {config.batch_size} on {workers_text(config)}."
     )

@@ -11,9 +11,9 @@ from pipelines import checkpoints
 from pipelines.checkpoints import newest_checkpoint, references
 from pipelines.config import Config, ConfigError
 from pipelines.shards.captions import caption_width
-from pipelines.shards.index import Dataset, DatasetError, read_dataset
+from pipelines.shards.index import Dataset, DatasetError
 from pipelines.shards.ingest.report import recorded_encoder
-from pipelines.shards.quarantine import read_quarantine
+from pipelines.shards.joined import TRAIN, parts_of, read_data
 from pipelines.shards.text import is_path, local_encoder
 from pipelines.storage import Storage
 from pipelines.storage.retry import PATIENCE_S
@@ -65,10 +65,10 @@ def prepare_run(config: Config, lineage: dict[str, Any], tags: Mapping[str, str]
             "classifier_free, and choose guidance by another network in `ddpm evaluate` or `ddpm search guidance`"
         )
     storage.require(config.storage.root)
-    dataset = read_dataset(config.data.uri, storage)
+    dataset, quarantine = read_data(config.data, storage)
     check_dataset(dataset, config)
     check_captions(dataset, config)
-    quarantine = read_quarantine(config.data.uri, storage)
+    check_labels(dataset, config)
     state = newest_checkpoint(config)
     if state is not None:
         checkpoints.check_resumable(state, config, dataset, quarantine)
@@ -127,26 +127,60 @@ def check_captions(dataset: Dataset, config: Config) -> None:
     """Refuse data on whose captions the network of the configuration cannot be conditioned.
 
     Raises:
-        DatasetError: they have no embeddings.
+        DatasetError: they have no embeddings, or those of two sources of a mixture were made by different encoders.
         ConfigError: the embeddings are of another width than the network's.
     """
     storage = Storage.of(config)
     width = config.model.text_dim
-    for split in ("train", "test"):
-        if not width or split not in dataset.splits:
+    for part, split in [*((part, TRAIN) for part in parts_of(dataset)), (dataset, "test")]:
+        if not width or split not in part.splits:
             continue
-        found = caption_width(dataset, split, storage)
+        found = caption_width(part, split, storage)
         if found is None:
             raise DatasetError(
-                f"{dataset.uri} has no embeddings of captions (emb.npy) in its split {split!r}, and model.text_dim = "
+                f"{part.uri} has no embeddings of captions (emb.npy) in its split {split!r}, and model.text_dim = "
                 f"{width} asks for them: ingest it with data.text_encoder from a source with captions, or set "
                 "model.text_dim=0"
             )
         if found != width:
             raise ConfigError(
-                f"model.text_dim = {width}, and the embeddings of the captions of {dataset.uri} have {found} numbers: "
+                f"model.text_dim = {width}, and the embeddings of the captions of {part.uri} have {found} numbers: "
                 f"set model.text_dim={found}"
             )
+    if width:
+        _check_encoders(dataset, storage)
+
+
+def _check_encoders(dataset: Dataset, storage: Storage) -> None:
+    """Refuse a mixture whose captions were embedded by different encoders, as far as is known.
+
+    Raises:
+        DatasetError: names two of its sources.
+    """
+    known = [(source, recorded_encoder(source.uri, storage)) for source in dataset.sources]
+    known = [(source, encoder) for source, encoder in known if encoder.digest]
+    for source, encoder in known[1:]:
+        first, other = known[0]
+        if encoder.digest != other.digest:
+            raise DatasetError(
+                f"data.sources: the captions of '{first.name}' ({first.uri}) were embedded by {other.name}, and those "
+                f"of '{source.name}' ({source.uri}) by {encoder.name}: ingest one of them again with the other's "
+                "data.text_encoder"
+            )
+
+
+def check_labels(dataset: Dataset, config: Config) -> None:
+    """Refuse a source without labels for a classifier of classes, which would learn nothing from it.
+
+    Raises:
+        DatasetError: names the source.
+    """
+    plain = [source for source in dataset.sources if not source.labels]
+    if plain and config.task == "classifier" and not config.model.text_dim:
+        raise DatasetError(
+            f"data.sources: source '{plain[0].name}' ({plain[0].uri}) has no labels, and task = classifier learns "
+            "them: leave it out"
+        )
 
 
 def check_dataset(dataset: Dataset, config: Config) -> None:
@@ -159,10 +193,11 @@ def check_dataset(dataset: Dataset, config: Config) -> None:
     pairs = {
         "image_size": (dataset.image_size, data.image_size),
         "channels": (dataset.channels, data.channels),
-        "num_classes": (len(dataset.classes), data.num_classes),
     }
+    if dataset.sources or not data.sources:  # classes are those of all sources, not of the dataset that judges
+        pairs["num_classes"] = len(dataset.classes), data.num_classes
     wrong = [
-        f"data.{key} is {configured} in the config, {found} in the dataset"
+        f"data.{key} is {configured} in the config, {found} in {'all sources' if dataset.sources else 'the dataset'}"
         for key, (found, configured) in pairs.items()
         if found != configured
     ]

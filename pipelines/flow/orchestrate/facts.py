@@ -16,7 +16,8 @@ from pipelines.flow.train import for_data
 from pipelines.presentation.progress import Silent
 from pipelines.registry import Verdict
 from pipelines.shards.index import Dataset
-from pipelines.shards.quarantine import read_quarantine, stream_digest
+from pipelines.shards.joined import read_data
+from pipelines.shards.quarantine import stream_digest
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion, links
 from pipelines.training.driver import TrainingResult
@@ -51,10 +52,11 @@ def data_change(config: Config) -> DataChange:
     found = Ingest(config).look(Site(storage, {}, Silent()), Results())
     if found.result is None:
         return DataChange(found.inputs["source"], True, found.reason)
-    quarantine = read_quarantine(config.data.uri, storage)
-    stream = stream_digest(found.result, quarantine)
+    dataset, quarantine = read_data(config.data, storage)
+    stream = stream_digest(dataset, quarantine)
     # An ingest turns a source into a dataset, which is not a change of the data.
-    digest = found.inputs.get("source", found.result.digest) + (quarantine.digest if quarantine else "")
+    ingested = None if dataset.sources else found.inputs.get("source")
+    digest = (ingested or dataset.digest) + (quarantine.digest if quarantine else "")
     current = for_data(config)
     if newest_checkpoint(current) is None:
         return DataChange(digest, True, f"no run has seen the data of digest {stream[:12]}")

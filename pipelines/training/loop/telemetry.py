@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -37,6 +38,7 @@ class StepStatistics:
         """Count one more step; a step without an update has no finite loss to count."""
         if result.updated:
             self.losses.append(result.loss)
+            self.by_source += np.array(result.by_source).reshape(self.by_source.shape)
             self.grad_norms.append(result.grad_norm)
 
     def metrics(self, state: TrainingState) -> dict[str, float]:
@@ -47,6 +49,9 @@ class StepStatistics:
         found = {}  # MLflow lists a run's values in this order
         if self.losses:
             found["train/loss"] = sum(self.losses) / len(self.losses)
+        for source, (total, count) in zip(self.context.job.dataset.sources, self.by_source.tolist(), strict=True):
+            if count:
+                found[f"train/loss/{source.name}"] = total / count
         found["train/images_per_s"] = rate
         if self.losses:
             found["updates/grad_norm"] = sum(self.grad_norms) / len(self.grad_norms)
@@ -68,6 +73,7 @@ class StepStatistics:
     def _reset(self, images_seen: int) -> None:
         self.start, self.spent = images_seen, self.clock.seconds()
         self.losses: list[float] = []
+        self.by_source = np.zeros((len(self.context.job.dataset.sources), 2))
         self.grad_norms: list[float] = []
 
 

@@ -94,12 +94,18 @@ def test_the_experiment_of_cifar10_is_that_of_the_paper():
 @pytest.mark.parametrize("group, choice", [(g, c) for g, cs in groups().items() if g != "experiment" for c in cs])
 def test_every_shipped_choice_composes(group, choice):
     needed = {"folder": ["data.num_classes=3", "model=unet_small"], "s3": ["storage.root=s3://b"]}
+    needed |= {"mixture": [*needed["folder"], "data.sources=[{name:a,uri:s3://b/a}]"]}
     needed |= {"file": ["storage.root=file:///tmp/b"], "unet_cifar10": ["data.image_size=32"]}
     needed |= {"unet_cifar10_edm": ["data.image_size=32"]}
     needed |= {"kuberay": ["launch.image=x"], "aws": ["launch.image=x"]}
     needed |= {"consistency": ["init_from=runs:/abc"]} if group == "objective" else {}
     needed |= {"unet_small": ["data.image_size=32"], "hybrid": ["model.learned_variance=true"]}
     compose([f"{group}={choice}", *needed.get(choice, [])])
+
+
+def _sources(field="weight:1", name="b"):
+    """An override with two sources, of which the second has this name and field."""
+    return f"data.sources=[{{name:a,uri:s3://b/a}},{{name:{name},uri:s3://b/b,{field}}}]"
 
 
 @pytest.mark.parametrize(
@@ -117,6 +123,17 @@ def test_every_shipped_choice_composes(group, choice):
         (["schedule.kind=quadratic"], r"schedule\.kind: there is no .*Allowed: linear, cosine, sigmoid"),
         (["optim.lr=-1"], r"optim\.lr: .*greater than 0, got -1"),
         (["objective.prediction=noise"], r"objective\.prediction: .*'eps', 'x0', 'v' or 'x0_skip', got 'noise'"),
+        ([_sources("weight:0")], r"data\.sources\.1\.weight: weights are numbers above 0; leave .*, got 0"),
+        ([_sources("weight:-2")], r"data\.sources\.1\.weight: weights are numbers above 0; leave .*, got -2"),
+        ([_sources("weight:nan")], r"data\.sources\.1\.weight: weights are numbers above 0; leave .*, got nan"),
+        ([_sources("weight:inf")], r"data\.sources\.1\.weight: weights are numbers above 0; leave .*, got inf"),
+        ([_sources("weight:much")], r"data\.sources\.1\.weight: a weight is a number, or .*, got 'much'"),
+        ([_sources("weight:{0:1,9:0}")], r"data\.sources\.1\.weight: weights are numbers above 0"),
+        ([_sources("weight:{9:1}")], r"data\.sources\.1\.weight: weights by stretch need one from sample 0 on"),
+        ([_sources("share:1")], r"data\.sources\.1\.share: no such field here\. Allowed: name, uri, weight"),
+        ([_sources(name="a")], r"data\.sources: sources 0 and 1, .* are both named 'a': give each a name of its own"),
+        ([_sources(name="'a/b'")], r"data\.sources\.1\.name: String should match pattern .*, got 'a/b'"),
+        (["data.sources=[{name:a}]"], r"data\.sources\.0\.uri has no value: give it one"),
         (["batch_size=many"], r"batch_size: .*integer.*got 'many'"),
         (["data.lanes=3"], r"data\.lanes = 3 must divide batch_size = 128"),
         (["cluster.num_workers=200"], r"num_workers = 200 exceeds batch_size = 128"),
