@@ -50,7 +50,8 @@ class ShardInfo:
     """One tar file of a dataset.
 
     Attributes:
-        name: path relative to the folder of dataset.json; of a shard of a mixture, its address.
+        name: path relative to the folder of dataset.json; in a mixture it comes after the name of the source and a
+            colon, so that names differ, and say nothing of where the dataset lies.
         samples: number of samples.
         bytes: size of the file.
         sha256: SHA-256 of the file.
@@ -69,7 +70,10 @@ class ShardInfo:
         Args:
             folder: of the dataset.
         """
-        return join(folder, self.name) if self.source is None else self.name
+        source = self.source
+        return (
+            join(folder, self.name) if source is None else join(source.uri, self.name.removeprefix(f"{source.name}:"))
+        )
 
     def folder(self, folder: str) -> str:
         """Return the folder of the dataset that the shard is of: that of its source in a mixture, else the given

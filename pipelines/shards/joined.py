@@ -13,7 +13,7 @@ from pipelines.config import DataConfig
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, Source, read_dataset
 from pipelines.shards.mixture import Schedule, by_stretch
 from pipelines.shards.quarantine import Quarantine, kept_shards, read_quarantine, stream_digest
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage
 
 TRAIN = "train"
 
@@ -84,7 +84,7 @@ def with_sources(
         for configured, part in zip(data.sources, parts, strict=True)
     ]
     shards = [
-        replace(shard, name=join(source.uri, shard.name), source=source)
+        replace(shard, name=f"{source.name}:{shard.name}", source=source)
         for source, part in zip(sources, parts, strict=True)
         for shard in part.dataset.shards(TRAIN)
     ]
@@ -200,7 +200,7 @@ def _joined_quarantine(joined: Dataset, quarantine: Quarantine | None, parts: Se
     for part in parts:
         names = {shard.name for shard in part.dataset.shards(TRAIN)}
         own = [problem for problem in (part.quarantine.excluded if part.quarantine else ()) if problem.shard in names]
-        excluded += [replace(problem, shard=join(part.dataset.uri, problem.shard)) for problem in own]
+        excluded += [replace(problem, shard=f"{part.name}:{problem.shard}") for problem in own]
     return Quarantine(joined.digest, tuple(excluded))
 
 

@@ -35,7 +35,8 @@ class StepResult:
         checkpoint: whether any rank asks for a checkpoint.
         unreadable: whether any rank could not read its batch; the state is unchanged then, `images_seen` included.
         rescaled: whether the gradient overflowed fp16 and the loss scale was lowered for it.
-        by_source: of a mixture, (sum of the losses, number of samples) of each source in the global batch.
+        by_source: of a mixture, the sum of the losses of each source in the global batch, then the number of samples
+            of each.
     """
 
     loss: float
@@ -45,7 +46,7 @@ class StepResult:
     checkpoint: bool
     unreadable: bool = False
     rescaled: bool = False
-    by_source: tuple[tuple[float, float], ...] = ()
+    by_source: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

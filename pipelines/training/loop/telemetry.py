@@ -38,7 +38,7 @@ class StepStatistics:
         """Count one more step; a step without an update has no finite loss to count."""
         if result.updated:
             self.losses.append(result.loss)
-            self.by_source += np.array(result.by_source).reshape(self.by_source.shape)
+            self.by_source += np.reshape(result.by_source, self.by_source.shape)
             self.grad_norms.append(result.grad_norm)
 
     def metrics(self, state: TrainingState) -> dict[str, float]:
@@ -49,7 +49,7 @@ class StepStatistics:
         found = {}  # MLflow lists a run's values in this order
         if self.losses:
             found["train/loss"] = sum(self.losses) / len(self.losses)
-        for source, (total, count) in zip(self.context.job.dataset.sources, self.by_source.tolist(), strict=True):
+        for source, total, count in zip(self.context.job.dataset.sources, *self.by_source.tolist(), strict=True):
             if count:
                 found[f"train/loss/{source.name}"] = total / count
         found["train/images_per_s"] = rate
@@ -73,7 +73,7 @@ class StepStatistics:
     def _reset(self, images_seen: int) -> None:
         self.start, self.spent = images_seen, self.clock.seconds()
         self.losses: list[float] = []
-        self.by_source = np.zeros((len(self.context.job.dataset.sources), 2))
+        self.by_source = np.zeros((2, len(self.context.job.dataset.sources)))
         self.grad_norms: list[float] = []
 
 

@@ -118,11 +118,9 @@ def step(context: RunContext, state: TrainingState, batch: Batch, requests: Requ
     """
     config, device = context.config, context.device
 
-    # Forward and backward. `sums` are added up over the ranks: the mean loss, the loss and number of samples of each
-    # source of a mixture, and each sample's loss where one learns.
-    sources = len(context.job.dataset.sources)
-    of_samples = config.batch_size if state.learns_from_losses else 0
-    sums = torch.zeros(1 + 2 * sources + of_samples, dtype=torch.float64, device=device)
+    # Forward and backward. `sums` are added up over the ranks: the mean loss, and each sample's loss where one learns.
+    sums = torch.zeros(1 + (config.batch_size if state.learns_from_losses else 0), dtype=torch.float64, device=device)
+    by_source = torch.zeros(2, len(context.job.dataset.sources), dtype=torch.float64, device=device)  # losses, counts
     texts = batch_texts(context, batch)
     parts = micro_batches(batch, config.batch_size, context.world_size, config.micro_batch_size)
     for part, weight, last in parts:
@@ -137,23 +135,22 @@ def step(context: RunContext, state: TrainingState, batch: Batch, requests: Requ
                 loss = weight * (factors.to(each) * each).sum() / config.batch_size
             (loss * context.world_size * state.loss_scale.factor).backward()
         sums[0] += mean.detach()
-        if part.sources is not None:
-            own = torch.stack([weights * each.detach(), torch.ones_like(weights)]).double() * weight
-            sums[1 : 1 + 2 * sources].view(2, sources).index_add_(1, part.sources.to(device), own)
+        _add_by_source(by_source, part, weights * each.detach(), weight)
         if state.learns_from_losses and weight:
-            sums[1 + 2 * sources + n - state.images_seen] = each.detach().double()
+            sums[1 + n - state.images_seen] = each.detach().double()
 
     # All-reduce requests and losses.
     asked = [requests.stop, requests.checkpoint, requests.unreadable, requests.length]
-    sums = torch.cat([torch.tensor(asked, dtype=torch.float64, device=device), sums])
+    sums = torch.cat([torch.tensor(asked, dtype=torch.float64, device=device), by_source.flatten(), sums])
     if context.world_size > 1:
         dist.all_reduce(sums)
 
     # Read loss and gradient norm: the one place where the host waits for the device.
     state.loss_scale.unscale(state.network.parameters())
     norm = _gradient_norm(state.network)
-    read = torch.cat([norm.double()[None], sums[: 5 + 2 * sources]]).tolist()
-    grad_norm, stops, checkpoints, unreadables, new, mean_loss, *of_sources = read
+    first = 5 + by_source.numel()  # of the samples
+    read = torch.cat([norm.double()[None], sums[:first]]).tolist()
+    grad_norm, stops, checkpoints, unreadables, new, *of_sources, mean_loss = read
     state.length = int(new) or state.length
     if unreadables:
         state.optimizer.zero_grad()
@@ -163,14 +160,19 @@ def step(context: RunContext, state: TrainingState, batch: Batch, requests: Requ
     finite = math.isfinite(mean_loss), math.isfinite(grad_norm)
     updated, rescaled = all(finite), state.loss_scale.update(*finite)
     if updated:
-        _update_weights(context, state, norm, sums[5 + 2 * sources :])
-    else:
-        state.skipped += 1
+        _update_weights(context, state, norm, sums[first:])
+    state.skipped += not updated
     state.optimizer.zero_grad()
     state.images_seen += config.batch_size
     state.update_averages(config.batch_size)
-    by_source = tuple(zip(of_sources[:sources], of_sources[sources:], strict=True))
-    return StepResult(mean_loss, grad_norm, updated, stops > 0, checkpoints > 0, rescaled=rescaled, by_source=by_source)
+    return StepResult(mean_loss, grad_norm, updated, stops > 0, checkpoints > 0, False, rescaled, tuple(of_sources))
+
+
+def _add_by_source(by_source: Tensor, part: Batch, losses: Tensor, weight: float) -> None:
+    """Add the losses and the number of a part's samples to those of their sources, [2, sources]; of a mixture only."""
+    if part.sources is not None:
+        counted = torch.stack([losses, torch.ones_like(losses)]).double() * weight
+        by_source.index_add_(1, part.sources.to(by_source.device), counted)
 
 
 def _gradient_norm(network: nn.Module) -> Tensor:

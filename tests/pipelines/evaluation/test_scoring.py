@@ -56,6 +56,17 @@ def test_other_data_is_refused_by_what_differs(change, message):
         fits(SPEC, replace(DATA, **change))
 
 
+MIXED = replace(SPEC, classes=(*CLASSES, "ten"), lineage={"sources": [{"name": "a"}]})
+
+
+def test_a_model_of_a_mixture_fits_the_dataset_that_judges_it_whose_classes_come_first():
+    fits(MIXED, DATA)
+    with pytest.raises(DatasetError, match="it has 10 classes and the model 11"):
+        fits(replace(MIXED, lineage={}), DATA)
+    with pytest.raises(DatasetError, match="class 0 is 'cat' there and '0' in the model"):
+        fits(MIXED, replace(DATA, classes=("cat", *CLASSES[1:])))
+
+
 class Recorded:
     """A run that has whatever signed scores it is asked for, and remembers what that was."""
 
@@ -201,6 +212,20 @@ def test_only_scores_that_compare_with_its_runs_go_into_the_record_of_a_checkpoi
     said = watched(monkeypatch)
     score_and_record(resolved, sampling(config), config, Silent(), lambda: None, other)
     assert said == ([("its logged model", True, True), 640] if compares else [(None, False, True)])
+
+
+@pytest.mark.parametrize(("judge", "own"), [(scores().stream_digest, True), ("another", False)])
+def test_the_own_scores_of_a_model_of_a_mixture_are_those_by_the_dataset_that_judges_it(
+    judged, monkeypatch, judge, own
+):
+    config = compose(["+experiment=digits"])
+    run = SimpleNamespace(names=lambda: [layout.CONFIG], read_text=lambda name: tracking.to_json(config.model_dump()))
+    lineage = {"stream_digest": "of the mixture", "reference_digest": judge}
+    spec = replace(SPEC, sampling=sampling(config), lineage=lineage)
+    resolved = Resolved("x", Model(spec, torch.nn.Identity()), tracker=run, published=Published("u", 640, "digest"))
+    said = watched(monkeypatch)
+    score_and_record(resolved, sampling(config), config, Silent(), lambda: None)
+    assert (said[0][1], len(said)) == ((True, 2) if own else (False, 1))
 
 
 def watched(monkeypatch, *, fresh: bool = True) -> list[object]:

@@ -22,6 +22,7 @@ from pipelines.checkpoints import (
     save_checkpoint,
 )
 from pipelines.config import compose
+from pipelines.config.sections import SourceConfig
 from pipelines.flow import Results, Site
 from pipelines.flow import train as flow_train
 from pipelines.flow.judge import Promote, Register
@@ -30,6 +31,7 @@ from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Silent
 from pipelines.registry import Signer, Verdict, VerdictLog
 from pipelines.shards.index import make_dataset
+from pipelines.shards.quarantine import Problem, make_quarantine
 from pipelines.signing import Trust
 from pipelines.storage import Storage, layout
 from pipelines.tracking import ModelVersion, Tracker, client
@@ -173,6 +175,26 @@ def test_changed_data_have_a_run_of_their_own_and_the_same_data_the_same(config,
     assert for_data(config) == renewed
     allowed = config.model_copy(update={"data": config.data.model_copy(update={"allow_changed": True})})
     assert for_data(allowed) == allowed
+
+
+def test_a_change_of_any_source_of_a_mixture_is_a_change_of_the_data(config, tmp_path):
+    places = {name: tmp_path / name for name in ("ds", "more")}
+    places["more"].mkdir()
+    (places["more"] / "dataset.json").write_text(DATASET.to_json())
+    sources = [SourceConfig(name=name, uri=f"file://{place}") for name, place in places.items()]
+    mixed = config.model_copy(update={"data": config.data.model_copy(update={"sources": tuple(sources)})})
+
+    def digest():
+        return Train(mixed).inputs(SITE, Results(dataset=DATASET))["data"]
+
+    before = digest()
+    assert before != Train(config).inputs(SITE, Results(dataset=DATASET))["data"]
+    store(mixed, 500, stream_digest=before)
+    assert for_data(mixed) == mixed
+    problem = Problem(DATASET.splits["train"][0].name, 0, "k", "decode", "")
+    (places["more"] / "quarantine.json").write_text(make_quarantine(DATASET, [problem]).to_json())
+    assert digest() != before
+    assert for_data(mixed).name == f"{mixed.name}-{digest()[:8]}"
 
 
 @pytest.fixture

@@ -141,6 +141,16 @@ def test_data_elsewhere_may_be_read_and_evaluators_kept_beside_it():
     assert set(found["KeepWhatJudges"]["Resource"]) == beside
 
 
+def test_sources_of_a_mixture_may_be_read_wherever_they_are_and_only_the_judge_keeps_something():
+    mixed = "data.sources=[{name:a,uri:s3://other/sets/a},{name:b,uri:s3://third/b},{name:c,uri:s3://other/sets/a}]"
+    found = policy("worker", "data.uri=s3://other/sets/a", mixed)
+    assert found["ReadData"]["Resource"] == ["arn:aws:s3:::other/sets/a/*"]
+    assert found["ReadData1"]["Resource"] == ["arn:aws:s3:::third/b/*"]
+    assert found["ListData1"]["Resource"] == ["arn:aws:s3:::third"]
+    assert [sid for sid in found if sid.startswith("Keep")] == ["KeepWhatJudges"]
+    assert "ReadData2" not in found
+
+
 def test_the_head_ends_and_tags_machines_of_its_own_cluster_alone():
     found = policy("head", "launch.account='123456789012'")
     own = {"aws:ResourceTag/ray-cluster-name": "first"}

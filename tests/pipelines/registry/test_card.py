@@ -187,6 +187,21 @@ def test_what_is_gone_is_left_out_and_what_has_changed_is_said():
     assert "- trained on other data: `s3://a/b`" in text_of(replace(EVIDENCE, lineage=elsewhere))
 
 
+def test_a_model_of_a_mixture_names_its_sources_with_weights_and_digests():
+    sources = [
+        {"name": "birds", "uri": "s3://b/birds", "stream_digest": "7" * 64, "weights": {"0": 3.0, "1000000": 0.5}},
+        {"name": "web", "uri": "s3://b/web", "stream_digest": "8" * 64, "weights": {"0": 1.0}},
+    ]
+    mixed = EVIDENCE.lineage | {"dataset_digest": "of the mixture", "sources": sources}
+    evidence = replace(EVIDENCE, lineage=mixed)
+    lines = text_of(evidence).splitlines()
+    birds = "- trained on source birds (weight 3, from sample 1,000,000 on 0.5): `s3://b/birds`, digest `777777777777`"
+    assert birds in lines
+    assert "- trained on source web (weight 1): `s3://b/web`, digest `888888888888`" in lines
+    assert not any("other data" in line for line in lines)
+    assert "sources" not in evidence.tags()  # a tag may be no longer than the server's limit
+
+
 def test_a_model_that_was_tuned_from_another_one_names_it():
     tuned = EVIDENCE.lineage | {"init_from": "models:/digits/3", "init_from_digest": "9" * 64}
     text = text_of(replace(EVIDENCE, lineage=tuned))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pipelines.config import compose
 from pipelines.shards.index import DatasetError, ShardIndex, ShardInfo, index_tar, make_dataset, read_dataset
 from pipelines.shards.joined import parts_of, read_data
 from pipelines.shards.quarantine import Problem, make_quarantine, stream_digest
+from pipelines.shards.source import ShardCorruptError
 from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
 from pipelines.storage import Storage, layout
 from tests.pipelines.shards.tars import picture, write_shard
@@ -112,7 +114,7 @@ def test_a_quarantined_sample_of_a_source_is_left_out_of_the_mixture(two, tmp_pa
     (tmp_path / "b" / layout.QUARANTINE).write_text(make_quarantine(dataset, [problem]).to_json())
     data = mixed([("a", two[0], 1), ("b", two[1], 1)])
     joined, quarantine = read_data(data, storage)
-    assert [p.shard for p in quarantine.excluded] == [f"{two[1]}/train-000000.tar"]
+    assert [p.shard for p in quarantine.excluded] == ["b:train-000000.tar"]
     reader, order = open_stream(joined, "train", storage, settings(tmp_path), quarantine)
     batch = reader.batch(order.batch(0, 80))
     values = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().long().tolist()
@@ -139,12 +141,16 @@ def test_the_digest_is_that_of_all_sources_and_of_what_is_left_out_of_each(two, 
 
     a, b = ("a", two[0], 1), ("b", two[1], 1)
     base = digest(a, b)
-    assert digest(a, ("b", two[1], 1)) == base
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "b", moved)
+    assert digest(a, ("b", f"file://{moved}", 2)) == base  # weights are settings of the run, and addresses nothing
     assert len({base, digest(b, a), digest(a), digest(a, ("c", two[1], 1)), digest(b, a, uri=two[0])}) == 5
     dataset = read_dataset(two[1], storage)
     problem = Problem("train-000004.tar", None, None, "bytes", "")
     (tmp_path / "b" / layout.QUARANTINE).write_text(make_quarantine(dataset, [problem]).to_json())
+    (moved / layout.QUARANTINE).write_text((tmp_path / "b" / layout.QUARANTINE).read_text())
     assert digest(a, b) != base
+    assert digest(a, b) == digest(a, ("b", f"file://{moved}", 1))
 
 
 def test_a_dataset_alone_is_read_as_before(two):
@@ -169,7 +175,7 @@ def test_a_sample_that_is_wrong_is_named_with_its_own_dataset(two, tmp_path):
     dataset, _ = read_data(mixed([("a", two[0], 1), ("b", two[1], 1)]), Storage())
     reader, order = open_stream(dataset, "train", Storage(), settings(tmp_path))
     with pytest.raises(
-        Exception, match=rf"sample x of {two[1]}/bad.tar has the label 7, .*2 classes; .*check {two[1]}`"
+        ShardCorruptError, match=rf"{two[1]}: sample x of b:bad.tar has the label 7, .*2 classes; .*{two[1]}`"
     ):
         reader.batch(order.batch(0, 4))
     reader.close()

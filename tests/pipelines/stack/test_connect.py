@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.config import ConfigError, compose
 from pipelines.stack import SERVICES, StackError, StackState
-from pipelines.stack.connect import connect, connect_running, fill, find_running, missing_services
+from pipelines.stack.connect import connect, connect_running, fill, find_running, missing_services, without_secrets
 
 STACK = StackState(
     Path("/h"), "ddpm", "http://127.0.0.1:1", Path("/h/credentials"), "http://127.0.0.1:2", "127.0.0.1:3", "http://d"
@@ -55,6 +55,17 @@ def test_a_place_that_cannot_be_is_a_configuration_error_before_a_service_is_loo
     with pytest.raises(ConfigError, match=message):
         connecting(config, {}, ["s3", "mlflow", "ray"], home=tmp_path / "home")
     assert not (tmp_path / "home").exists()
+
+
+def test_the_address_of_a_source_that_cannot_be_is_named_with_the_source(tmp_path):
+    sources = "data.sources=[{name:a,uri:file:///a},{name:b,uri:gopher://x}]"
+    config = compose(["storage=file", "storage.root=file:///x", sources])
+    with pytest.raises(ConfigError, match=r"data\.sources: uri of 'b' = gopher://x: addresses are s3://BUCKET/KEY"):
+        connect(config, {}, ["s3"], home=tmp_path / "home")
+    secret = compose([sources.replace("gopher://x", "sftp://me:hush@host/x")])
+    with pytest.raises(ConfigError, match=r"data\.sources: uri of 'b' = .* has a password in it") as refused:
+        without_secrets(secret)
+    assert "hush" not in str(refused.value)
 
 
 def test_a_model_folder_is_named_by_its_path_because_workers_run_in_other_folders(tmp_path, monkeypatch):
