@@ -221,8 +221,11 @@ def check_resumable(
         )
     if differing:
         listed = "\n  ".join(differing)
-        as_before = " ".join(f"{f}={override_value(state.identity[f])}" for f in named if f in state.identity)
+        known = [f for f in named if f in state.identity and f != "data.sources"]  # which need addresses, too
+        as_before = " ".join(f"{f}={override_value(state.identity[f])}" for f in known)
         remedy = f"add {as_before}" if as_before else "use the same settings"
+        if as_before and "data.sources" in named:
+            remedy += ", and give data.sources the names and weights that they had"
         raise ModelError(
             f"the run '{config.name}' was trained with other settings:\n  {listed}\n"
             f"To resume it, {remedy}; another name=… starts a new run"

@@ -134,6 +134,7 @@ def done(arguments):
 
 
 BASE = ["data.image_size=8", "data.shard_samples=5", "data.test_fraction=0.3", "storage=file", "storage.root=file:///x"]
+MIXED = ["data=mixture", "data.num_classes=2", "model=unet_small"]
 CAPTIONED = [{"file_name": name, "text": "words"} for name in pictures(4)]
 FOLDED = {f"in/{name}": data for name, data in pictures(4).items()}
 EIGHT = {f"{name}/{i}.png": png(i) for name in "ab" for i in range(9)}
@@ -192,6 +193,22 @@ KINDS = {
         lambda folder: with_files({}, text_encoder=text_model())(folder),
         1,
         "has no captions for the text encoder: add `text` or `caption` to its metadata",
+    ),
+    # -- sources of a mixture: nothing is looked for
+    "a source of no weight": (
+        lambda folder: ["config", *MIXED, "data.sources=[{name:a,uri:s3://b/a,weight:0}]"],
+        2,
+        "data.sources.0.weight: weights are numbers above 0; leave a source out that is not to be drawn, got 0",
+    ),
+    "a weight that is no number": (
+        lambda folder: ["config", *MIXED, "data.sources=[{name:a,uri:s3://b/a,weight:nan}]"],
+        2,
+        "data.sources.0.weight: weights are numbers above 0; leave a source out that is not to be drawn, got nan",
+    ),
+    "two sources of one name": (
+        lambda folder: ["config", *MIXED, "data.sources=[{name:a,uri:s3://b/a},{name:a,uri:s3://b/b}]"],
+        2,
+        "data.sources: sources 0 and 1, counted from 0, are both named 'a': give each a name of its own",
     ),
     # -- images and rows: left out by name, the rest is written
     "an empty file": (with_files({"cat/x.png": b""}), 0, "left out cat/x.png: is not an image of a known kind"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.checkpoints import load_checkpoint
+from pipelines.checkpoints import ModelError, load_checkpoint
 from pipelines.shards.index import DatasetError
 from pipelines.shards.joined import read_data
 from pipelines.shards.mixture import Schedule, by_stretch
@@ -92,6 +92,17 @@ def test_weights_and_names_are_part_of_the_identity_and_addresses_are_not(source
     assert identity("name:plain", "name:bare") != identity()
     assert identity("file://", "file:///elsewhere") == identity()
     assert "data.sources" not in tiny_config(tmp_path, 100, 25).identity()
+
+
+def test_a_run_that_would_go_on_with_other_weights_says_that_they_were_others(sources, tmp_path):
+    config = mixed_config(tmp_path, sources)
+    dataset, _ = read_data(config.data, Storage())
+    train_here(tmp_path, dataset, config, stop_after=2)
+    other = mixed_config(tmp_path, [override.replace("weight:0.5", "weight:0.6") for override in sources])
+    with pytest.raises(ModelError, match=r"(?s)data\.sources: .*0\.5.* before, .*0\.6.* now\n.* the same settings;"):
+        train_here(tmp_path, dataset, other)
+    with pytest.raises(ModelError, match=r"add seed=0, and give data\.sources the names and weights that they had"):
+        train_here(tmp_path, dataset, other.model_copy(update={"seed": 1}))
 
 
 def test_a_classifier_and_a_wrong_number_of_classes_are_refused_before_anything_starts(sources, tmp_path):
