@@ -18,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pipelines.shards.order import Ints, Located, SampleOrder, span_of
+from pipelines.shards.order import Ints, Located, SampleOrder, locate_all, span_of
 
 DENOMINATOR = 100_000
 """Largest denominator of the shares of sources: weights that have no common one that small are rounded to it."""
@@ -49,6 +49,18 @@ def by_stretch(weights: Sequence[Mapping[int, float]]) -> dict[int, list[float]]
     """
     starts = sorted({start for each in weights for start in each})
     return {start: [each[max(n for n in each if n <= start)] for each in weights] for start in starts}
+
+
+def shared_lanes(lanes: int, weights: Mapping[int, Sequence[float]]) -> list[int]:
+    """Return how many of a stream's lanes each source gets: by its largest share, and at least one.
+
+    So a batch touches about as many shards as one of a single dataset, and a lane is read as fast in each source.
+
+    Args:
+        weights: first ordinal -> weight of each source from there on.
+    """
+    shares = zip(*([weight / sum(each) for weight in each] for each in weights.values()), strict=True)
+    return [max(1, round(lanes * max(share))) for share in shares]
 
 
 def _rounded(shares: Sequence[Fraction]) -> tuple[int, ...]:
@@ -233,10 +245,10 @@ class MixtureOrder:
         """Return shards and indices of the samples with these ordinals, int64 [n]."""
         sources, ranks = self.schedule.locate(ordinals)
         shards, indices = np.empty_like(ordinals), np.empty_like(ordinals)
-        for source in np.unique(sources):
-            chosen = sources == source
-            found = self.orders[source].locate(ranks[chosen])
-            shards[chosen], indices[chosen] = found.shards + self._first[source], found.indices
+        places = {source: np.flatnonzero(sources == source) for source in np.unique(sources)}
+        found = locate_all([(self.orders[source], ranks[at]) for source, at in places.items()])
+        for (source, at), own in zip(places.items(), found, strict=True):
+            shards[at], indices[at] = own.shards + self._first[source], own.indices
         return Located(ordinals, shards, indices)
 
     def batch(self, start: int, size: int) -> Located:
@@ -258,12 +270,16 @@ class MixtureOrder:
         those of the few sources that it reads from.
         """
         first, last = self.schedule.counts(start), self.schedule.counts(start + size)
-        ends = np.cumsum(last - first)
-        parts = []
-        for source, (begin, count, end) in enumerate(zip(first, last - first, ends, strict=True)):
-            own = slice(max(span.start - (end - count), 0), min(span.stop - (end - count), count))
+        ranks: dict[int, Ints] = {}
+        before = 0  # samples of the batch that come from earlier sources
+        for source, (begin, count) in enumerate(zip(first.tolist(), (last - first).tolist(), strict=True)):
+            own = slice(max(span.start - before, 0), min(span.stop - before, count))
             if own.start < own.stop:
-                found = self.orders[source].part(int(begin), int(count), own)
-                ordinals = self.schedule.ordinals(source, found.ordinals)
-                parts.append((ordinals, found.shards + self._first[source], found.indices))
-        return Located(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+                ranks[source] = self.orders[source].sorted_ordinals(begin, count, own)
+            before += count
+        found = locate_all([(self.orders[source], own) for source, own in ranks.items()])
+        return Located(
+            np.concatenate([self.schedule.ordinals(source, own) for source, own in ranks.items()]),
+            np.concatenate([own.shards + self._first[source] for source, own in zip(ranks, found, strict=True)]),
+            np.concatenate([own.indices for own in found]),
+        )

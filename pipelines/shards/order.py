@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -48,6 +48,27 @@ class _EpochPlan:
     key: int
 
 
+@dataclass(frozen=True)
+class _Unshuffled:
+    """Samples of one epoch, before their windows are shuffled; int64 [n] each.
+
+    Attributes:
+        chosen: which of the samples that were asked for.
+        plan: of the epoch.
+        within: position in the window.
+        begin: first position of the window in the concatenated lanes.
+        size: samples of the window.
+        key: of the window.
+    """
+
+    chosen: Ints
+    plan: _EpochPlan
+    within: Ints
+    begin: Ints
+    size: Ints
+    key: Ints
+
+
 class SampleOrder:
     """The order of the endless stream of one dataset split.
 
@@ -71,22 +92,11 @@ class SampleOrder:
 
     def locate(self, ordinals: Ints) -> Located:
         """Return shards and indices of the samples with these ordinals, int64 [n]."""
-        return self._find(ordinals)[1]
+        return locate_all([(self, ordinals)])[0]
 
     def batch(self, start: int, size: int) -> Located:
         """Return samples start .. start + size - 1, sorted by (lane, ordinal), so that a piece spans few lanes."""
-        ordinals = np.arange(start, start + size, dtype=np.int64)
-        lane, found = self._find(ordinals)
-        by_lane = np.lexsort((ordinals, lane))
-        return Located(ordinals[by_lane], found.shards[by_lane], found.indices[by_lane])
-
-    def _find(self, ordinals: Ints) -> tuple[Ints, Located]:
-        """Return lanes and locations of samples, which may be of several epochs."""
-        lane, shards, indices = (np.empty_like(ordinals) for _ in range(3))
-        for epoch in np.unique(ordinals // self.total):
-            chosen = ordinals // self.total == epoch
-            lane[chosen], _, shards[chosen], indices[chosen] = self._locate(int(epoch), ordinals[chosen] % self.total)
-        return lane, Located(ordinals, shards, indices)
+        return self.part(start, size, slice(0, size))
 
     def piece(self, start: int, size: int, rank: int, world_size: int) -> Located:
         """Return the part of a global batch that belongs to one rank; sizes differ by at most one.
@@ -98,11 +108,18 @@ class SampleOrder:
 
     def part(self, start: int, size: int, span: slice) -> Located:
         """Return the samples at these positions of a sorted batch, as `batch` has them."""
-        ordinals = self._piece_ordinals(start, size, span)
-        if ordinals is None:
-            whole = self.batch(start, size)
-            return Located(whole.ordinals[span], whole.shards[span], whole.indices[span])
-        return self.locate(ordinals)
+        return self.locate(self.sorted_ordinals(start, size, span))
+
+    def sorted_ordinals(self, start: int, size: int, span: slice) -> Ints:
+        """Return the ordinals at these positions of a sorted batch, as `batch` has them."""
+        found = self._piece_ordinals(start, size, span)
+        if found is None:
+            ordinals = np.arange(start, start + size, dtype=np.int64)
+            lanes = np.empty_like(ordinals)
+            for chosen, plan, m in self._by_epoch(ordinals):
+                lanes[chosen], _ = _lane_and_round(plan, m)
+            found = ordinals[np.lexsort((ordinals, lanes))][span]
+        return found
 
     def ordinals(self, shards: Ints, indices: Ints, epoch: int) -> Ints:
         """Return the ordinals at which an epoch has samples of the split, the inverse of `locate`, int64 [n].
@@ -201,20 +218,21 @@ class SampleOrder:
             key & (2**63 - 1),
         )
 
-    def _locate(self, epoch: int, m: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-        """Return (lane, round, shard, index) of the epoch's samples m in [0, total)."""
-        plan = self._plan(epoch)
-        segment = np.searchsorted(plan.segment_start, m, side="right") - 1
-        within = m - plan.segment_start[segment]
-        lane = within % plan.segment_live[segment]
-        round_ = plan.segment_round[segment] + within // plan.segment_live[segment]
+    def _by_epoch(self, ordinals: Ints) -> Iterator[tuple[Ints, _EpochPlan, Ints]]:
+        """Yield (indices of the ordinals of an epoch, its plan, their numbers within it) for each epoch among them."""
+        epochs = ordinals // self.total
+        for epoch in np.unique(epochs):
+            chosen = np.flatnonzero(epochs == epoch)
+            yield chosen, self._plan(int(epoch)), ordinals[chosen] % self.total
 
-        position = plan.ends[plan.lane_of[lane]] + round_  # within the concatenated lanes
-        slot = np.searchsorted(plan.ends, position, side="right") - 1
-        first, begin, end = self._window(plan, lane, slot)
-        shuffled = begin + feistel(position - begin, end - begin, key=plan.key ^ (first * 2 + 1))
-        slot = np.searchsorted(plan.ends, shuffled, side="right") - 1
-        return lane, round_, plan.lane_shards[slot], shuffled - plan.ends[slot]
+    def unshuffled(self, ordinals: Ints) -> Iterator[_Unshuffled]:
+        """Yield where samples would be if their windows were in the order of the lanes, epoch by epoch."""
+        for chosen, plan, m in self._by_epoch(ordinals):
+            lane, round_ = _lane_and_round(plan, m)
+            position = plan.ends[plan.lane_of[lane]] + round_  # within the concatenated lanes
+            slot = np.searchsorted(plan.ends, position, side="right") - 1
+            first, begin, end = self._window(plan, lane, slot)
+            yield _Unshuffled(chosen, plan, position - begin, begin, end - begin, plan.key ^ (first * 2 + 1))
 
     def _window(self, plan: _EpochPlan, lane: Ints, slot: Ints) -> tuple[Ints, Ints, Ints]:
         """Return (first slot, first sample, end) of the windows in which slots of the concatenated lanes lie."""
@@ -222,6 +240,31 @@ class SampleOrder:
         first = lane_first + (slot - lane_first) // self.window * self.window
         last = np.minimum(first + self.window, plan.lane_of[lane + 1])
         return first, plan.ends[first], plan.ends[last]
+
+
+def _lane_and_round(plan: _EpochPlan, m: Ints) -> tuple[Ints, Ints]:
+    """Return the lane and the round of the epoch's samples m in [0, total)."""
+    segment = np.searchsorted(plan.segment_start, m, side="right") - 1
+    within = m - plan.segment_start[segment]
+    return within % plan.segment_live[segment], plan.segment_round[segment] + within // plan.segment_live[segment]
+
+
+def locate_all(asked: Sequence[tuple[SampleOrder, Ints]]) -> list[Located]:
+    """Return shards and indices of samples of several orders, given by their ordinals, int64 [n] each.
+
+    The windows of all of them are shuffled in one go, which takes hardly longer than for one order.
+    """
+    parts = [(number, part) for number, (order, ordinals) in enumerate(asked) for part in order.unshuffled(ordinals)]
+    columns = (np.concatenate([getattr(part, name) for _, part in parts]) for name in ("within", "size", "key"))
+    shuffled, at = feistel(*columns), 0
+    found = [Located(ordinals, np.empty_like(ordinals), np.empty_like(ordinals)) for _, ordinals in asked]
+    for number, part in parts:
+        plan, position = part.plan, part.begin + shuffled[at : at + len(part.begin)]
+        slot = np.searchsorted(plan.ends, position, side="right") - 1
+        found[number].shards[part.chosen] = plan.lane_shards[slot]
+        found[number].indices[part.chosen] = position - plan.ends[slot]
+        at += len(part.begin)
+    return found
 
 
 def span_of(size: int, rank: int, world_size: int) -> slice:

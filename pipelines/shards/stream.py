@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo
-from pipelines.shards.mixture import MixtureOrder, Schedule, by_stretch
+from pipelines.shards.mixture import MixtureOrder, Schedule, by_stretch, shared_lanes
 from pipelines.shards.order import Located, SampleOrder
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.shards.read import Batch, ShardReader
@@ -31,7 +31,7 @@ class StreamSettings:
     """Settings of the order in which a split is read, and of how it is read.
 
     Attributes:
-        lanes: parallel reading positions of the whole run.
+        lanes: parallel reading positions of the whole run; the sources of a mixture share them by weight.
         window: consecutive shards of a lane that are shuffled together.
         seed: seed of the order.
         cache_dir: folder of the node's shard cache.
@@ -62,21 +62,24 @@ def open_stream(
         DatasetError: there is no such split, or the quarantine is of another dataset.
         ValueError: weights of a mixture are for so short a stretch that they cannot be met.
     """
-    in_use = settings.lanes * settings.window * max(1, len(dataset.sources))
+    of_sources = any(shard.source for shard in dataset.shards(split))
+    mixed = by_stretch([source.weights for source in dataset.sources]) if of_sources else {}
+    lanes = shared_lanes(settings.lanes, mixed) if mixed else [settings.lanes]
+    in_use = sum(lanes) * settings.window
     fetcher = ShardFetcher.opened(dataset, split, storage, settings.cache_dir, settings.cache_bytes, in_use)
     reader = ShardReader(dataset, split, fetcher, quarantine, text=settings.text, memory_bytes=settings.memory_bytes)
 
-    def order(shards: Sequence[ShardInfo], digest: str) -> SampleOrder:
+    def order(shards: Sequence[ShardInfo], lanes: int, digest: str) -> SampleOrder:
         counts = [shard.samples for shard in shards]
-        return SampleOrder(counts, lanes=settings.lanes, window=settings.window, seed=settings.seed, digest=digest)
+        return SampleOrder(counts, lanes=lanes, window=settings.window, seed=settings.seed, digest=digest)
 
-    if reader.shards[0].source is None:
-        return reader, order(reader.shards, stream_digest(dataset, quarantine))
+    if not mixed:
+        return reader, order(reader.shards, settings.lanes, stream_digest(dataset, quarantine))
     orders = [
-        order([shard for shard in reader.shards if shard.source == source], f"{source.name}/{source.digest}")
-        for source in dataset.sources
+        order([shard for shard in reader.shards if shard.source == source], own, f"{source.name}/{source.digest}")
+        for source, own in zip(dataset.sources, lanes, strict=True)
     ]
-    return reader, MixtureOrder(orders, Schedule(by_stretch([source.weights for source in dataset.sources])))
+    return reader, MixtureOrder(orders, Schedule(mixed))
 
 
 class TrainingStream:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.shards.mixture import DENOMINATOR, MixtureOrder, Schedule, take_turns, whole_weights
+from pipelines.shards.mixture import DENOMINATOR, MixtureOrder, Schedule, shared_lanes, take_turns, whole_weights
 from pipelines.shards.order import SampleOrder
 
 weights_of = st.floats(1e-3, 1e3).map(lambda weight: float(f"{weight:.3g}"))
@@ -164,6 +164,16 @@ def test_every_batch_holds_each_source_within_two_of_its_share(weights, start, s
     held = schedule.counts(start + size) - schedule.counts(start)
     for count, share in zip(held.tolist(), shares(weights), strict=True):
         assert abs(count - size * share) < 2
+
+
+@given(weights=stretches(), lanes=st.integers(1, 64))
+def test_sources_share_the_lanes_by_their_largest_share_and_each_has_one(weights, lanes):
+    found = shared_lanes(lanes, weights)
+    assert len(found) == len(weights[0])
+    for source, own in enumerate(found):
+        largest = max(each[source] / sum(each) for each in weights.values())
+        assert max(1, lanes * largest - 0.5) <= own + 1e-9
+        assert own <= max(1, lanes * largest + 0.5)
 
 
 def test_a_mixture_of_one_is_in_the_order_of_that_source():
