@@ -106,8 +106,13 @@ class Backend(Protocol):
     def exists(self, uri: str) -> bool:
         """Return whether an object is at the address."""
 
-    def list(self, uri: str) -> list[Entry]:
-        """Return every object under a folder address, in any order."""
+    def page(self, uri: str, after: str | None) -> tuple[list[Entry], str | None]:
+        """Return some objects under a folder address, in any order, and the token of the next page; None after the
+        last.
+
+        Args:
+            after: token that the page before returned; None for the first page.
+        """
 
     def delete(self, uri: str) -> None:
         """Remove an object, if there is one."""

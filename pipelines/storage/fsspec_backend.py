@@ -154,7 +154,7 @@ class FsspecBackend:
             except FileNotFoundError:
                 return False
 
-    def list(self, uri: str) -> list[Entry]:
+    def page(self, uri: str, after: str | None) -> tuple[list[Entry], str | None]:
         """Return every object below a folder."""
         folder = uri.rstrip("/")
         with _as_storage_errors(uri):
@@ -166,9 +166,10 @@ class FsspecBackend:
             except FileNotFoundError as error:
                 if fs.exists(path):
                     raise TransientStorageError(f"{uri} has changed while it was listed") from error
-                return []
+                return [], None
             below = {name[len(path) + 1 :]: info for name, info in found.items() if name.startswith(path + "/")}
-            return [Entry(f"{folder}/{n}", int(info["size"]), _tag(info), _modified(info)) for n, info in below.items()]
+            entries = (Entry(f"{folder}/{n}", int(i["size"]), _tag(i), _modified(i)) for n, i in below.items())
+            return list(entries), None
 
     def delete(self, uri: str) -> None:
         """Remove an object."""

@@ -117,7 +117,7 @@ class LocalBackend:
         with os_errors_as_storage_errors(uri):
             return local_path(uri).is_file()
 
-    def list(self, uri: str) -> list[Entry]:
+    def page(self, uri: str, after: str | None) -> tuple[list[Entry], str | None]:
         """Return every file below a folder, without locks of conditional writes and what is in `SYSTEM_FOLDERS`."""
         entries = []
         with os_errors_as_storage_errors(uri):
@@ -130,7 +130,7 @@ class LocalBackend:
                         if stat.S_ISREG(status.st_mode) and not _is_lock(path):
                             tag = str(status.st_mtime_ns)
                             entries.append(Entry(f"file://{path}", status.st_size, tag, status.st_mtime))
-        return entries
+        return entries, None
 
     def delete(self, uri: str) -> None:
         """Remove a file."""

@@ -240,16 +240,17 @@ class S3Backend:
                 raise
         return True
 
-    def list(self, uri: str) -> list[Entry]:
-        """Return every object whose key starts with the folder's."""
+    def page(self, uri: str, after: str | None) -> tuple[list[Entry], str | None]:
+        """Return up to 1,000 objects whose keys start with the folder's, and the token of the next ones."""
         bucket, prefix = split_s3(uri.rstrip("/") + "/")
+        more = {} if after is None else {"ContinuationToken": after}
         with self.client.calls(uri, "read") as client:
-            pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-            objects = [o for page in pages for o in page.get("Contents", [])]
-        return [
+            page = client.list_objects_v2(Bucket=bucket, Prefix=prefix, **more)
+        entries = [
             Entry(f"s3://{bucket}/{o['Key']}", o["Size"], o.get("ETag", "").strip('"'), o["LastModified"].timestamp())
-            for o in objects
+            for o in page.get("Contents", [])
         ]
+        return entries, page.get("NextContinuationToken")
 
     def delete(self, uri: str) -> None:
         """Remove an object."""

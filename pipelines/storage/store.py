@@ -204,8 +204,17 @@ class Storage(Connection):
 
     def list(self, uri: str, *, patience_s: float = PATIENCE_S) -> list[Entry]:
         """Return every object under a folder address, sorted by address; empty if there is no such folder."""
-        found = self._retry(uri, patience_s, lambda backend: backend.list(uri))
-        return sorted(found, key=lambda entry: entry.uri)
+        return sorted(self.scan(uri, patience_s=patience_s), key=lambda entry: entry.uri)
+
+    def scan(self, uri: str, *, patience_s: float = PATIENCE_S) -> Iterator[Entry]:
+        """Yield every object under a folder address in any order, from pages of which one is in memory at a time."""
+        token: str | None = None
+        while True:
+            after = token
+            entries, token = self._retry(uri, patience_s, lambda backend: backend.page(uri, after))  # noqa: B023
+            yield from entries
+            if token is None:
+                return
 
     def delete(self, uri: str, *, patience_s: float = PATIENCE_S) -> None:
         """Remove an object, if there is one."""

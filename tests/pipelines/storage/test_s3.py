@@ -177,6 +177,31 @@ def test_a_page_of_something_in_front_of_the_store_is_sorted_by_its_status(tmp_p
         assert isinstance(raised.value, TransientStorageError) is (status != 403)
 
 
+def listed_page(*keys: str, following: str | None = None) -> Answer:
+    """A page of a listing, and the token of the next one."""
+    stamped = "<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>&quot;e&quot;</ETag><Size>3</Size>"
+    objects = "".join(f"<Contents><Key>folder/{key}</Key>{stamped}</Contents>" for key in keys)
+    more = f"<IsTruncated>true</IsTruncated><NextContinuationToken>{following}</NextContinuationToken>"
+    body = f"<ListBucketResult>{more if following else '<IsTruncated>false</IsTruncated>'}{objects}</ListBucketResult>"
+    return Answer(200, body.encode(), {"Content-Type": "application/xml"})
+
+
+def test_a_folder_is_listed_page_by_page_and_after_an_outage_only_the_page_that_is_missing_is_asked_for(tmp_path):
+    answers = [listed_page("a", "b", following="second"), Answer(503), Answer(503), Answer(503), listed_page("c")]
+    asked = []
+
+    def answer(request):
+        asked.append("continuation-token=second" in request.path)
+        return answers[min(len(asked), len(answers)) - 1]
+
+    with serving(answer) as server:
+        found = storage_at(server.url, tmp_path).scan("s3://bucket/folder", patience_s=20)
+        assert next(found).uri == "s3://bucket/folder/a"
+        assert asked == [False]
+        assert [entry.uri for entry in found] == ["s3://bucket/folder/b", "s3://bucket/folder/c"]
+    assert asked == [False] + [True] * (len(asked) - 1)
+
+
 def test_a_wrong_clock_is_named_with_the_fix(tmp_path):
     an_hour_ago = formatdate(time.time() - 3600, usegmt=True)
     answer = {  # to a HEAD request, which has no body
