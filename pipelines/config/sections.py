@@ -28,6 +28,18 @@ Geometry = Literal["crop", "resize", "keep"]
 Encoding = Literal["png", "jpg", "webp", "npy"]
 
 
+def _ordinal(given: Any) -> int:
+    """Return the number of a sample, which may be written as 1e6.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    value = float(given)
+    if not value.is_integer():
+        raise ValueError
+    return int(value if isinstance(given, str) and not given.isdecimal() else given)
+
+
 class SourceConfig(ConfigSection):
     """One of several datasets that a training draws from."""
 
@@ -45,7 +57,7 @@ class SourceConfig(ConfigSection):
     @classmethod
     def _weight(cls, given: Any) -> Any:
         try:
-            found = {int(n): float(w) for n, w in given.items()} if isinstance(given, dict) else float(given)
+            found = {_ordinal(n): float(w) for n, w in given.items()} if isinstance(given, dict) else float(given)
         except (TypeError, ValueError):
             raise ValueError("a weight is a number, or {N: WEIGHT, ...} with a weight from sample N on") from None
         weights, starts = (list(found.values()), list(found)) if isinstance(found, dict) else ([found], [0])

@@ -91,6 +91,14 @@ def test_the_experiment_of_cifar10_is_that_of_the_paper():
     assert config.sampler.variance == "large"
 
 
+def test_a_weight_may_begin_at_a_sample_that_is_written_in_powers_of_ten():
+    config = compose([_sources("weight:{0:1,1e6:2,3000000:3}")])
+    (_, source) = config.data.sources
+    assert source.weights == {0: 1.0, 10**6: 2.0, 3 * 10**6: 3.0}
+    assert from_dict(json.loads(config.model_dump_json())) == config  # whose keys are texts
+    assert compose([_sources("weight:3")]).data.sources[1].weights == {0: 3.0}
+
+
 @pytest.mark.parametrize("group, choice", [(g, c) for g, cs in groups().items() if g != "experiment" for c in cs])
 def test_every_shipped_choice_composes(group, choice):
     needed = {"folder": ["data.num_classes=3", "model=unet_small"], "s3": ["storage.root=s3://b"]}
@@ -129,6 +137,7 @@ def _sources(field="weight:1", name="b"):
         ([_sources("weight:inf")], r"data\.sources\.1\.weight: weights are numbers above 0; leave .*, got inf"),
         ([_sources("weight:much")], r"data\.sources\.1\.weight: a weight is a number, or .*, got 'much'"),
         ([_sources("weight:{0:1,9:0}")], r"data\.sources\.1\.weight: weights are numbers above 0"),
+        ([_sources("weight:{0:1,1.5:2}")], r"data\.sources\.1\.weight: a weight is a number, or {N: WEIGHT, \.\.\.}"),
         ([_sources("weight:{9:1}")], r"data\.sources\.1\.weight: weights by stretch need one from sample 0 on"),
         ([_sources("share:1")], r"data\.sources\.1\.share: no such field here\. Allowed: name, uri, weight"),
         ([_sources(name="a")], r"data\.sources: sources 0 and 1, .* are both named 'a': give each a name of its own"),
