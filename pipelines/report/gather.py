@@ -48,11 +48,9 @@ GRIDS = "samples"
 MOST_GRIDS = 24
 """Grids that the page holds."""
 CURVES = ("train/loss", "updates/grad_norm", "train/images_per_s")
-SOURCE_LOSS = "train/loss/SOURCE".removesuffix("SOURCE")
-"""Prefix of the names of the losses of the sources of a mixture."""
 DISTANCE, ENDS = "eval/frechet_distance", ("low", "high")
-ACCURACY = "test/accuracy_tLEVEL".removesuffix("LEVEL")
-"""Prefix of the names of the accuracies of a classifier of noisy images."""
+ACCURACY, SOURCE_LOSS = "test/accuracy_tLEVEL".removesuffix("LEVEL"), "train/loss/SOURCE".removesuffix("SOURCE")
+"""Prefixes of names: of the accuracies of a classifier of noisy images, and the losses of the sources of a mixture."""
 NAMES = 12
 """Classes whose names are shown."""
 SETTINGS = {
@@ -209,10 +207,8 @@ class _Reader:
             weights = source["weight"] if isinstance(source["weight"], Mapping) else {0: source["weight"]}
             rows.append((f"source {source['name']}", f"{source['uri']}, weight {weight_in_words(weights)}"))
         with self._part("the index of the dataset"):
-            if sources:
-                dataset, _ = read_data(DataConfig.model_validate(settings["data"]), self.storage)
-            else:
-                dataset = read_dataset(uri, self.storage)
+            whole = DataConfig.model_validate(settings["data"]) if sources else None
+            dataset = read_data(whole, self.storage)[0] if whole else read_dataset(uri, self.storage)
             size, colours = dataset.image_size, {1: "grey", 3: "colour"}.get(dataset.channels, "")
             counts = ", ".join(f"{dataset.samples(split):,} {split}" for split in dataset.splits)
             now = "" if digest in (None, dataset.digest) else " (there now: the data have changed since)"

@@ -27,7 +27,7 @@ class DatasetError(PipelineError):
 
 
 @dataclass(frozen=True)
-class Source:
+class MixtureSource:
     """One of the datasets of a mixture.
 
     Attributes:
@@ -62,7 +62,7 @@ class ShardInfo:
     samples: int
     bytes: int
     sha256: str
-    source: Source | None = None
+    source: MixtureSource | None = None
 
     def address(self, folder: str) -> str:
         """Return the address of the file.
@@ -106,7 +106,7 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str
-    sources: tuple[Source, ...] = ()
+    sources: tuple[MixtureSource, ...] = ()
     reference_digest: str = ""
 
     def samples(self, split: str) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.config import DataConfig
-from pipelines.shards.index import Dataset, DatasetError, ShardInfo, Source, read_dataset
+from pipelines.shards.index import Dataset, DatasetError, MixtureSource, ShardInfo, read_dataset
 from pipelines.shards.mixture import Schedule, by_stretch
 from pipelines.shards.quarantine import Quarantine, kept_shards, read_quarantine, stream_digest
 from pipelines.storage import Storage
@@ -74,7 +74,7 @@ def with_sources(
     numbers = {name: number for number, name in enumerate(classes)}
     _check_judged(judge, parts)
     sources = [
-        Source(
+        MixtureSource(
             configured.name,
             configured.uri,
             stream_digest(part.dataset, part.quarantine),

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from pipelines.config import ConfigError, compose
-from pipelines.shards.index import Dataset, ShardInfo, Source
+from pipelines.shards.index import Dataset, MixtureSource, ShardInfo
 from pipelines.training.describe import goodput_page, goodput_text, training_text, user_name, workers_text
 from pipelines.training.goodput import Attempt, Session, measure
 
@@ -63,7 +63,10 @@ def test_the_page_names_the_network_and_the_data_of_a_training():
         "unet, v-prediction, cosine schedule, 10,240 images of `s3://ddpm/datasets/digits` (8x8, 10 classes; 1,438 "
         "different ones) in batches of 128 on 2 workers."
     )
-    sources = (Source("a", "s3://b/a", "d", {0: 2.0}, ()), Source("b", "s3://b/b", "d", {0: 1.0, 500: 3.0}, ()))
+    sources = (
+        MixtureSource("a", "s3://b/a", "d", {0: 2.0}, ()),
+        MixtureSource("b", "s3://b/b", "d", {0: 1.0, 500: 3.0}, ()),
+    )
     mixed = training_text(config, replace(ten, sources=sources))
     assert "10,240 images of `s3://b/a` (weight 2), `s3://b/b` (weight 1, from sample 500 on 3) (8x8," in mixed
     classifier = compose(["+experiment=digits_classifier"])
