@@ -20,6 +20,7 @@ from pipelines.tracking import ModelVersion
 from pipelines.training.goodput import Attempt, Session
 from pipelines.training.ledger import write_session
 from tests.pipelines.report.facts import BETTER, SCORES, VERDICT, picture
+from tests.pipelines.shards.test_joined import mixed, write_source
 
 RUN = "0123456789abcdef0123456789abcdef"
 PNG = picture(7).data
@@ -113,6 +114,21 @@ def test_the_samples_shown_are_those_of_the_evaluation_whose_scores_are_shown(re
     assert read().scores == scores
     del tracker.files[name]
     assert read().samples == picture(7)
+
+
+def test_of_a_mixture_each_source_is_named_with_its_weights_and_its_losses(read, tracker, config, tmp_path):
+    first, second = (write_source(tmp_path / name, ["cat", "dog"], range(8)) for name in "ab")
+    data = mixed([("a", first, 2), ("b", second, {0: 1, 1000: 0.5})])
+    settings = config.model_dump(mode="json") | {"data": data.model_dump(mode="json")}
+    tracker.files["config.json"] = json.dumps(settings).encode()
+    tracker.curves["train/loss/a"] = [(100, 0.7)]
+    facts = read()
+    rows = dict(facts.data)
+    assert rows["source a"] == f"{first}, weight 2"
+    assert rows["source b"] == f"{second}, weight 1, from sample 1,000 on 0.5"
+    assert rows["images"].startswith("16 train")
+    assert rows["classes"] == "2: cat, dog"
+    assert [(p.x, p.y) for p in facts.curves["train/loss/a"]] == [(100, 0.7)]
 
 
 def test_every_part_of_a_run_is_read(read):
