@@ -70,10 +70,10 @@ class ShardInfo:
         Args:
             folder: of the dataset.
         """
-        source = self.source
-        return (
-            join(folder, self.name) if source is None else join(source.uri, self.name.removeprefix(f"{source.name}:"))
-        )
+        if self.source is None:
+            return join(folder, self.name)
+        own_name = self.name.removeprefix(f"{self.source.name}:")
+        return join(self.source.uri, own_name)
 
     def folder(self, folder: str) -> str:
         """Return the folder of the dataset that the shard is of: that of its source in a mixture, else the given

@@ -129,8 +129,8 @@ DATA = (
         "split_among_ranks",
         "The ranks share a global batch without gap or overlap, whatever their number.",
         "pipelines/shards/order.py",
-        "span = slice(rank * size // world_size, (rank + 1) * size // world_size)",
-        "span = slice(rank * (size // world_size), (rank + 1) * (size // world_size))",
+        "return slice(rank * size // world_size, (rank + 1) * size // world_size)",
+        "return slice(rank * (size // world_size), (rank + 1) * (size // world_size))",
         (
             "tests/pipelines/shards/test_order.py"
             "::test_ranks_share_a_batch_without_gap_or_overlap_whatever_their_number",
