@@ -100,7 +100,7 @@ def record(reference: str) -> None:
     from pipelines.search.judge import TrialSubject, asked_for
     from pipelines.shards.index import read_dataset
     from pipelines.storage import Storage
-    from pipelines.training.ray_train.resources import connect_ray
+    from pipelines.training.resources import connect_ray
 
     storage = Storage.of(config)
     model = references.resolve(reference, tracking_uri=config.tracking.uri, storage=storage).model

@@ -57,7 +57,7 @@ def run(size: Size) -> dict[str, Any]:
     from pipelines.flow.ingest import Ingest
     from pipelines.flow.walk import walk
     from pipelines.storage import Storage
-    from pipelines.training.ray_train.resources import connect_ray
+    from pipelines.training.resources import connect_ray
 
     storage = Storage.of(config)
     walk([Ingest(config)], Site(storage, {}, Terminal()))

@@ -48,7 +48,7 @@ def ingest(
     from pipelines.flow.ingest import write_dataset
 
     if over_ray:
-        from pipelines.training.ray_train.resources import connect_ray
+        from pipelines.training.resources import connect_ray
 
         connect_ray(config)
     with terminal.live():

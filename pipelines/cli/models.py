@@ -95,7 +95,7 @@ def _asked(
 
     from pipelines.checkpoints import lookup, references
     from pipelines.config import changed_sampling, override_settings
-    from pipelines.training.ray_train.resources import connect_ray
+    from pipelines.training.resources import connect_ray
 
     config = lookup.judged_as_before(config, overrides, model)
     resolved = references.open_model(model, config)
@@ -137,7 +137,7 @@ def promote(
 
     from pipelines import registry
     from pipelines.checkpoints import lookup
-    from pipelines.training.ray_train.resources import connect_ray
+    from pipelines.training.resources import connect_ray
 
     if not rollback:
         config = lookup.judged_as_before(config, overrides or [], model)

@@ -51,7 +51,7 @@ def serve(
     from pipelines.serving.service import ModelService
     from pipelines.serving.token import server_token
     from pipelines.stack import default_home
-    from pipelines.training.ray_train.resources import connect_ray
+    from pipelines.training.resources import connect_ray
 
     for model in models:
         lookup.check_exists(model, config.tracking.uri)

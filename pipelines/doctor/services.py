@@ -153,7 +153,7 @@ def check_ray(config: Config, environment: Mapping[str, str]) -> list[Check]:
 
 def check_ray_nodes(config: Config, address: str, version: str, nodes: Sequence[Mapping[str, float]]) -> Check:
     """Check that nodes with these resources have room for the workers of a training."""
-    from pipelines.training.ray_train.resources import per_worker, possible_workers, shortage
+    from pipelines.training.resources import per_worker, possible_workers, shortage
 
     total = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in ("CPU", "GPU"))
     found = f"{address}: version {version}, {len(nodes)} node{'s' * (len(nodes) != 1)} with {total}"

@@ -15,7 +15,7 @@ from pipelines.shards.ingest.encode import CaptionEncoder
 from pipelines.shards.ingest.write import Ingested, ingest, source_digest
 from pipelines.storage import Storage, join, layout
 from pipelines.training import prepare
-from pipelines.training.ray_train.resources import connect_ray
+from pipelines.training.resources import connect_ray
 
 INGEST_SETTINGS = (
     "image_size",

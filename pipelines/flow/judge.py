@@ -41,7 +41,7 @@ from pipelines.storage import Storage, join, layout
 from pipelines.tracking import ModelVersion
 from pipelines.training import prepare
 from pipelines.training.driver import TrainingResult
-from pipelines.training.ray_train.resources import connect_ray, has_room_beside
+from pipelines.training.resources import connect_ray, has_room_beside
 from pipelines.training.scoring import needs
 
 

@@ -110,7 +110,11 @@ def begin(
     Returns:
         What `driver.train` takes.
     """
-    run = prepare_run(config, dict(lineage))
+
+    def notice(text: str) -> None:
+        display.stage("train", text)
+
+    run = prepare_run(config, dict(lineage), notice=notice)
     if ends is not None and config.training_s is not None and run.resumes_at == 0:
         # What came before took more or less time than was expected.
         training_s = max(LEAST_SHARE * config.training_s, ends - time.monotonic())
@@ -126,7 +130,7 @@ def begin(
     if not run.complete:
         display.stage("train", f"follow it at {run.job.tracker.url}")
     report = no_report if run.complete else display.training(run.length, run.resumes_at)
-    return run, report, lambda text: display.stage("train", text)
+    return run, report, notice
 
 
 def show_end(result: TrainingResult, display: Display) -> None:

@@ -206,7 +206,7 @@ def kept_from_training(config: Config, notice: Notice) -> Iterator[None]:
 
     from pipelines.training.errors import TrainingError
     from pipelines.training.ray_train.monitor import only_driver
-    from pipelines.training.ray_train.resources import connect_ray
+    from pipelines.training.resources import connect_ray
 
     try:
         connect_ray(config)

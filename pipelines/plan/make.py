@@ -24,7 +24,7 @@ from pipelines.presentation.progress import StageNotice
 from pipelines.remote.tasks import alive_nodes, finished
 from pipelines.shards.ingest.sources import absolute, source_digest
 from pipelines.storage import Storage
-from pipelines.training.ray_train.resources import connect_ray, is_free
+from pipelines.training.resources import connect_ray, is_free
 
 STALLED_S = 900.0
 """Seconds after which a measurement on the Ray cluster, which takes a few, is given up."""

@@ -38,7 +38,7 @@ from pipelines.search.watch import TrialWatch
 from pipelines.shards.index import Dataset
 from pipelines.storage import join, layout
 from pipelines.tracking import Tracker
-from pipelines.training.ray_train.resources import connect_ray
+from pipelines.training.resources import connect_ray
 
 
 @dataclass(frozen=True)

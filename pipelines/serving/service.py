@@ -22,7 +22,7 @@ from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Notice
 from pipelines.remote.tasks import alive_nodes
 from pipelines.serving.application import build
-from pipelines.training.ray_train.resources import possible_workers
+from pipelines.training.resources import possible_workers
 
 POLL_S = 0.5
 PAGE = "page"

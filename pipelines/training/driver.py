@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -28,15 +27,9 @@ from pipelines.training.loop.log import send_unsent
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.ray_train.callbacks import cause_of
 from pipelines.training.ray_train.monitor import only_driver
-from pipelines.training.ray_train.resources import (
-    connect_ray,
-    has_room_beside,
-    is_free,
-    require_memory,
-    require_resources,
-)
 from pipelines.training.ray_train.trainer import WorkerProvider, dedicated_workers
 from pipelines.training.ray_train.watch import Fit, Watch, checkpoint_images, stop_on_interrupt, taken_over
+from pipelines.training.resources import connect_ray, has_room_beside, is_free
 from pipelines.training.scoring import Evaluate, needs, score_on_ray
 from pipelines.training.states import (
     Event,
@@ -89,20 +82,16 @@ def train(
         evaluate: scores published checkpoints, where `evaluation.every` asks for that; by default a task on Ray.
 
     Raises:
-        ConfigError: the training surely does not fit the memory of the cluster's nodes.
-        TrainingError: the cluster is too small, another driver has the run, or the workers failed more often than
-            `cluster.max_failures` without a new checkpoint.
+        TrainingError: another driver has the run, or the workers failed more often than `cluster.max_failures`
+            without a new checkpoint.
     """
     if run.complete:
         return _complete(run, notice, evaluate)
-    config, began, notice = run.job.config, time.time(), on_the_page(run.job.tracker, notice)
+    config, notice = run.job.config, on_the_page(run.job.tracker, notice)
     for fault in expected_faults(config):
         notice(f"{NOT_WORKING}{fault}")
 
-    # Wait for a cluster that can hold the workers, and take the run over from earlier drivers.
-    connect_ray(config)
-    require_resources(config, notice)
-    require_memory(config, notice)
+    # Take the run over from earlier drivers.
     with only_driver(config) as monitor:
         job = replace(run.job, fence=checkpoints.take_over(run.job.storage, run.job.run_uri))
         run = replace(run, job=job)
@@ -111,7 +100,12 @@ def train(
         # Start the workers, and do what the states of the training call for until it is over.
         with _evaluations(job, run.length, evaluate, notice) as evaluations:
             watch = Watch(run, monitor, ledger, _with_scores(report, evaluations), notice)
-            with ledger.session(began), closing(watch), stop_on_interrupt(monitor, notice), _killed_by_interrupt(job):
+            with (
+                ledger.session(run.began),
+                closing(watch),
+                stop_on_interrupt(monitor, notice),
+                _killed_by_interrupt(job),
+            ):
                 _sweep(job)
                 describe_run(job)
                 state: State = Starting()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ddpm import first_weights
 from pipelines import checkpoints
 from pipelines.checkpoints import newest_checkpoint, references
 from pipelines.config import Config, ConfigError
+from pipelines.presentation.progress import Notice, no_notice
 from pipelines.shards.captions import caption_width
 from pipelines.shards.index import Dataset, DatasetError
 from pipelines.shards.ingest.report import recorded_encoder
@@ -20,22 +22,25 @@ from pipelines.storage.retry import PATIENCE_S
 from pipelines.tracking import FIRST_ANSWER_S
 from pipelines.training.goodput import Goodput
 from pipelines.training.loop.context import Job
-from pipelines.training.run_id import open_training_run
+from pipelines.training.resources import connect_ray, require_memory, require_resources
+from pipelines.training.run_id import find_training_run, open_training_run
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run whose configuration, data and checkpoints have been checked, and whose training has not started.
+    """A run whose configuration, data, checkpoints and cluster have been checked, and whose training has not started.
 
     Attributes:
         job: what the workers need.
         resumes_at: images seen by the newest checkpoint; 0 for a new run.
         length: images after which the run ends, as far as is known.
+        began: when its driver turned to the cluster, in seconds since the epoch; the goodput counts from there.
     """
 
     job: Job
     resumes_at: int
     length: int
+    began: float = field(default_factory=time.time)
 
     @property
     def complete(self) -> bool:
@@ -48,11 +53,16 @@ class PreparedRun:
         return max(self.resumes_at, seen), (goodput and goodput.length) or self.length
 
 
-def prepare_run(config: Config, lineage: dict[str, Any], tags: Mapping[str, str] | None = None) -> PreparedRun:
-    """Check storage, dataset and earlier checkpoints of this name, and open the MLflow run.
+def prepare_run(
+    config: Config, lineage: dict[str, Any], tags: Mapping[str, str] | None = None, notice: Notice = no_notice
+) -> PreparedRun:
+    """Check storage, dataset, earlier checkpoints of this name and the cluster, and open the MLflow run.
+
+    What the cluster cannot hold is refused before there is an MLflow run, which would seem to be running for ever.
 
     Args:
         tags: of a trial of a study, whose MLflow server has answered before; for a new MLflow run.
+        notice: called with lines for the user, such as what the cluster lacks while it is waited for.
 
     Raises:
         ConfigError, StorageError, DatasetError, ModelError, TrackingError, TrainingError: what is wrong, before
@@ -75,12 +85,16 @@ def prepare_run(config: Config, lineage: dict[str, Any], tags: Mapping[str, str]
     initial = initial_lineage(config, new=state is None)
     # A driver is often restarted together with MLflow, or while it is away.
     patience_s = FIRST_ANSWER_S if state is None and tags is None else PATIENCE_S
+    resumes_at, length = (0, config.images) if state is None else (state.images_seen, state.ends_at(config))
+    began = time.time()
+    if resumes_at < length:
+        find_training_run(config, patience_s)  # what is wrong with it is told before the wait for a cluster
+        connect_ray(config)
+        require_resources(config, notice)
+        require_memory(config, notice)
     tracker = open_training_run(config, tags, patience_s)
     origin = {**lineage, **initial, **encoder_lineage(config), "run_id": tracker.run_id}
-    job = Job(config, dataset, tracker, origin, quarantine)
-    if state is None:
-        return PreparedRun(job, 0, config.images)
-    return PreparedRun(job, state.images_seen, state.ends_at(config))
+    return PreparedRun(Job(config, dataset, tracker, origin, quarantine), resumes_at, length, began)
 
 
 def initial_lineage(config: Config, *, new: bool) -> dict[str, Any]:

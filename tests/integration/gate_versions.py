@@ -56,7 +56,7 @@ def main(name: str, run_id: str, *kinds: str) -> None:
     from pipelines.shards.read import opened_split, read_split
     from pipelines.signing.keys import own_key
     from pipelines.storage import Storage
-    from pipelines.training.ray_train.resources import connect_ray
+    from pipelines.training.resources import connect_ray
 
     @dataclass(frozen=True)
     class Replay(Model):

@@ -20,7 +20,7 @@ from pipelines.storage import Fence
 from pipelines.training.loop.context import Job
 from pipelines.training.ray_train import worker
 from pipelines.training.ray_train.callbacks import FreeWorkers, QuickStart, TellCause
-from pipelines.training.ray_train.resources import group_start_s, per_worker
+from pipelines.training.resources import group_start_s, per_worker
 
 WorkerProvider = Callable[[Job, Any], Callable[[], object]]
 """Takes a job and the handle of its monitor, and returns a call that trains the job to its end."""

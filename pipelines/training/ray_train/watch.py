@@ -24,8 +24,8 @@ from pipelines.training.ledger import Ledger
 from pipelines.training.loop.context import Job
 from pipelines.training.prepare import PreparedRun
 from pipelines.training.ray_train.answers import answer
-from pipelines.training.ray_train.resources import shortage
 from pipelines.training.ray_train.worker_logs import LogDeduplicator
+from pipelines.training.resources import shortage
 from pipelines.training.states import AnotherDriver, Event, NodesCounted, WorkersEnded, WorkersUnreachable
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from pipelines.environment.loopback import bypass_proxies, is_loopback
 from pipelines.stack import services
 from pipelines.tracking import Tracker, UnreachableError
 from pipelines.tracking.client import client
-from pipelines.training.ray_train import resources
+from pipelines.training import resources
 from tests.http_server import Answer, Server, serving
 
 NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")

@@ -117,7 +117,7 @@ def test_a_run_that_has_seconds_is_trained_when_it_has_seen_what_fitted_them(con
 def test_a_new_training_gets_the_seconds_that_are_left(config, monkeypatch, left_s, resumes_at, expected):
     timed, trained = config.model_copy(update={"training_s": 60.0}), []
 
-    def prepare_run(config, lineage):
+    def prepare_run(config, lineage, notice):
         tracker = Tracker(config.tracking.uri, "none", patience_s=0)
         return PreparedRun(Job(config, DATASET, tracker, {}), resumes_at, 1000)
 

@@ -37,7 +37,6 @@ def job(tmp_path, monkeypatch):
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(driver, "connect_ray", lambda *arguments: None)
-    monkeypatch.setattr(driver, "require_resources", lambda *arguments: None)
     monkeypatch.setattr(driver, "only_driver", only_driver)
     monkeypatch.setattr(driver, "describe_run", lambda job: None)
     monkeypatch.setattr(watch, "answer", lambda reply, *arguments: reply)

@@ -6,8 +6,8 @@ import pytest
 import ray
 
 from pipelines.config import ClusterConfig, compose
-from pipelines.training.ray_train import resources
-from pipelines.training.ray_train.resources import has_room_beside, per_worker, possible_workers, shortage
+from pipelines.training import resources
+from pipelines.training.resources import has_room_beside, per_worker, possible_workers, shortage
 
 
 def test_a_worker_does_not_span_two_nodes():
