@@ -20,7 +20,10 @@ from pipelines.search.space import Value
 from pipelines.search.study import StudyStore, TrialRecord, trial_name
 from pipelines.search.study_config import StudyConfig
 from pipelines.search.watch import TrialWatch
-from pipelines.tracking import Tracker, TrackingError
+from pipelines.storage import layout
+from pipelines.tracking import ID_TAG, Tracker, TrackingError
+from pipelines.training.errors import TrainingError
+from pipelines.training.run_id import given_id
 
 logger = logging.getLogger(__name__)
 OnChange = Callable[["Observer"], None]
@@ -33,7 +36,8 @@ class Observer(Callback):
     """Ray Tune's callback of a study, and the only writer of its records.
 
     A training opens its MLflow run itself. Two that opened it at the same time would make two of it, so a training
-    trial is logged from its first report on.
+    trial is logged from its first report on. One that is refused before has a run made here, with the id by which the
+    trial finds it when it is tried again.
 
     MLflow may not answer while a study runs. Ray Tune's callbacks do not wait for it: trials that could not be logged
     are logged by `settle`, now or when the study is resumed.
@@ -57,6 +61,7 @@ class Observer(Callback):
         watch: TrialWatch | None = None,
     ) -> None:
         self.store, self.study, self.tracker, self.experiment = store, study, tracker, config.tracking.experiment
+        self.root = config.storage.root
         # Of the axis, see `AXIS`: a trial that ends before was stopped.
         self.length = config.images if study.kind == "training" else study.samples
         self.on_change, self.watch = on_change, watch
@@ -122,7 +127,7 @@ class Observer(Callback):
         try:
             for name in sorted(self.unlogged):
                 self._log(self.records[name], self.tracker.patience_s)
-        except TrackingError as error:
+        except (TrackingError, TrainingError) as error:
             logger.warning(
                 "%d trials are not logged to MLflow: %s; `ddpm search` with --resume does it", len(self.unlogged), error
             )
@@ -137,7 +142,7 @@ class Observer(Callback):
         try:
             if log:
                 self._log(record, patience_s=0)
-        except TrackingError as error:
+        except (TrackingError, TrainingError) as error:
             logger.warning("trial %s is logged to MLflow later: %s", record.trial, error)
             self.unlogged.add(record.trial)
         self.store.record(self.records[record.trial])
@@ -147,9 +152,10 @@ class Observer(Callback):
         """Log what MLflow does not have yet: parameters, scores by axis, and the state of an ended trial."""
         if record.run_id is None:
             parent = {"mlflow.parentRunId": self.tracker.run_id, "ddpm.study": self.store.name}
-            tracker, _ = tracking.open_run(
-                self.tracker.uri, self.experiment, f"{self.store.name}-{record.trial}", parent, patience_s
-            )
+            name, opened = f"{self.store.name}-{record.trial}", parent
+            if self.study.kind == "training":
+                opened = {**parent, ID_TAG: given_id(self.store.storage, layout.run_folder(self.root, name))}
+            tracker, _ = tracking.open_run(self.tracker.uri, self.experiment, name, opened, patience_s)
             tracker = replace(tracker, patience_s=patience_s)
             tracker.tags(parent)
             tracker.params(record.params)

@@ -79,7 +79,7 @@ def open_training_run(
     storage = Storage.of(config)
     while True:
         found = find_training_run(config, patience_s)
-        run_id = _given_id(storage, checkpoints.run_folder(config))
+        run_id = given_id(storage, checkpoints.run_folder(config))
         if found is not None:
             if found.tag(ID_TAG) is None:
                 found.tags({ID_TAG: run_id})
@@ -92,8 +92,8 @@ def open_training_run(
             return tracker
 
 
-def _given_id(storage: Storage, folder: str) -> str:
-    """Return the id of the run in a folder, which gets one where it has none."""
+def given_id(storage: Storage, folder: str) -> str:
+    """Return the id of the run whose folder lies at an address, which gets one where it has none."""
     while True:
         found = read_run_id(storage, folder)
         if found is not None:

@@ -12,8 +12,9 @@ from pipelines.config import compose
 from pipelines.search.observer import Observer
 from pipelines.search.study import StudyStore
 from pipelines.search.study_config import StudyConfig
-from pipelines.storage import Storage
+from pipelines.storage import Storage, layout
 from pipelines.tracking import Tracker, UnreachableError
+from pipelines.training.run_id import read_run_id
 
 
 class Mlflow:
@@ -27,6 +28,7 @@ class Mlflow:
 
     def open_run(self, uri, experiment, name, tags, patience_s):
         self.answer()
+        self.tags.setdefault(name, {}).update(tags)
         return Tracker(uri, name), False
 
     def call(self, name):
@@ -52,7 +54,12 @@ class Mlflow:
 def an_observer(tmp_path) -> Observer:
     study = StudyConfig.model_validate({"kind": "training", "trials": 1, "space": {"model.width": {"int": [8, 64]}}})
     store = StudyStore(Storage(), f"file://{tmp_path}/studies/s")
-    return Observer(store, study, Tracker("http://nowhere", "parent"), compose(["+experiment=digits", "images=100"]))
+    return Observer(
+        store,
+        study,
+        Tracker("http://nowhere", "parent"),
+        compose(["+experiment=digits", "images=100", f"storage.root=file://{tmp_path}"]),
+    )
 
 
 def trial(width: int) -> SimpleNamespace:
@@ -105,3 +112,16 @@ def test_a_trial_that_is_run_again_has_each_report_once(tmp_path, monkeypatch):
     second.on_trial_complete(0, [], trial(8))
     (record,) = second.store.records()
     assert (record.state, record.history, record.scores) == ("finished", reports, reports[1])
+
+
+def test_a_training_that_was_refused_before_it_had_a_run_finds_the_one_made_for_it_by_its_id(tmp_path, monkeypatch):
+    mlflow = Mlflow(monkeypatch)
+    observer = an_observer(tmp_path)
+    observer.begin([])
+    observer.on_trial_start(0, [], trial(8))
+    observer.on_trial_error(0, [], trial(8))
+    (record,) = observer.store.records()
+    own = read_run_id(observer.store.storage, layout.run_folder(f"file://{tmp_path}", f"s-{record.trial}"))
+    assert own is not None
+    assert mlflow.tags[record.run_id][tracking.ID_TAG] == own
+    assert mlflow.states[record.run_id] == "FAILED"
