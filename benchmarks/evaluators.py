@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.results import Size, commit, make_parser, mean, publish
 from ddpm.quality import FeatureMoments
+from pipelines.environment.scratch import temporary_folder
 from pipelines.evaluation.compare import measured_frechet
 from pipelines.evaluation.evaluators.base import Encoded, FeatureEncoder
 from pipelines.evaluation.evaluators.classifier import train_classifier
@@ -51,7 +52,8 @@ class Digits:
     def read(cls) -> Digits:
         """Return the pictures that `ddpm ingest digits` reads, in its splits."""
         storage, parts = Storage(), {}
-        found = open_source("digits", storage).images
+        with temporary_folder("digits") as folder:
+            found = list(open_source("digits", storage, f"file://{folder}").images)
         for split in ("train", "test"):
             chosen = [each for each in found if each.split == split]
             pictures = [np.array(Image.open(io.BytesIO(each.read(storage)))) for each in chosen]

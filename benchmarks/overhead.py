@@ -293,12 +293,14 @@ def _enlarged_digits(folder: Path, size: int, storage: Storage) -> str:
     """Write the digits at another size into class folders, and return the folder above."""
     from PIL import Image
 
+    from pipelines.environment.scratch import temporary_folder
     from pipelines.shards.ingest.sources import open_source
 
-    for number, image in enumerate(open_source("digits", storage).images):
-        below = folder / str(image.label)
-        below.mkdir(exist_ok=True)
-        Image.open(io.BytesIO(image.read(storage))).resize((size, size)).save(below / f"{number:04}.png")
+    with temporary_folder("digits") as listed:
+        for number, image in enumerate(open_source("digits", storage, f"file://{listed}").images):
+            below = folder / str(image.label)
+            below.mkdir(exist_ok=True)
+            Image.open(io.BytesIO(image.read(storage))).resize((size, size)).save(below / f"{number:04}.png")
     return str(folder)
 
 

@@ -186,7 +186,7 @@ def check_there(source: str | None) -> None:
         NoSourceError: the source does not exist, or is of an unknown kind.
     """
     if source not in (None, "digits"):
-        from pipelines.shards.ingest.trees import check_there as check
+        from pipelines.shards.ingest.places import check_there as check
 
         check(source)
 

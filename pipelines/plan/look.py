@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.environment.scratch import temporary_folder
 from pipelines.plan.facts import Mirror, SourceFacts
 from pipelines.plan.mirror import tell_mirrored
 from pipelines.presentation.errors import ConfigError
 from pipelines.shards.ingest.encode import ImageFormat, open_image
+from pipelines.shards.ingest.manifest import Manifest, SourceImage
 from pipelines.shards.ingest.readers import UnreadableError
-from pipelines.shards.ingest.sources import SourceImage, open_source
+from pipelines.shards.ingest.sources import Source, open_source
 from pipelines.shards.ingest.tasks import seconds_of_image
 from pipelines.shards.text import DEFAULT_ENCODER, TextEncoder
 from pipelines.storage import Storage
@@ -60,7 +62,11 @@ def look(source: str, storage: Storage, *, test_fraction: float = 0.1, encoder: 
         DatasetError: there is no such source, or it has no images.
         ConfigError: the captions need a text encoder that cannot be loaded here.
     """
-    listed = open_source(source, storage, test_fraction)
+    with temporary_folder("look") as scratch:
+        return _facts(source, open_source(source, storage, f"file://{scratch}", test_fraction), storage, encoder)
+
+
+def _facts(source: str, listed: Source, storage: Storage, encoder: str | None) -> SourceFacts:
     if not listed.images:
         raise ConfigError(f"{source} has no images: {'; '.join(listed.unused) or 'it is empty'}")
     opened, unreadable = _open_some(listed.images, storage)
@@ -91,11 +97,11 @@ def look(source: str, storage: Storage, *, test_fraction: float = 0.1, encoder: 
     )
 
 
-def _open_some(images: Sequence[SourceImage], storage: Storage) -> tuple[list[OpenedImage], int]:
+def _open_some(images: Manifest, storage: Storage) -> tuple[list[OpenedImage], int]:
     """Open the first images of a list for a few seconds; return them, and the number that cannot be opened."""
     began, unreadable = time.monotonic(), 0
     opened: list[OpenedImage] = []
-    for image in images[:OPENED]:
+    for image in images.first(OPENED):
         if time.monotonic() - began > LOOKING_S and len(opened) + unreadable >= LEAST_OPENED:
             break
         try:

@@ -21,7 +21,9 @@ MLFLOW = "mlflow"
 DATASET, QUARANTINE, INGEST_REPORT = "dataset.json", "quarantine.json", "ingest-report.json"
 SHARD_SUFFIX, INDEX_SUFFIX = ".tar", ".index.json"
 INGEST_PROGRESS = "ingest-progress"
-"""Folder of the records of finished shards, while an ingest runs."""
+"""Folder of the records of an ingest, from which it continues: of its shards, its sources and their fingerprints."""
+INGEST_SOURCES, FINGERPRINTS = f"{INGEST_PROGRESS}/sources", f"{INGEST_PROGRESS}/fingerprints"
+"""Folders of the parts of the manifest, and of the fingerprints of its images."""
 INGEST_KEY = "ingest-key"
 """Digest of everything that an ingest of `ddpm flow` was made from."""
 EVALUATORS, FEATURES = "evaluator", "features"
@@ -99,6 +101,11 @@ def progress_name(shard: str) -> str:
 def trial_file(study: str, trial: str) -> str:
     """Return the address of the record of a trial, below the folder of its study."""
     return join(study, TRIALS, f"{trial}.json")
+
+
+def parquet_part(number: int) -> str:
+    """Return the name of a part of a manifest, or of what was found out about its images."""
+    return f"{number:08d}.parquet"
 
 
 def best_file(study: str, name: str) -> str:

@@ -58,6 +58,6 @@ def test_a_named_cluster_writes_the_shards_and_threads_do_without(photos, shell:
     named = {"RAY_ADDRESS": local_stack.ray_address, **stack.ray_environment(local_stack.home)}
     cluster = Shell(shell.folder, shell.environment | named)
     there = cluster.ok("ingest", SOURCE, "--to", "s3://ddpm/datasets/tasks", *SETTINGS, "--json")
-    assert f"shards as Ray tasks on {len(os.sched_getaffinity(0))} CPUs" in there.err
+    assert f"{len(photos)} images as Ray tasks on {len(os.sched_getaffinity(0))} CPUs" in there.err
     assert there.answer["digest"] == here.answer["digest"]
     assert sum(there.answer["samples"].values()) == len(photos)

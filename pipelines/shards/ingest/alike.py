@@ -2,35 +2,43 @@
 
 Two images are alike where their perceptual hashes differ in at most 6 of 63 bits and their small grey copies correlate
 by more than `ALIKE`: resized, recompressed and slightly brighter copies are, different photographs are not. The hash
-(pHash: the signs of the lowest frequencies of the DCT about their median) finds the pairs without comparing all with
-all: one of its four parts has to be equal. An image joins the first similar one in the order of the source, and none
+(pHash: the signs of the lowest frequencies of the DCT about their median) finds all pairs within that distance without
+comparing all with all, see `neighbours`. An image joins the first similar one in the order of the source, and none
 that is similar only to the joined one: so groups do not grow together.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from heapq import merge
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.shards.ingest.encode import open_image
+from pipelines.shards.ingest.manifest import Manifest, SourceImage, parquet
+from pipelines.shards.ingest.neighbours import near_groups
 from pipelines.shards.ingest.readers import UnreadableError
-from pipelines.shards.ingest.sources import Source, SourceImage
-from pipelines.storage import Storage
+from pipelines.shards.ingest.report import Names
+from pipelines.storage import Storage, join, layout
 
 SIDE, LOWEST, SMALL = 32, 8, 12
 ALIKE = 0.99
 BITS = 6
-PARTS = 4
-MOST_IN_A_PART = 64
-"""Largest number of images with an equal part of the hash that one is compared with: more are of a kind that the hash
-does not distinguish, such as drawings on white."""
 FLAT = 2.0
 """Standard deviation of grey levels, of 0..255, below which an image is too uniform to be compared."""
+
+_SCHEMA = pa.schema([("file", pa.binary()), ("hash", pa.int64()), ("small", pa.binary())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,56 +67,122 @@ def fingerprint(image: Image.Image) -> Fingerprint | None:
     return Fingerprint(int("".join("1" if bit else "0" for bit in bits), 2), centred / np.linalg.norm(centred))
 
 
-def fingerprints(images: Sequence[SourceImage], storage: Storage) -> list[Fingerprint | None]:
-    """Return the fingerprint of each image; None if it cannot be read or is uniform."""
-    found: list[Fingerprint | None] = []
-    for image in images:
-        try:
-            found.append(fingerprint(open_image(image.read(storage), reduced_to=SIDE).image))
-        except UnreadableError:
-            found.append(None)
-    return found
-
-
-def keep_together(source: Source, prints: Sequence[Fingerprint | None]) -> tuple[Source, tuple[str, ...]]:
-    """Move near-duplicates into the split of the first one; return the source and descriptions of the pairs.
+def fingerprint_part(number: int, images: Manifest, uri: str) -> None:
+    """Store the fingerprints of the images of a part; those that are recorded for the same files are not made again.
 
     Args:
-        source: source with random splits.
-        prints: fingerprints of its images.
-
-    Returns:
-        The source, and a line for each image that is nearly the same as an earlier one.
+        number: number of the part.
+        images: the manifest.
+        uri: address of the folder of fingerprints.
     """
-    images, said = list(source.images), []
-    for number, leader in enumerate(leaders(prints)):
-        if leader != number:
-            images[number] = replace(images[number], split=images[leader].split)
-            said.append(f"{images[number].origin} and {images[leader].origin}")
-    return replace(source, images=tuple(images)), tuple(said)
+    listed, storage, address = images.part(number), images.storage, join(uri, layout.parquet_part(number))
+    data = storage.find(address)
+    known: dict[bytes, dict[str, Any]] = {}
+    if data is not None:
+        known = {row["file"]: row for row in pq.read_table(io.BytesIO(data)).to_pylist()}
+    files = [hashlib.sha256(json.dumps([image.origin, image.stamp]).encode()).digest()[:16] for image in listed]
+    if data is not None and files == list(known):
+        return
+    rows = [known.get(key) or _row(key, image, storage) for key, image in zip(files, listed, strict=True)]
+    storage.write(address, parquet(pa.Table.from_pylist(rows, _SCHEMA)))
 
 
-def leaders(found: Sequence[Fingerprint | None]) -> list[int]:
-    """Return for each image the index of the first similar one, or its own."""
-    parts: dict[tuple[int, int], list[int]] = defaultdict(list)
-    leader = []
-    for number, own in enumerate(found):
-        if own is None:
-            leader.append(number)
+def _row(key: bytes, image: SourceImage, storage: Storage) -> dict[str, Any]:
+    try:
+        found = fingerprint(open_image(image.read(storage), reduced_to=SIDE).image)
+    except UnreadableError:
+        found = None
+    return {"file": key, "hash": found and found.hash, "small": found and found.small.tobytes()}
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """The stored fingerprints of the images of a manifest.
+
+    Attributes:
+        images: the manifest.
+        uri: address of the folder of their parts.
+    """
+
+    images: Manifest
+    uri: str
+
+    def hashes(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
+        """Yield (positions among all images, hashes) of the images of a part that have one."""
+        for number, start in zip(self.images.numbers, self.images.starts(), strict=True):
+            column = self._part(number, "hash").combine_chunks()
+            there = column.is_valid().to_numpy(zero_copy_only=False)
+            yield start + np.flatnonzero(there), column.drop_null().to_numpy(zero_copy_only=False).astype(np.uint64)
+
+    def leaders(self, scratch: Path) -> Iterator[tuple[int, int]]:
+        """Yield (position of an image, position of the first similar one), in the order of the images.
+
+        Args:
+            scratch: an empty folder on this machine.
+        """
+        small = lru_cache(maxsize=64)(self._small)
+
+        def alike(one: int, other: int) -> bool:
+            return correlate(self._at(one, small), self._at(other, small))
+
+        return leaders(near_groups(self.hashes(), BITS, scratch), alike)
+
+    def _at(self, position: int, small: Callable[[int], list[bytes]]) -> NDArray[np.float32]:
+        place, within = self.images.place(position)
+        return np.frombuffer(small(place)[within], np.float32)
+
+    def _small(self, place: int) -> list[bytes]:
+        found: list[bytes] = self._part(self.images.numbers[place], "small").to_pylist()
+        return found
+
+    def _part(self, number: int, column: str) -> pa.ChunkedArray:
+        data = self.images.storage.read(join(self.uri, layout.parquet_part(number)))
+        return pq.read_table(io.BytesIO(data), columns=[column]).column(column)
+
+
+def leaders(
+    near: Iterator[tuple[int, tuple[Any, ...]]], alike: Callable[[int, int], bool]
+) -> Iterator[tuple[int, int]]:
+    """Yield (image, first similar one) of each image that joins another one.
+
+    Args:
+        near: see `near_groups`.
+        alike: whether an image and an earlier one of a near group are similar.
+    """
+    alone: dict[int, list[int]] = {}  # group -> its images that joined no other, ascending
+    for image, (group, others) in near:
+        before = merge(*(alone.get(each, ()) for each in (group, *others)))
+        leader = next((other for other in before if alike(image, other)), None)
+        if leader is None:
+            alone.setdefault(group, []).append(image)
+        else:
+            yield image, leader
+
+
+def correlate(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
+    """Return whether two small copies correlate as those of similar images do."""
+    return float(one @ other) > ALIKE
+
+
+def keep_together(images: Manifest, leaders: Iterator[tuple[int, int]], alike: Names) -> Iterator[SourceImage]:
+    """Yield the images, near-duplicates in the split of the first one.
+
+    Args:
+        images: images with random splits.
+        leaders: see `Fingerprints.leaders`.
+        alike: gets a line for each image that is nearly the same as an earlier one.
+    """
+    part = lru_cache(maxsize=8)(images.part)
+    following = next(leaders, None)
+    for position, image in enumerate(images):
+        if following is None or following[0] != position:
+            yield image
             continue
-        keys = [(part, own.hash >> (16 * part) & 0xFFFF) for part in range(PARTS)]
-        near = sorted({other for key in keys for other in parts[key]})
-        first = next((other for other in near if _alike(own, found[other])), number)
-        leader.append(first)
-        if first == number:
-            for key in keys:
-                if len(parts[key]) < MOST_IN_A_PART:
-                    parts[key].append(number)
-    return leader
-
-
-def _alike(one: Fingerprint, other: Fingerprint | None) -> bool:
-    return other is not None and (one.hash ^ other.hash).bit_count() <= BITS and float(one.small @ other.small) > ALIKE
+        place, within = images.place(following[1])
+        leader = part(images.numbers[place])[within]
+        alike.add(f"{image.origin} and {leader.origin}")
+        yield replace(image, split=leader.split)
+        following = next(leaders, None)
 
 
 def _cosines() -> NDArray[np.float64]:

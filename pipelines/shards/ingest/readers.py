@@ -6,7 +6,8 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from pipelines.presentation.errors import PipelineError
 from pipelines.storage import NotFoundError, Storage, StorageError, is_local
@@ -97,6 +98,28 @@ class ZipMember:
             return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size + 1)
         except zlib.error as error:
             raise UnreadableError(f"cannot be decompressed: {error}: the zip is damaged") from error
+
+
+_KINDS = {"file": StoredFile, "memory": InMemory, "zip": ZipMember}
+"""Kind of a reader as manifests record it -> its class."""
+
+
+def as_columns(read: Read) -> dict[str, Any]:
+    """Return what a manifest records of a reader: kind, address, numbers and bytes, each None where it has none."""
+    kind = next(name for name, known in _KINDS.items() if type(read) is known)
+    values = [getattr(read, field.name) for field in fields(_KINDS[kind])]
+    if kind == "memory":
+        return {"reader": kind, "uri": None, "place": None, "data": values[0]}
+    uri = values[0].encode("utf-8", "surrogateescape")  # names of files need not be UTF-8
+    return {"reader": kind, "uri": uri, "place": [int(value) for value in values[1:]], "data": None}
+
+
+def from_columns(row: dict[str, Any]) -> Read:
+    """Return the reader that a row of a manifest records."""
+    if row["reader"] == "memory":
+        return InMemory(row["data"])
+    found: Read = _KINDS[row["reader"]](row["uri"].decode("utf-8", "surrogateescape"), *row["place"])
+    return found
 
 
 def is_remote(read: Read) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +22,46 @@ class BadImage:
 
     origin: str
     reason: str
+
+
+@dataclass(eq=False)
+class Names:
+    """How many names there are of a kind, and the first ones in the order of names, as many as the report shows."""
+
+    count: int = 0
+    _kept: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, *names: str) -> Names:
+        """Return these names."""
+        found = cls()
+        for name in names:
+            found.add(name)
+        return found
+
+    def add(self, name: str) -> None:
+        """Count a name."""
+        self.count += 1
+        self._kept.append(name)
+        if len(self._kept) == 2 * EXAMPLES:
+            self._kept = sorted(self._kept)[:EXAMPLES]
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether the counts and the first names are equal."""
+        return isinstance(other, Names) and self.plain() == other.plain()
+
+    def __bool__(self) -> bool:
+        """Return whether there is any."""
+        return self.count > 0
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """The first names, at most `EXAMPLES`."""
+        return tuple(sorted(self._kept)[:EXAMPLES])
+
+    def plain(self) -> dict[str, Any]:
+        """Return the names as the report shows them."""
+        return {"count": self.count, "examples": list(self.examples)}
 
 
 @dataclass(frozen=True)
@@ -137,35 +176,44 @@ class IngestReport:
     bad: tuple[BadImage, ...] = ()
     empty_classes: tuple[str, ...] = ()
     changes: dict[str, int] = field(default_factory=dict)
-    without_caption: tuple[str, ...] = ()
-    unused: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    alike: tuple[str, ...] = ()
-    deeper: tuple[str, ...] = ()
+    without_caption: Names = field(default_factory=Names)
+    unused: dict[str, Names] = field(default_factory=dict)
+    alike: Names = field(default_factory=Names)
+    deeper: Names = field(default_factory=Names)
 
     def to_json(self) -> str:
         """Return the text of the report, with every left-out image; other lists are counts with the first names."""
         plain = asdict(self)
         plain["bad_count"] = len(self.bad)
-        plain["without_caption"] = _some(self.without_caption)
-        plain["alike"] = _some(self.alike)
-        plain["deeper"] = _some(self.deeper)
-        plain["unused"] = {reason: _some(names) for reason, names in sorted(self.unused.items())}
+        plain |= {name: getattr(self, name).plain() for name in ("without_caption", "alike", "deeper")}
+        plain["unused"] = {reason: names.plain() for reason, names in sorted(self.unused.items())}
         return json.dumps({"report_version": REPORT_VERSION, **plain}, indent=1)
 
     def lines(self) -> list[str]:
         """Return one line for each kind of change, missing captions, and unused files."""
         found = [f"{_images(count)}: {change}" for change, count in sorted(self.changes.items())]
         if self.without_caption:
-            found.append(f"{_images(len(self.without_caption))} without a caption, such as {self.without_caption[0]}")
+            found.append(f"{_counted(self.without_caption)} without a caption, such as {_first(self.without_caption)}")
         if self.alike:
-            alike = _images(len(self.alike))
-            found.append(f"{alike} nearly the same as another, and in its split, such as {self.alike[0]}")
+            alike = _counted(self.alike)
+            found.append(f"{alike} nearly the same as another, and in its split, such as {_first(self.alike)}")
         if self.deeper:
             found.append(
-                f"{_images(len(self.deeper))} in a folder inside a class folder, which makes no class of its own, such "
-                f"as {self.deeper[0]}: for classes of the inner folders, name them in a metadata.jsonl, or move them up"
+                f"{_counted(self.deeper)} in a folder inside a class folder, which makes no class of its own, such "
+                f"as {_first(self.deeper)}: for classes of the inner folders, name them in a metadata.jsonl, or move "
+                "them up"
             )
-        return found + [f"{len(n):,} not used, {why}: such as {n[0]}" for why, n in sorted(self.unused.items()) if n]
+        return found + [
+            f"{names.count:,} not used, {why}: such as {_first(names)}" for why, names in sorted(self.unused.items())
+        ]
+
+
+def _counted(names: Names) -> str:
+    return _images(names.count)
+
+
+def _first(names: Names) -> str:
+    return names.examples[0]
 
 
 def _images(count: int) -> str:
@@ -192,7 +240,3 @@ def recorded_encoder(uri: str, storage: Storage) -> RecordedEncoder:
         return RecordedEncoder(settings["text_encoder"] or None, settings.get("text_encoder_digest"))
     except (NotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return RecordedEncoder()
-
-
-def _some(names: Sequence[str]) -> dict[str, Any]:
-    return {"count": len(names), "examples": list(names[:EXAMPLES])}

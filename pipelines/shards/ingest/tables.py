@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.report import BadImage
@@ -39,68 +40,56 @@ class ImageRow:
     split: str | None
 
 
-@dataclass(frozen=True)
-class ImageTable:
-    """The content of one or several tables.
-
-    Attributes:
-        names: paths of the tables.
-        rows: rows that can be used.
-        bad: rows that were left out.
-        unread_columns: columns that are not used.
-    """
-
-    names: tuple[str, ...]
-    rows: tuple[ImageRow, ...]
-    bad: tuple[BadImage, ...]
-    unread_columns: frozenset[str]
-
-    @classmethod
-    def joined(cls, tables: Iterable[ImageTable]) -> ImageTable:
-        """Return several tables as one; their paths are relative to the same root."""
-        listed = list(tables)
-        return cls(
-            tuple(name for table in listed for name in table.names),
-            tuple(row for table in listed for row in table.rows),
-            tuple(bad for table in listed for bad in table.bad),
-            frozenset().union(*(table.unread_columns for table in listed)),
-        )
-
-
-def parse_table(name: str, data: bytes) -> ImageTable:
-    """Read a table; paths in it are relative to its folder.
+def read_rows(name: str, file: BinaryIO, columns: set[str]) -> Iterator[ImageRow | BadImage]:
+    """Yield the rows of a table, and in their places those that cannot be used; paths are relative to its folder.
 
     Args:
         name: path of the table relative to the source's root, ending with .jsonl or .csv.
-        data: bytes of the table.
+        file: the table, at its beginning.
+        columns: gets the names of the columns that are not used.
 
     Raises:
         DatasetError: it is not UTF-8, has no row, no column of paths or one of them twice, or ends inside a quoted
             field.
     """
+    parse = _csv if name.lower().endswith(".csv") else _jsonl
+    lines, empty = io.TextIOWrapper(file, "utf-8-sig", newline="" if parse is _csv else "\n"), True
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{name} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
-    records = _csv(name, text) if name.lower().endswith(".csv") else _jsonl(name, text)
-    rows, bad = [], []
-    columns: set[str] = set()
-    for where, values in records:
-        try:
+        for where, values in parse(name, lines):
+            empty = False
             if isinstance(values, str):
-                raise ValueError(values)
-            columns |= values.keys()
-            rows.append(_row(where, values, posixpath.dirname(name)))
-        except ValueError as error:
-            bad.append(BadImage(where, str(error)))
-    if not rows and not bad:
+                yield BadImage(where, values)
+                continue
+            columns |= values.keys() - set(READ)
+            try:
+                row = _row(where, values, posixpath.dirname(name))
+            except ValueError as error:
+                yield BadImage(where, str(error))
+            else:
+                yield row
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{name} is not UTF-8 (byte {_first_bad_byte(file)}): save it as UTF-8") from error
+    if empty:
         raise DatasetError(f"{name} has no row: give it a row with `path` for each image, or remove it")
-    return ImageTable((name,), tuple(rows), tuple(bad), frozenset(columns - set(READ)))
 
 
-def _csv(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _first_bad_byte(file: BinaryIO) -> int:
+    """Return the place of the first byte of a file that no UTF-8 has there."""
+    file.seek(0)
+    decoder, before = codecs.getincrementaldecoder("utf-8")(), 0
+    while chunk := file.read(1 << 20):
+        held = len(decoder.getstate()[0])
+        try:
+            decoder.decode(chunk)
+        except UnicodeDecodeError as error:
+            return before - held + error.start
+        before += len(chunk)
+    return before
+
+
+def _csv(name: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Yield (file and line, values) of each row, or (file and line, reason) of one that cannot be read."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.DictReader(lines, strict=True)
     columns = [column or "" for column in reader.fieldnames or []]
     if not set(PATH) & set(columns):
         found = ", ".join(columns) or "nothing"
@@ -119,14 +108,14 @@ def _csv(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
         raise DatasetError(f"{name}, after line {reader.line_num}: {error}: correct the quotes there") from error
 
 
-def _jsonl(name: str, text: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+def _jsonl(name: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Yield (file and line, values) of each row, or (file and line, reason) of one that cannot be read."""
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{name}:{number}"
         try:
-            values = json.loads(line)
+            values = json.loads(line.removesuffix("\n"))
         except (ValueError, RecursionError) as error:
             yield where, f"is not JSON: {error}"
             continue

@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -26,9 +26,9 @@ import webdataset
 from pipelines.environment.scratch import temporary_folder
 from pipelines.shards.index import index_tar
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat, encode_image, pack_embeddings
+from pipelines.shards.ingest.manifest import Manifest, SourceImage
 from pipelines.shards.ingest.readers import UnreadableError, is_remote
 from pipelines.shards.ingest.report import BadImage, PixelSums, ShardRecord
-from pipelines.shards.ingest.sources import SourceImage
 from pipelines.storage import NotFoundError, Storage, file_sha256, join, layout
 
 LAYOUT_VERSION = 2  # of the members of a sample; with another version every shard is written again
@@ -57,14 +57,12 @@ class ShardJob:
     Attributes:
         name: file name of the tar.
         key: digest of all inputs and settings that decide the bytes of the shard.
-        recorded: record of an earlier ingest with the same key; None where there is none.
     """
 
     name: str
     first: int
     images: tuple[SourceImage, ...]
     key: str
-    recorded: ShardRecord | None = None
 
     @property
     def split(self) -> str:
@@ -104,22 +102,23 @@ class IngestSettings:
         return None if image.label is None else self.classes[image.label]
 
 
-def plan_shards(
-    images: Sequence[SourceImage],
-    settings: IngestSettings,
-    shard_samples: int,
-    recorded: dict[str, ShardRecord] | None = None,
-) -> list[ShardJob]:
-    """Divide each split into shards by count, and add the records of an earlier ingest that have the same key."""
-    jobs = []
-    for split in ("train", "test"):
-        of_split = tuple(image for image in images if image.split == split)
-        for number, first in enumerate(range(0, len(of_split), shard_samples)):
-            name, piece = f"{split}-{number:06d}.tar", of_split[first : first + shard_samples]
-            key = settings.key(first, piece)
-            record = (recorded or {}).get(name)
-            jobs.append(ShardJob(name, first, piece, key, record if record and record.key == key else None))
-    return jobs
+def plan_shards(images: Iterable[SourceImage], settings: IngestSettings, shard_samples: int) -> Iterator[ShardJob]:
+    """Yield the shards of each split, divided by count, as soon as their images have come."""
+    waiting: dict[str, list[SourceImage]] = {"train": [], "test": []}
+    firsts = {"train": 0, "test": 0}
+
+    def job(split: str) -> ShardJob:
+        piece, first = tuple(waiting[split]), firsts[split]
+        waiting[split], firsts[split] = [], first + len(piece)
+        return ShardJob(f"{split}-{first // shard_samples:06d}.tar", first, piece, settings.key(first, piece))
+
+    for image in images:
+        waiting[image.split].append(image)
+        if len(waiting[image.split]) == shard_samples:
+            yield job(image.split)
+    for split, left in waiting.items():
+        if left:
+            yield job(split)
 
 
 def write_shard(job: ShardJob, settings: IngestSettings, tick: Tick = lambda count: None) -> tuple[ShardRecord, bool]:
@@ -134,10 +133,14 @@ def write_shard(job: ShardJob, settings: IngestSettings, tick: Tick = lambda cou
         The record, and whether the shard was finished before.
     """
     storage, uri = settings.storage, settings.uri
+    address = join(uri, layout.progress_name(job.name))
+    recorded = ShardRecord.from_json(storage.find(address) or b"")
     with temporary_folder("ingest") as scratch:
-        if job.recorded is not None and _is_whole(job.recorded, settings, scratch):
+        if recorded is not None and recorded.key == job.key and _is_whole(recorded, settings, scratch):
             tick(len(job.images))
-            return job.recorded, True
+            return recorded, True
+        # From here on shards of an earlier dataset are overwritten, so that its description is no longer true.
+        storage.delete(join(uri, layout.DATASET))
         tally = _Tally(PixelSums(0, (), ()))
         pattern, number = str(scratch / f"{job.split}-%06d.tar"), int(job.name[-10:-4])
         with webdataset.ShardWriter(
@@ -151,7 +154,7 @@ def write_shard(job: ShardJob, settings: IngestSettings, tick: Tick = lambda cou
         if record.samples:
             storage.upload(tar, join(uri, job.name))
             storage.write(join(uri, layout.index_name(job.name)), index)
-        storage.write(join(uri, layout.progress_name(job.name)), record.to_json().encode())
+        storage.write(address, record.to_json().encode())
     return record, False
 
 
@@ -162,9 +165,9 @@ def identify(encoder: CaptionEncoder) -> str:
     return f"{name.replace(' ', '_')} {hashlib.sha256(answer).hexdigest()}"
 
 
-def samples_for(shard_bytes: int, images: Sequence[SourceImage], settings: IngestSettings) -> int:
+def samples_for(shard_bytes: int, images: Manifest, settings: IngestSettings) -> int:
     """Return how many samples make a tar of about this size, estimated from the first images that can be read."""
-    probe = ShardJob("train-000000.tar", 0, tuple(images[:PROBED]), key="")
+    probe = ShardJob("train-000000.tar", 0, images.first(PROBED), key="")
     tally = _Tally(PixelSums(0, (), ()))
     with webdataset.TarWriter(io.BytesIO(), mtime=MTIME) as writer:
         for sample in _samples(probe, settings, tally, lambda count: None):
@@ -173,10 +176,10 @@ def samples_for(shard_bytes: int, images: Sequence[SourceImage], settings: Inges
     return max(1, (shard_bytes - TAR_END) * written // size) if written else max(1, len(images))
 
 
-def seconds_of_image(images: Sequence[SourceImage], storage: Storage, form: ImageFormat) -> float:
+def seconds_of_image(images: Manifest, storage: Storage, form: ImageFormat) -> float:
     """Return the seconds that one process takes for one image of an ingest, by the first ones."""
     began, count = time.monotonic(), 0
-    for image in images[:TIMED]:
+    for image in images.first(TIMED):
         try:
             encode_image(image.read(storage), form)
             count += 1

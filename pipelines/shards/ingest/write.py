@@ -10,20 +10,22 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
+from typing import Any
 
 from pipelines.config.sections import Encoding, Geometry
+from pipelines.environment.scratch import temporary_folder
 from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
-from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset
-from pipelines.shards.ingest.alike import Fingerprint, fingerprints, keep_together
+from pipelines.shards.index import Dataset, DatasetError, make_dataset
+from pipelines.shards.ingest.alike import Fingerprints, fingerprint_part, keep_together
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
+from pipelines.shards.ingest.manifest import SourceImage
+from pipelines.shards.ingest.places import address, shown
 from pipelines.shards.ingest.report import BadImage, IngestReport, ShardRecord
-from pipelines.shards.ingest.sources import Source, SourceImage, open_source, source_digest
+from pipelines.shards.ingest.sources import open_source, source_digest
+from pipelines.shards.ingest.spool import ahead
 from pipelines.shards.ingest.tasks import (
     IngestSettings,
     ShardJob,
@@ -33,7 +35,7 @@ from pipelines.shards.ingest.tasks import (
     write_shard,
 )
 from pipelines.shards.ingest.tasks import identify as identify_encoder
-from pipelines.shards.ingest.trees import address, shown
+from pipelines.shards.ingest.written import Written
 from pipelines.shards.quarantine import drop_stale_quarantine
 from pipelines.storage import Storage, is_local, join, layout
 
@@ -43,8 +45,6 @@ ALONE_S = 20.0
 """Seconds of writing above which Ray tasks are worth starting."""
 STALLED_S = 1800.0
 """Seconds without a finished Ray task, each of up to thousands of large images, after which none is waited for."""
-COMPARED = 500
-"""Images that a task takes at a time, to find near-duplicates."""
 SHARD_FILES = (layout.SHARD_SUFFIX, layout.INDEX_SUFFIX)
 """Ends of the names of files that belong to a shard."""
 
@@ -117,7 +117,7 @@ def ingest(
     """
     form = ImageFormat(image_size, channels, geometry, encoding)
     _check_settings(source, uri, form, shard_samples, shard_bytes, workers)
-    listed = open_source(source, storage, test_fraction)
+    listed = open_source(source, storage, join(uri, layout.INGEST_SOURCES), test_fraction)
     if text_encoder is not None and not listed.captioned:
         raise DatasetError(f"{source} has no captions for the text encoder: add `text` or `caption` to its metadata")
     encoder_id = None if text_encoder is None else identify_encoder(text_encoder)
@@ -127,17 +127,18 @@ def ingest(
     if connect is not None and len(listed.images) * seconds_of_image(listed.images, storage, form) > ALONE_S:
         connect()
     obstacle, threads = _obstacle_to_ray(source, uri), workers or max(1, len(os.sched_getaffinity(0)) // 2)
-    alike: tuple[str, ...] = ()
-    if listed.drawn:
-        prints = _fingerprints(listed.images, storage, threads, notice, over_ray=obstacle is None)
-        listed, alike = keep_together(listed, prints)
-    jobs = plan_shards(listed.images, settings, shard_samples, _recorded(uri, storage))
-    if any(job.recorded is None for job in jobs):
-        # From here on shards of an earlier dataset are overwritten, so that its description is no longer true.
-        storage.delete(join(uri, layout.DATASET))
-    meter = _Meter(sum(len(job.images) for job in jobs), progress)
-    records = _write_shards(jobs, settings, meter, threads, notice, obstacle)
-    return _publish(source, listed, settings, jobs, records, alike)
+    written = Written(listed, settings)
+    with temporary_folder("alike") as scratch:
+        images: Iterable[SourceImage] = listed.images
+        if listed.drawn:
+            prints = Fingerprints(listed.images, join(uri, layout.FINGERPRINTS))
+            _fingerprint(prints, threads, notice, over_ray=obstacle is None)
+            images = keep_together(listed.images, prints.leaders(scratch), written.alike)
+        jobs = plan_shards(written.counted(images), settings, shard_samples)
+        meter = _Meter(len(listed.images), progress)
+        for record, reused in _write_shards(jobs, settings, meter, threads, notice, obstacle):
+            written.add(record, reused)
+    return _publish(source, written)
 
 
 def _check_settings(
@@ -158,13 +159,6 @@ def _check_settings(
         raise DatasetError(f"digits are 8x8 grey, not {size} with {form.channels} channels: use data=digits")
 
 
-def _recorded(uri: str, storage: Storage) -> dict[str, ShardRecord]:
-    found = storage.list(join(uri, layout.INGEST_PROGRESS))
-    with ThreadPoolExecutor(16) as pool:
-        records = pool.map(lambda entry: ShardRecord.from_json(storage.read(entry.uri)), found)
-    return {record.name: record for record in records if record is not None}
-
-
 class _StoppedError(Exception):
     """Stop writing, because another shard has failed."""
 
@@ -175,6 +169,7 @@ class _Meter:
     def __init__(self, total: int, progress: Progress) -> None:
         self.done, self.total, self.progress = 0, total, progress
         self.lock, self.stopped = threading.Lock(), threading.Event()
+        self.error: BaseException | None = None
 
     def __call__(self, count: int) -> None:
         if self.stopped.is_set():
@@ -183,66 +178,78 @@ class _Meter:
             self.done += count
             self.progress(self.done, self.total)
 
+    def stop(self, error: BaseException) -> None:
+        """Stop all threads because of an error, unless they are stopped already."""
+        with self.lock:
+            if not self.stopped.is_set():
+                self.error = error
+                self.stopped.set()
 
-def _fingerprints(
-    images: Sequence[SourceImage], storage: Storage, threads: int, notice: Notice, *, over_ray: bool
-) -> list[Fingerprint | None]:
-    """Return the fingerprints of images, computed in batches of some hundreds in Ray tasks or threads."""
-    pieces = [images[first : first + COMPARED] for first in range(0, len(images), COMPARED)]
+
+def _fingerprint(prints: Fingerprints, threads: int, notice: Notice, *, over_ray: bool) -> None:
+    """Store the fingerprints that are missing, part by part in Ray tasks or threads."""
+    images = prints.images
     if over_ray:
         import ray
 
         from pipelines.remote.tasks import finished
 
-        task = ray.remote(num_cpus=1)(fingerprints)
-        calls = [task.remote(piece, storage) for piece in pieces]
-        compared = dict(finished(calls, {"CPU": 1}, "compare images", stalled_s=STALLED_S, notice=notice))
-        found = [compared[place] for place in range(len(pieces))]
-    else:
-        with ThreadPoolExecutor(threads, thread_name_prefix="compare") as pool:
-            found = list(pool.map(lambda piece: fingerprints(piece, storage), pieces))
-    return [own for piece in found for own in piece]
+        task, shared = ray.remote(num_cpus=1)(fingerprint_part), ray.put(images)
+        calls = (task.remote(number, shared, prints.uri) for number in images.numbers)
+        at_once = 2 * _ray_cpus()
+        for _ in finished(calls, {"CPU": 1}, "compare images", at_once=at_once, stalled_s=STALLED_S, notice=notice):
+            pass
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="compare") as pool:
+        for _ in ahead(pool, lambda number: fingerprint_part(number, images, prints.uri), images.numbers, 2 * threads):
+            pass
 
 
 def _write_shards(
-    jobs: Sequence[ShardJob],
+    jobs: Iterator[ShardJob],
     settings: IngestSettings,
     meter: _Meter,
     threads: int,
     notice: Notice,
     obstacle: str | None,
-) -> list[tuple[ShardRecord, bool]]:
+) -> Iterator[tuple[ShardRecord, bool]]:
     """Write the shards in Ray tasks if possible, else in threads.
 
     Args:
         obstacle: to Ray; None where there is none.
 
-    Returns:
+    Yields:
         The record of each shard, and whether it was finished before.
     """
     if obstacle is None:
-        notice(f"{len(jobs):,} shards as Ray tasks on {_ray_cpus():,} CPUs")
+        notice(f"{meter.total:,} images as Ray tasks on {_ray_cpus():,} CPUs")
         return _write_over_ray(jobs, settings, meter, notice)
     named = "1 thread" if threads == 1 else f"{threads} threads"
-    notice(f"{len(jobs):,} shards by {named} of this process{obstacle and ': ' + obstacle}")
+    notice(f"{meter.total:,} images by {named} of this process{obstacle and ': ' + obstacle}")
     return _write_in_threads(jobs, settings, meter, threads)
 
 
 def _write_in_threads(
-    jobs: Sequence[ShardJob], settings: IngestSettings, meter: _Meter, threads: int
-) -> list[tuple[ShardRecord, bool]]:
+    jobs: Iterator[ShardJob], settings: IngestSettings, meter: _Meter, threads: int
+) -> Iterator[tuple[ShardRecord, bool]]:
     """Write the shards in threads: decoding and encoding of large images release the interpreter's lock.
 
-    Returns:
+    Yields:
         The record of each shard, and whether it was finished before.
     """
-    with ThreadPoolExecutor(threads, thread_name_prefix="ingest") as pool:
-        futures = [pool.submit(write_shard, job, settings, meter) for job in jobs]
+
+    def write(job: ShardJob) -> tuple[ShardRecord, bool]:
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            return [future.result() for future in futures]
+            return write_shard(job, settings, meter)
+        except BaseException as error:
+            meter.stop(error)
+            raise
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="ingest") as pool:
+        try:
+            yield from ahead(pool, write, jobs, 2 * threads)
+        except _StoppedError:  # a shard comes before the one whose error stopped it
+            raise meter.error or AssertionError("nothing stopped it") from None
         finally:
             meter.stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -272,11 +279,11 @@ def _ray_cpus() -> int:
 
 
 def _write_over_ray(
-    jobs: Sequence[ShardJob], settings: IngestSettings, meter: _Meter, notice: Notice
-) -> list[tuple[ShardRecord, bool]]:
+    jobs: Iterator[ShardJob], settings: IngestSettings, meter: _Meter, notice: Notice
+) -> Iterator[tuple[ShardRecord, bool]]:
     """Write the shards as Ray tasks, twice as many at a time as the cluster has CPUs; Ray repeats lost tasks.
 
-    Returns:
+    Yields:
         The record of each shard, and whether it was finished before.
     """
     import ray
@@ -284,99 +291,61 @@ def _write_over_ray(
     from pipelines.remote.tasks import finished
 
     task = ray.remote(num_cpus=1)(write_shard)
-    shared, found = ray.put(settings), {}
-    calls = (task.remote(job, shared) for job in jobs)
-    written = finished(calls, {"CPU": 1}, "write shards", at_once=2 * _ray_cpus(), stalled_s=STALLED_S, notice=notice)
+    shared, sizes = ray.put(settings), dict[int, int]()
+
+    def calls() -> Iterator[Any]:
+        for place, job in enumerate(jobs):
+            sizes[place] = len(job.images)
+            yield task.remote(job, shared)
+
+    written = finished(calls(), {"CPU": 1}, "write shards", at_once=2 * _ray_cpus(), stalled_s=STALLED_S, notice=notice)
     try:
         for place, record in written:
-            found[place] = record
-            meter(len(jobs[place].images))
+            yield record
+            meter(sizes.pop(place))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
-    return [found[place] for place in range(len(jobs))]
 
 
-def _publish(
-    source: str,
-    listed: Source,
-    settings: IngestSettings,
-    jobs: Sequence[ShardJob],
-    written: Sequence[tuple[ShardRecord, bool]],
-    alike: tuple[str, ...],
-) -> Ingested:
+def _publish(source: str, written: Written) -> Ingested:
+    """Store the report and the description of the dataset, and delete what belongs to no shard of it."""
+    settings, listed = written.settings, written.listed
     storage, uri = settings.storage, settings.uri
-    records = [record for record, _ in written]
-    report = _compose_report(source, listed, settings, records, alike)
+    report = written.report(source)
     storage.write(join(uri, layout.INGEST_REPORT), report.to_json().encode())
-    splits = {
-        split: tuple(ShardInfo(r.name, r.samples, r.size, r.sha256) for r in records if r.split == split and r.samples)
-        for split in ("train", "test")
-    }
+    splits = {split: tuple(sorted(shards, key=lambda s: s.name)) for split, shards in written.shards.items()}
     for split, shards in splits.items():
         if not shards:
-            raise DatasetError(_explain_empty(source, split, listed, report))
-    pixels = reduce(add, (record.pixels for record in records if record.split == "train"))
+            raise DatasetError(written.explain_empty(source, split, report))
     dataset = make_dataset(
         uri,
         splits=splits,
         classes=listed.classes,
         channels=settings.form.channels,
         image_size=settings.form.size,
-        mean=pixels.mean(),
-        std=pixels.std(),
+        mean=written.pixels.mean(),
+        std=written.pixels.std(),
     )
     drop_stale_quarantine(dataset, storage)
     storage.write(join(uri, layout.DATASET), dataset.to_json().encode())
-    _remove_stale(uri, {s.name for shards in splits.values() for s in shards}, {job.name for job in jobs}, storage)
-    reused = sum(found for _, found in written)
-    return Ingested(dataset, report.bad, report.empty_classes, report, reused)
+    _remove_stale(uri, {s.name for shards in splits.values() for s in shards}, written, storage)
+    return Ingested(dataset, report.bad, report.empty_classes, report, written.reused)
 
 
-def _compose_report(
-    source: str, listed: Source, settings: IngestSettings, records: Iterable[ShardRecord], alike: tuple[str, ...]
-) -> IngestReport:
-    """Return the report of an ingest, from the records of its shards and the findings about its source."""
-    samples: dict[str, Counter[int]] = {"train": Counter(), "test": Counter()}
-    changes: Counter[str] = Counter()
-    left_out = list(listed.bad)
-    for record in records:
-        samples[record.split].update(record.per_class)
-        changes.update(record.changes)
-        left_out += record.bad
-    named = dict(enumerate(listed.classes)) or {0: ""}
-    empty = (n for i, n in named.items() if listed.classes and not any(c[i] for c in samples.values()))
-    return IngestReport(
-        source=source,
-        settings=settings.described(),
-        samples={split: {name: count[i] for i, name in named.items()} for split, count in samples.items()},
-        bad=tuple(left_out),
-        empty_classes=tuple(empty),
-        changes=dict(sorted(changes.items())),
-        without_caption=tuple(image.origin for image in listed.images if settings.captioned and not image.caption),
-        unused=dict(listed.unused),
-        alike=alike,
-        deeper=listed.deeper,
-    )
-
-
-def _explain_empty(source: str, split: str, listed: Source, report: IngestReport) -> str:
-    """Return the error message for a split without readable images."""
-    named = "".join(f"\n  {bad.origin}: {bad.reason}" for bad in report.bad[:5])
-    more = f"\n  and {len(report.bad) - 5:,} more: see {layout.INGEST_REPORT}" if len(report.bad) > 5 else ""
-    if any(image.split == split for image in listed.images):
-        return f"{source}: no readable image for the {split} split{named}{more}"
-    other = sum(image.split != split for image in listed.images)
-    fix = f"the {other:,} images fell to the other: choose another test_fraction, or make train/ and test/ yourself"
-    return f"{source}: no readable image for the {split} split; {fix if other else 'it holds no image'}{named}{more}"
-
-
-def _remove_stale(uri: str, shards: set[str], planned: set[str], storage: Storage) -> None:
+def _remove_stale(uri: str, shards: set[str], written: Written, storage: Storage) -> None:
     """Delete shards, sidecars and records that do not belong to the new dataset."""
     current = {name for shard in shards for name in (shard, layout.index_name(shard))} | {
-        layout.progress_name(name) for name in planned
+        layout.progress_name(name) for name in written.planned
     }
-    for entry in storage.list(uri):
+    parts = set(written.listed.images.numbers)
+    for entry in storage.scan(uri):
         name = entry.uri[len(uri.rstrip("/")) + 1 :]
+        folder, _, base = name.rpartition("/")
+        if folder in (layout.INGEST_SOURCES, layout.FINGERPRINTS):
+            kept = base.removesuffix(".parquet").isdecimal() and int(base.removesuffix(".parquet")) in parts
+            if not kept or (folder == layout.FINGERPRINTS and not written.listed.drawn):
+                storage.delete(entry.uri)
+            continue
         # A write to a folder that was killed leaves a hidden temporary file.
         ours = name.lstrip(".").startswith(("train-", "test-")) and (name[0] == "." or name.endswith(SHARD_FILES))
         if (ours or name.startswith(f"{layout.INGEST_PROGRESS}/")) and name not in current:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
+from pipelines.environment.scratch import scratch_folder
+from pipelines.shards.ingest.report import BadImage
+from pipelines.shards.ingest.sources import Source, open_source
+from pipelines.shards.ingest.tables import ImageRow, read_rows
 from pipelines.storage import Storage
 
 CLASSES = ("cat", "dog", "owl")
@@ -40,9 +46,21 @@ class Bucket(Storage):
     def delete(self, uri, **patience):
         super().delete(self._there(uri), **patience)
 
-    def list(self, uri, **patience):
-        entries = super().list(self._there(uri), **patience)
-        return [replace(e, uri=e.uri.replace(f"file://{self.root}", "s3://bucket", 1)) for e in entries]
+    def scan(self, uri, **patience):
+        for e in super().scan(self._there(uri), **patience):
+            yield replace(e, uri=e.uri.replace(f"file://{self.root}", "s3://bucket", 1))
+
+
+def opened(source: str, storage: Storage, test_fraction: float = 0.1) -> Source:
+    """A source, whose manifest is in a folder that lasts as long as the process."""
+    return open_source(source, storage, f"file://{tempfile.mkdtemp(dir=scratch_folder())}", test_fraction)
+
+
+def parse_table(name: str, data: bytes) -> SimpleNamespace:
+    """The rows of a table, and those that cannot be used."""
+    found = list(read_rows(name, io.BytesIO(data), set()))
+    rows, bad = ([each for each in found if isinstance(each, kind)] for kind in (ImageRow, BadImage))
+    return SimpleNamespace(rows=rows, bad=bad)
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 10), kind: str = "png", mode: str = "RGB") -> bytes:

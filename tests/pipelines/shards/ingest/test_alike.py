@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pytest
 from PIL import Image, ImageEnhance
 
-from pipelines.shards.ingest.alike import fingerprint, leaders
-from pipelines.shards.ingest.sources import open_source
+from pipelines.environment.scratch import temporary_folder
+from pipelines.shards.ingest.alike import BITS, correlate, fingerprint
+from pipelines.shards.ingest.alike import leaders as leaders_of
+from pipelines.shards.ingest.neighbours import MOST_PARTS, near_groups, parts_for
 from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage
-from tests.pipelines.shards.ingest.sources import write_files
+from tests.pipelines.shards.ingest.sources import opened, write_files
 
 STORAGE = Storage()
 
@@ -38,6 +41,16 @@ def copies(image: Image.Image) -> dict[str, Image.Image]:
         "jpeg": Image.open(io.BytesIO(encoded(image, "jpeg", quality=40))),
         "bright": ImageEnhance.Brightness(image).enhance(1.1),
     }
+
+
+def leaders(prints) -> list[int]:
+    """For each fingerprint the position of the first similar one, or its own."""
+    there = np.array([i for i, own in enumerate(prints) if own is not None])
+    hashes = np.array([own.hash for own in prints if own is not None], np.uint64)
+    with temporary_folder("leaders") as scratch:
+        near = near_groups(iter([(there, hashes)]), BITS, scratch)
+        joined = dict(leaders_of(near, lambda i, j: correlate(prints[i].small, prints[j].small)))
+    return [joined.get(i, i) for i in range(len(prints))]
 
 
 def test_resized_recompressed_and_brighter_copies_are_alike_and_other_photographs_are_not():
@@ -77,7 +90,7 @@ def test_near_duplicates_are_in_one_split_and_the_report_says_so(tmp_path):
             f"a/{seed:02d}-{name}.jpg": encoded(copy.convert("RGB"), "jpeg") for name, copy in copies(image).items()
         }
     source = str(write_files(tmp_path / "photos", files))
-    plain = {image.origin: image.split for image in open_source(source, STORAGE, 0.3).images}
+    plain = {image.origin: image.split for image in opened(source, STORAGE, 0.3).images}
     assert any(len({plain[name] for name in files if name.startswith(f"a/{seed:02d}")}) == 2 for seed in range(40))
     done = ingest(source, f"file://{tmp_path}/ds", STORAGE, image_size=16, channels=3, test_fraction=0.3)
     listed = {split: done.dataset.samples(split) for split in ("train", "test")}
@@ -95,3 +108,44 @@ def test_a_split_that_the_source_makes_stays_as_it_is(tmp_path):
     done = ingest(source, f"file://{tmp_path}/ds", STORAGE, image_size=16, channels=3)
     assert {split: done.dataset.samples(split) for split in ("train", "test")} == {"train": 6, "test": 6}
     assert not done.report.alike
+
+
+@pytest.mark.parametrize("parts", range(BITS + 1, MOST_PARTS + 1))
+@pytest.mark.parametrize("in_a_file", [32, 1 << 17])
+def test_every_pair_within_the_radius_is_found_whatever_the_number_of_parts(tmp_path, monkeypatch, parts, in_a_file):
+    monkeypatch.setattr("pipelines.shards.ingest.neighbours.parts_for", lambda count, radius: parts)
+    monkeypatch.setattr("pipelines.shards.ingest.neighbours.IN_A_FILE", in_a_file)
+    random = np.random.default_rng(parts)
+    first = random.integers(0, 1 << 63, 40, dtype=np.uint64)
+    flipped = [random.choice(63, random.integers(0, 10), replace=False) for _ in range(4 * len(first))]
+    masks = [np.uint64(sum(1 << int(bit) for bit in bits)) for bits in flipped]
+    planted = [value ^ mask for value, mask in zip([*first] * 4, masks, strict=True)]
+    hashes = np.concatenate([first, np.array(planted, np.uint64)])
+    pieces = [(np.arange(begin, min(begin + 30, 200)), hashes[begin : begin + 30]) for begin in range(0, 200, 30)]
+    listed = list(near_groups(iter(pieces), BITS, tmp_path))
+    assert [position for position, _ in listed] == sorted({position for position, _ in listed})
+    group = {position: group for position, (group, _) in listed}
+    found = {(j, i) for j, (own, near) in listed for i in group if i < j and group[i] in (own, *near)}
+    near = {(j, i) for j in range(200) for i in range(j) if int(hashes[i] ^ hashes[j]).bit_count() <= BITS}
+    assert len(near) > 80
+    assert any(hashes[i] == hashes[j] for j, i in near)
+    assert found == near
+
+
+def test_a_picture_that_is_there_very_often_is_compared_once_each_time(tmp_path):
+    hashes = np.array([5, 6] * 20_000, np.uint64)
+    near = near_groups(iter([(np.arange(len(hashes)), hashes)]), BITS, tmp_path)
+    compared = []
+
+    def alike(image: int, other: int) -> bool:
+        compared.append((image, other))
+        return True
+
+    assert list(leaders_of(near, alike)) == [(image, 0) for image in range(1, 40_000)]
+    assert len(compared) == 39_999
+
+
+def test_more_hashes_are_divided_into_more_parts():
+    chosen = [parts_for(count, BITS) for count in (10**3, 10**5, 10**7, 10**9)]
+    assert chosen == sorted(chosen)
+    assert (chosen[0], chosen[-1] > chosen[0]) == (BITS + 1, True)

@@ -10,8 +10,8 @@ import pytest
 
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.readers import UnreadableError
-from pipelines.shards.ingest.sources import open_source
 from pipelines.storage import Storage
+from tests.pipelines.shards.ingest.sources import opened
 
 STORAGE = Storage()
 GOOD = {"cat/a.png": b"a" * 100, "dog/b.png": b"b" * 100}
@@ -90,7 +90,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 def test_an_entry_that_cannot_be_read_is_named_and_the_others_are_read(tmp_path, kind):
     data, reason = LEFT_OUT[kind]
     (tmp_path / "in.zip").write_bytes(data)
-    read = {image.origin: image.read for image in open_source(str(tmp_path / "in.zip"), STORAGE).images}
+    read = {image.origin: image.read for image in opened(str(tmp_path / "in.zip"), STORAGE).images}
     with pytest.raises(UnreadableError) as raised:
         read.pop("cat/x.png")(STORAGE)
     assert reason in str(raised.value)
@@ -103,12 +103,12 @@ def test_a_zip_without_anything_to_read_is_refused(tmp_path, kind):
     data, message = REFUSED[kind]
     (tmp_path / "in.zip").write_bytes(data)
     with pytest.raises(DatasetError) as raised:
-        open_source(str(tmp_path / "in.zip"), STORAGE)
+        opened(str(tmp_path / "in.zip"), STORAGE)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_a_link_in_a_zip_is_the_text_that_it_holds_and_leads_nowhere(tmp_path):
     (tmp_path / "in.zip").write_bytes(link("/etc/passwd"))
-    images = {image.origin: image for image in open_source(str(tmp_path / "in.zip"), STORAGE).images}
+    images = {image.origin: image for image in opened(str(tmp_path / "in.zip"), STORAGE).images}
     assert images["cat/x.png"].read(STORAGE) == b"/etc/passwd"

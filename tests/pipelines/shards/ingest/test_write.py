@@ -202,7 +202,7 @@ def test_what_is_damaged_or_gone_at_the_destination_is_made_again(photos, tmp_pa
     record = tmp_path / "ds" / "ingest-progress" / names[3].replace("tar", "json")
     record.write_text("nonsense")
     again = write(photos, tmp_path / "ds")
-    assert again.reused_shards == len(os.listdir(tmp_path / "ds" / "ingest-progress")) - 4
+    assert again.reused_shards == len(list((tmp_path / "ds" / "ingest-progress").glob("*.json"))) - 4
     assert stored(tmp_path / "ds") == before
 
 
@@ -233,12 +233,15 @@ def test_a_dataset_that_is_being_overwritten_cannot_be_taken_for_whole(photos, t
 def test_nothing_stale_remains(photos, tmp_path):
     write(photos, tmp_path / "ds", shard_samples=3)
     (tmp_path / "ds" / ".train-000000.tar.k1ll3d").write_bytes(b"half")
+    for kind in ("sources", "fingerprints"):
+        (tmp_path / "ds" / "ingest-progress" / kind / "00000007.parquet").write_bytes(b"of a larger source")
     (tmp_path / "ds" / "evaluator").mkdir()
     (tmp_path / "ds" / "evaluator" / "weights").write_bytes(b"keep")
     dataset = write(photos, tmp_path / "ds", shard_samples=20).dataset
     shards = [s.name for split in dataset.splits.values() for s in split]
     expected = {"dataset.json", "ingest-report.json", "evaluator/weights", *shards, *map(layout.index_name, shards)}
-    assert set(stored(tmp_path / "ds")) == expected | {f"ingest-progress/{s[:-4]}.json" for s in shards}
+    parts = {f"ingest-progress/{kind}/00000000.parquet" for kind in ("sources", "fingerprints")}
+    assert set(stored(tmp_path / "ds")) == expected | {f"ingest-progress/{s[:-4]}.json" for s in shards} | parts
 
 
 @pytest.mark.parametrize("size", [1, 50_000, 200_000])
@@ -412,7 +415,7 @@ def test_missing_captions_are_counted_and_empty(described, tmp_path):
         for s in samples(tmp_path / "ds", split)
         if not s["txt"]
     ]
-    assert list(done.report.without_caption) == empty == ["cat/03.png"]
+    assert list(done.report.without_caption.examples) == empty == ["cat/03.png"]
     report = json.loads((tmp_path / "ds" / "ingest-report.json").read_text())
     assert report["without_caption"] == {"count": 1, "examples": empty}
 
@@ -560,7 +563,7 @@ def test_sums_over_pixels_add_up_exactly_in_any_grouping(seeds, cut):
 
 def test_records_round_trip_and_foreign_ones_do_not_count(photos, tmp_path):
     write(photos, tmp_path / "ds")
-    for path in (tmp_path / "ds" / "ingest-progress").iterdir():
+    for path in (tmp_path / "ds" / "ingest-progress").glob("*.json"):
         record = ShardRecord.from_json(path.read_text())
         assert record is not None
         assert record.to_json() == path.read_text()

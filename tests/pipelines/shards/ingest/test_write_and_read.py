@@ -10,7 +10,6 @@ from PIL import Image
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import DatasetError, ShardIndex, index_tar, read_dataset
-from pipelines.shards.ingest.sources import Source
 from pipelines.shards.ingest.write import ingest, source_digest
 from pipelines.shards.order import SampleOrder
 from pipelines.shards.read import ShardReader, read_split
@@ -61,14 +60,7 @@ def test_two_cores_write_by_one_thread(folder, tmp_path, monkeypatch, cores, thr
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
     said = []
     write(folder, f"file://{tmp_path}/ds", notice=said.append)
-    assert said[0].endswith(f" shards by {threads} of this process")
-
-
-def test_whether_a_source_has_captions_is_not_asked_again_for_each_image(folder, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(Source, "captioned", property(lambda source: asked.append(source)))
-    write(folder, f"file://{tmp_path}/ds")
-    assert len(asked) == 1
+    assert said[0].endswith(f" images by {threads} of this process")
 
 
 def test_the_same_input_gives_the_same_digest_and_another_input_another(folder, tmp_path):
