@@ -66,6 +66,16 @@ class ShardSource:
     def __init__(self, uri: str, storage: Storage) -> None:
         self.uri, self.storage, self.stats = uri, storage, FetchStats()
 
+    def metrics(self) -> dict[str, float]:
+        """Return what was asked of the store and of the cache, and how it went, as metrics of a run."""
+        throttling = self.storage.throttling()
+        return {
+            **self.stats.metrics(),
+            "worker/requests_per_s": float(throttling.per_second),
+            "worker/slow_downs": float(throttling.slow_downs),
+            "worker/throttled_s": throttling.seconds,
+        }
+
     def get(self, shard: ShardInfo, start: int, stop: int) -> memoryview:
         """Fetch bytes [start, stop) of a shard."""
         data = bytearray()

@@ -20,7 +20,7 @@ from pipelines.shards.mixture import MixtureOrder, Schedule, by_stretch, shared_
 from pipelines.shards.order import Located, SampleOrder
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.shards.read import Batch, ShardReader
-from pipelines.storage import Storage
+from pipelines.storage import Storage, Throttling
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -89,6 +89,7 @@ class TrainingStream:
 
     Attributes:
         waited_s: seconds that the consumer has spent waiting for data.
+        throttled_wait_s: of them, seconds in which the store was limiting this process's reads.
     """
 
     def __init__(
@@ -108,7 +109,8 @@ class TrainingStream:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.start, self.stop = start, stop
         self.threads, self.prefetch = threads, prefetch
-        self.waited_s = 0.0
+        self.waited_s = self.throttled_wait_s = 0.0
+        self._before = self._throttling()
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's pieces of the global batches that begin at ordinals from `start` to `stop`, if any."""
@@ -116,12 +118,26 @@ class TrainingStream:
         firsts = itertools.count(start, every) if self.stop is None else range(start, self.stop, every)
         batches = read_ahead(self._load, firsts, self.threads, self.prefetch)
         while True:
-            began = time.perf_counter()
+            began, throttled_s = time.perf_counter(), self._throttling().seconds
             batch = next(batches, None)
             self.waited_s += time.perf_counter() - began
+            self.throttled_wait_s += self._throttling().seconds - throttled_s
             if batch is None:
                 return
             yield batch
+
+    def throttled(self) -> tuple[int, float, float]:
+        """Return how the store has limited this process's reads since the stream was made.
+
+        Returns:
+            Its answers that they are too fast, the seconds in which they were limited for that, and those of them in
+            which the consumer waited.
+        """
+        now = self._throttling()
+        return now.slow_downs - self._before.slow_downs, now.seconds - self._before.seconds, self.throttled_wait_s
+
+    def _throttling(self) -> Throttling:
+        return self.reader.fetcher.source.storage.throttling()
 
     def piece(self, first: int) -> Located:
         """Return this rank's part of the global batch that begins with ordinal `first`."""

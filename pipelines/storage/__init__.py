@@ -14,6 +14,7 @@ from pipelines.storage.errors import (
 )
 from pipelines.storage.fence import Fence, FencedError, fenced
 from pipelines.storage.local import SYSTEM_FOLDERS, file_sha256, local_path
+from pipelines.storage.rate import Throttling
 from pipelines.storage.store import (
     BACKENDS,
     Storage,
@@ -37,6 +38,7 @@ __all__ = [
     "ShortObjectError",
     "Storage",
     "StorageError",
+    "Throttling",
     "TransientStorageError",
     "address_forms",
     "check_address",

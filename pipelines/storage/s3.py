@@ -13,7 +13,14 @@ from typing import Any, BinaryIO, ClassVar, Literal
 from pipelines.environment.loopback import is_loopback
 from pipelines.storage.backend import Connection, Entry
 from pipelines.storage.errors import ConflictError, StorageError, TransientStorageError, os_errors_as_storage_errors
-from pipelines.storage.s3_errors import ABSENT, CredentialsRefusedError, ExpiredCredentialsError, sort_error
+from pipelines.storage.rate import RequestRate
+from pipelines.storage.s3_errors import (
+    ABSENT,
+    CredentialsRefusedError,
+    ExpiredCredentialsError,
+    is_throttled,
+    sort_error,
+)
 
 Action = Literal["read", "write"]
 MAX_ATTEMPTS = 8
@@ -39,10 +46,15 @@ class _Made:
 
 
 class S3Client:
-    """The boto3 client of a connection, shared by all threads of a process."""
+    """The boto3 client of a connection, shared by all threads of a process.
+
+    Attributes:
+        reads: the rate of its requests for objects.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self.reads = RequestRate(connection.endpoint_url or "S3")
         self._lock = threading.Lock()
         self._made: _Made | None = None
         self._worked: set[tuple[str, Action]] = set()
@@ -112,8 +124,18 @@ class S3Client:
             client = session.client("s3", endpoint_url=endpoint, region_name=region, config=settings)
         except ValueError as error:
             raise StorageError(f"storage.endpoint_url = {endpoint}: {error}; write http://HOST:PORT") from error
+        # boto3 repeats calls by itself: these events come with every request.
+        client.meta.events.register("before-send.s3.GetObject", self._before_read)
+        client.meta.events.register("response-received.s3.GetObject", self._after_read)
         credentials = session.get_credentials()
         return _Made(client, bool(credentials and credentials.token), stamps)
+
+    def _before_read(self, **_: object) -> None:
+        self.reads.wait()
+
+    def _after_read(self, parsed_response: dict[str, Any] | None = None, **_: object) -> None:
+        if parsed_response is not None:  # else there was no answer, which says nothing about rates
+            self.reads.answered(too_many=is_throttled(parsed_response))
 
     def _stamps(self) -> tuple[object, ...]:
         """Return a value that changes when the credential files do."""

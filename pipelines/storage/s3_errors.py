@@ -14,29 +14,33 @@ from pipelines.storage.errors import StorageError, TransientStorageError, cut_sh
 
 ABSENT = {"404", "NoSuchKey", "NotFound"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}
-_TRANSIENT = {
-    "BadDigest",
+_THROTTLED = {
     "BandwidthLimitExceeded",
+    "RequestLimitExceeded",
+    "RequestThrottled",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "TooManyRequestsException",
+}
+_TRANSIENT = {
+    *_THROTTLED,
+    "BadDigest",
     "ConditionalRequestConflict",
     "IDPCommunicationError",
     "IncompleteBody",
     "InternalError",
     "NoSuchUpload",
     "OperationAborted",
-    "RequestLimitExceeded",
-    "RequestThrottled",
     "RequestTimeout",
     "RequestTimeoutException",
     "ServiceUnavailable",
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequests",
-    "TooManyRequestsException",
     "XAmzContentChecksumMismatch",
     "XAmzContentSHA256Mismatch",
 }
 _TRANSIENT_STATUS = {408, 425, 429}
+_BUSY_STATUS = {429, 503}
 _NOT_OFFERED = {501, 505}
 _MAY_NOT = "the credentials may not do this: grant read, write and list on the bucket"
 _CREDENTIALS = {
@@ -121,6 +125,12 @@ def sort_error(uri: str, error: Exception, *, temporary_credentials: bool = Fals
     if isinstance(cause, BotoCoreError):
         return StorageError(f"{uri}: {cause}")
     return None
+
+
+def is_throttled(answer: dict[str, Any]) -> bool:
+    """Return whether an answer of S3, as boto3 parses it, says that there are too many requests."""
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status in _BUSY_STATUS or answer.get("Error", {}).get("Code") in _THROTTLED
 
 
 def _sort_answer(uri: str, error: Any, temporary_credentials: bool) -> StorageError:

@@ -29,6 +29,7 @@ from pipelines.storage.errors import (
 )
 from pipelines.storage.fsspec_backend import PROTOCOLS, FsspecBackend
 from pipelines.storage.local import LocalBackend, local_path
+from pipelines.storage.rate import Throttling
 from pipelines.storage.retry import PATIENCE_S, retry
 from pipelines.storage.s3 import S3Backend
 
@@ -241,6 +242,12 @@ class Storage(Connection):
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             self.download(entry.uri, path, patience_s=patience_s)
+
+    def throttling(self) -> Throttling:
+        """Return how this process's requests for objects of S3 went; other stores are not counted."""
+        backend = _connected(S3Backend, self)
+        assert isinstance(backend, S3Backend)
+        return backend.client.reads.throttling()
 
     def require(self, root: str) -> None:
         """Check, before anything starts, that a root can be listed and written; an unavailable store fails at once.

@@ -48,6 +48,9 @@ class Attempt:
         upload_s: seconds of their uploads, while training went on.
         length: images after which the run ends, as far as was known; None where an earlier release did not record it.
         lost_to: what ended the workers, of `CAUSES`; None where they came to the end, or nobody could say.
+        slow_downs: answers of S3 to rank 0 that it reads too fast.
+        throttled_s: seconds in which its reads were limited for that, see `RequestRate`.
+        throttled_wait_s: of them, seconds in which the loop waited for batches.
     """
 
     began: float
@@ -59,6 +62,9 @@ class Attempt:
     upload_s: float = 0.0
     length: int | None = None
     lost_to: str | None = None
+    slow_downs: int = 0
+    throttled_s: float = 0.0
+    throttled_wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,9 @@ class Goodput:
         upload_s: seconds of their uploads, while training went on.
         length: images after which the run ends, as far as the newest attempt of the newest driver knew.
         losses: what restarts have cost, by cause, see `CAUSES`.
+        slow_downs: answers of S3 to rank 0 that it reads too fast.
+        throttled_s: seconds in which its reads were limited for that, see `RequestRate`.
+        throttled_wait_s: of them, seconds in which the loop waited for batches.
     """
 
     wall_s: float
@@ -132,6 +141,9 @@ class Goodput:
     upload_s: float
     length: int | None = None
     losses: Mapping[str, Loss] = field(default_factory=dict)
+    slow_downs: int = 0
+    throttled_s: float = 0.0
+    throttled_wait_s: float = 0.0
 
     @property
     def fraction(self) -> float:
@@ -165,6 +177,7 @@ class Goodput:
                 (f"lost to: {cause}", f"{loss.seconds:,.1f} s in {loss.times}", CAUSES[cause])
                 for cause, loss in self.losses.items()
             ),
+            *([("throttled", self._throttled(), "the store answered SlowDown to rank 0")] if self.slow_downs else []),
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -178,7 +191,12 @@ class Goodput:
         again = f", {self.recomputed_images:,} images computed twice" if self.recomputed_images else ""
         lost = [f"{loss.seconds:,.1f} s to {loss.times} x {cause}" for cause, loss in self.losses.items()]
         said = [f"{self.fraction:.1%} of {self.wall_s:,.1f} s: {', '.join(shown)}", f"{lives}{again}"]
+        said += [f"reads throttled by the store: {self._throttled()}"] if self.slow_downs else []
         return [*said, f"lost {', '.join(lost)}"] if lost else said
+
+    def _throttled(self) -> str:
+        waited = f"{self.throttled_wait_s:,.1f} s of them waiting for data"
+        return f"{self.throttled_s:,.1f} s, {waited}, after {self.slow_downs:,} answers"
 
 
 def measure(sessions: Sequence[Session]) -> Goodput:
@@ -216,6 +234,9 @@ def measure(sessions: Sequence[Session]) -> Goodput:
         upload_s=sum(a.upload_s for a in attempts),
         length=next((a.length for a in reversed(sessions[-1].attempts)), None) if sessions else None,
         losses=_losses(sessions, again),
+        slow_downs=sum(a.slow_downs for a in attempts),
+        throttled_s=sum(a.throttled_s for a in attempts),
+        throttled_wait_s=sum(a.throttled_wait_s for a in attempts),
     )
 
 

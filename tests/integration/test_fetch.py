@@ -1,21 +1,27 @@
-"""Shards from the real store over connections that break."""
+"""Shards from the real store over connections that break, and from a store that is asked too much."""
 
 from __future__ import annotations
 
 import hashlib
 import random
+import threading
 import time
 import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Member, ShardInfo
+from pipelines.shards.ingest.write import ingest
 from pipelines.shards.source import ShardShortError
-from pipelines.storage import ShortObjectError, Storage, StorageError
+from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
+from pipelines.storage import ShortObjectError, Storage, StorageError, rate
 from pipelines.training.goodput import measure
 from pipelines.training.ledger import read_sessions
 from tests.chaos.fault_proxy import Fault, FaultProxy
@@ -106,3 +112,84 @@ def test_a_mistake_is_not_waited_for(stored):
     with pytest.raises(StorageError, match="the bucket does not exist"):
         get(ShardFetcher("s3://no-such-bucket-here", stored, None), 0, 10)
     assert time.monotonic() - began < 5
+
+
+def test_a_storm_of_slow_down_lowers_the_rate_of_reads_which_recovers_and_no_sample_is_lost(
+    stored, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(rate, "RAISE", 0.4)  # as after more seconds
+    random_ = np.random.default_rng(0)
+    for number in range(400):
+        path = tmp_path / "pictures" / f"{number % 2}" / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random_.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    uri = "s3://ddpm/tests/storm"
+    pictures = str(tmp_path / "pictures")
+    dataset = ingest(pictures, uri, stored, image_size=8, channels=1, shard_samples=20, test_fraction=0.1).dataset
+    settings = StreamSettings(lanes=4, window=2, seed=0, cache_dir=tmp_path / "cache", cache_bytes=1)
+    assert stored.endpoint_url is not None
+    with FaultProxy(stored.endpoint_url) as proxy:
+        reader, order = open_stream(dataset, "train", through(proxy, stored), settings)
+        stream = TrainingStream(reader, order, batch_size=20, rank=0, world_size=1, stop=None)
+        storage = reader.fetcher.source.storage
+        ordinals: list[int] = []
+        pixels: Counter[bytes] = Counter()
+        deadline = time.monotonic() + 40
+        limits: list[float | None] = []
+        ending = threading.Event()
+
+        def watch() -> None:
+            while not ending.wait(0.02):
+                limits.append(storage.throttling().limit)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        for batch in stream:
+            ordinals += batch.ordinals.tolist()
+            pixels.update(image.numpy().tobytes() for image in batch.images)
+            if len(ordinals) == 400:
+                assert storage.throttling().limit is None
+                storm = proxy.start(Fault("slow_down", seconds=2.5, path="train-.*tar"))
+            now = storage.throttling()
+            if now.slow_downs and now.limit is None and len(ordinals) % order.total == 0:
+                break
+            assert time.monotonic() < deadline, now
+        ending.set()
+        watcher.join()
+        reader.close()
+    limited = [limit for limit in limits if limit is not None]
+    lowest = limited.index(min(limited))
+    assert limits[0] is None  # at first there is no limit,
+    assert limited[lowest] <= limited[0] / 2  # then it falls,
+    assert max(limited[lowest:]) > limited[0]  # and rises,
+    assert limits[-1] is None  # until there is none
+    assert sorted(ordinals) == list(range(len(ordinals)))
+    assert len(pixels) == order.total
+    assert set(pixels.values()) == {len(ordinals) // order.total}  # each picture once in every epoch
+    slow_downs, throttled_s, waited_s = stream.throttled()
+    assert slow_downs == len(storm.hits)
+    assert throttled_s > 2
+    assert 1 < waited_s <= throttled_s + 1
+    said = [record.getMessage() for record in caplog.records if record.name == "pipelines.storage.rate"]
+    assert [proxy.url in line for line in said] == [True, True]
+    assert "answers that it is asked too much (SlowDown)" in said[0]
+    assert f"after {slow_downs:,} answers of SlowDown" in said[1]
+
+
+def test_the_ledger_of_a_training_tells_for_how_long_the_store_has_throttled_its_reads(shell: Shell, s3: Storage):
+    uri = "s3://ddpm/datasets/throttled"
+    shell.ok("ingest", "digits", "--to", uri, "data.shard_bytes=100000", "--json")
+    assert s3.endpoint_url is not None
+    with FaultProxy(s3.endpoint_url) as proxy:
+        storm = proxy.start(Fault("slow_down", seconds=2, waits=True, methods=("GET",), path="train-.*tar"))
+        arguments = [f"data.uri={uri}", "data.cache_gib=0.0001", "data.memory_mib=0", "name=throttled"]
+        arguments += ["tracking.grid_every=null", "checkpoint.every=640", f"storage.endpoint_url={proxy.url}"]
+        arguments += [f"storage.credentials_file={s3.credentials_file}", f"storage.region={s3.region}"]
+        done = shell.ok("train", "+experiment=digits", "images=1280", *arguments, "--json")
+    assert storm.hits
+    recorded = measure(read_sessions(s3, "s3://ddpm/runs/throttled"))
+    assert recorded.images_seen == 1280
+    assert 0 < recorded.slow_downs == done.answer["goodput"]["slow_downs"] <= len(storm.hits)  # of rank 0
+    assert recorded.throttled_s >= recorded.throttled_wait_s > 0.5
+    assert "reads throttled by the store: " in done.err
+    assert "answers that it is asked too much (SlowDown)" in " ".join(done.err.split())

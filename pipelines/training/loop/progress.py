@@ -63,6 +63,9 @@ class Progress:
         uploaded_bytes: of checkpoints, published copies included.
         upload_s: seconds of background uploads, during which training went on.
         length: images after which the run ends, as far as is known.
+        slow_downs: answers of S3 to rank 0 that it reads too fast.
+        throttled_s: seconds in which its reads were limited for that, see `RequestRate`.
+        throttled_wait_s: of them, seconds in which the loop waited for batches.
     """
 
     images_seen: int
@@ -72,6 +75,9 @@ class Progress:
     uploaded_bytes: int = 0
     upload_s: float = 0.0
     length: int | None = None
+    slow_downs: int = 0
+    throttled_s: float = 0.0
+    throttled_wait_s: float = 0.0
 
 
 class Clock:

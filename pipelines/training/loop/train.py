@@ -315,7 +315,7 @@ class _Rank:
         self._report_progress(result.loss)
         if self.finished or self._crossed(self.config.tracking.log_every):
             values = self.statistics.metrics(self.state)
-            self.log.metrics({**values, **self.stream.reader.fetcher.stats.metrics()}, seen)
+            self.log.metrics({**values, **self.stream.reader.fetcher.source.metrics()}, seen)
             if "train/loss" in values:
                 say(self.health.curves(seen, values["train/loss"], values["updates/grad_norm"]))
 
@@ -366,7 +366,8 @@ class _Rank:
         stored = self.checkpointer.uploaded_bytes, self.checkpointer.upload_s
         seconds = self.clock.seconds()
         seen, length = self.state.images_seen, self.state.length
-        self.shell.progress(Progress(seen, self.resumed_at, loss, seconds, *stored, length))
+        slowed, slow_s, wait_s = self.stream.throttled()
+        self.shell.progress(Progress(seen, self.resumed_at, loss, seconds, *stored, length, slowed, slow_s, wait_s))
 
     def _save(self) -> None:
         seen, config = self.state.images_seen, self.config

@@ -58,6 +58,9 @@ class Monitor:
             upload_s=progress.upload_s,
             length=progress.length,
             lost_to=known.lost_to if known else None,
+            slow_downs=progress.slow_downs,
+            throttled_s=progress.throttled_s,
+            throttled_wait_s=progress.throttled_wait_s,
         )
         self.loss = progress.loss
         return self.stop

@@ -17,6 +17,7 @@ from tenacity import wait_fixed
 
 from pipelines.config import compose
 from pipelines.storage import NotFoundError, Storage, StorageError, TransientStorageError
+from pipelines.storage.rate import Throttling
 from pipelines.storage.s3 import S3Client
 from pipelines.storage.s3_errors import ExpiredCredentialsError, sort_error
 from tests.http_server import Answer, Request, serving
@@ -415,3 +416,38 @@ def test_names_with_dots_and_placeholders_of_folders_are_no_reason_to_refuse(tmp
         storage_at(server.url, tmp_path).download_folder("s3://bucket/run", tmp_path / "target")
     found = {str(path.relative_to(tmp_path / "target")) for path in (tmp_path / "target").rglob("*") if path.is_file()}
     assert found == {"..a", "b../c"}
+
+
+@pytest.mark.parametrize(("code", "status"), [("SlowDown", 503), ("TooManyRequests", 429), ("ServiceUnavailable", 503)])
+def test_answers_that_it_is_too_much_limit_the_reads_of_this_process(tmp_path, monkeypatch, code, status):
+    """Those that boto3 repeats by itself, too; and reads only: a checkpoint does not wait for data."""
+    monkeypatch.setattr("pipelines.storage.s3.MAX_ATTEMPTS", 3)
+    left = [2]
+
+    def answer(request: Request) -> Answer:
+        if request.method == "GET" and left[0]:
+            left[0] -= 1
+            return error_answer(code, status)
+        return Answer(200, DATA if request.method == "GET" else b"", {"ETag": '"x"'})
+
+    with serving(answer) as server:
+        storage = storage_at(server.url, tmp_path)
+        for _ in range(20):
+            storage.write(URI, b"1")
+        assert storage.throttling() == Throttling()
+        assert storage.read(URI) == DATA
+        done = storage.throttling()
+        assert (done.requests, done.slow_downs) == (3, 2)
+        assert done.limit is not None
+        began = time.monotonic()
+        storage.write(URI, b"1")
+        assert time.monotonic() - began < 1 / done.limit
+
+
+@pytest.mark.parametrize(("code", "status"), [("InternalError", 500), ("RequestTimeout", 400)])
+def test_other_errors_do_not_limit_the_reads(tmp_path, code, status):
+    answers = iter([error_answer(code, status), Answer(200, DATA, {"ETag": '"x"'})])
+    with serving(lambda request: next(answers)) as server:
+        storage = storage_at(server.url, tmp_path)
+        assert storage.read(URI) == DATA
+        assert storage.throttling().limit is None

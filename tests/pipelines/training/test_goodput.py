@@ -118,6 +118,29 @@ def test_a_restart_whose_cause_nobody_recorded_is_of_none_that_is_known():
     assert {cause: loss.times for cause, loss in done.losses.items()} == {"unknown": 1}
 
 
+def test_what_the_store_has_throttled_is_added_up_and_said_where_there_is_any():
+    calm = attempt(0, 0, 100, 10)
+    throttled = dataclasses.replace(calm, slow_downs=37, throttled_s=41.2, throttled_wait_s=12.0)
+    done = measure([Session(0, 60, (throttled, calm, throttled))])
+    assert (done.slow_downs, done.throttled_s, done.throttled_wait_s) == (74, pytest.approx(82.4), 24)
+    said = "82.4 s, 24.0 s of them waiting for data, after 74 answers"
+    assert f"reads throttled by the store: {said}" in done.lines()
+    assert ("throttled", said, "the store answered SlowDown to rank 0") in done.table()
+    undisturbed = measure([Session(0, 60, (calm,))])
+    assert not any("throttled" in line for line in [*undisturbed.lines(), *map(str, undisturbed.table())])
+
+
+def test_a_ledger_from_before_throttling_was_counted_is_read(tmp_path):
+    storage, folder = Storage(), f"file://{tmp_path}/run"
+    write_session(storage, folder, 1, Session(100, 160, (attempt(105, 0, 1000, 40),)))
+    (path,) = (tmp_path / "run" / "goodput").iterdir()
+    plain = json.loads(path.read_text())
+    for name in ("slow_downs", "throttled_s", "throttled_wait_s"):
+        del plain["sessions"][0]["attempts"][0][name]
+    path.write_text(json.dumps(plain))
+    assert measure(read_sessions(storage, folder)).slow_downs == 0
+
+
 def test_the_ledger_of_a_driver_that_was_killed_is_there_for_the_next(tmp_path):
     storage, folder = Storage(), f"file://{tmp_path}/run"
     assert read_sessions(storage, folder) == ()
