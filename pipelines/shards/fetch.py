@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipelines.shards.cache import STALLED_S, PartialShard, ShardCache
-from pipelines.shards.index import Dataset, Member, ShardIndex, ShardInfo
+from pipelines.shards.index import Member, ShardIndex, ShardInfo
 from pipelines.shards.source import ShardSource
+from pipelines.shards.working_set import WorkingSet
 from pipelines.storage import Storage, StorageError
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ class ShardFetcher:
 
     Args:
         uri: folder of the dataset.
-        cache: the node's cache; None for ranged requests only, which suits a cache that is too small (see `fits`).
+        cache: the node's cache; None for ranged requests only, where it is too small (see `WorkingSet`).
         block_bytes: size of the blocks of a partial shard.
         requests: number of concurrent ranged GETs.
         downloads: number of shards that are completed in the background at a time.
@@ -79,14 +80,10 @@ class ShardFetcher:
 
     @classmethod
     def opened(
-        cls, dataset: Dataset, split: str, storage: Storage, cache_dir: Path, cache_bytes: int, in_use: int
+        cls, uri: str, storage: Storage, cache_dir: Path, cache_bytes: int, working_set: WorkingSet
     ) -> ShardFetcher:
-        """Return a fetcher for a split; without the cache if the shards in use at a time would not fit into it.
-
-        Args:
-            in_use: number of shards that are read at a time: lanes x window.
-        """
-        used = fits(dataset.shards(split), in_use, cache_bytes)
+        """Return a fetcher of a dataset's shards; without the cache if those that are read at a time do not fit."""
+        used = working_set.fits(cache_bytes)
         cache: ShardCache | None = None
         try:
             if used or cache_dir.is_dir():  # shards cached by earlier runs keep to the limit in any case
@@ -96,7 +93,7 @@ class ShardFetcher:
                 logger.warning(
                     "shards are read by ranges, for data.cache_dir = %s cannot be used: %s", cache_dir, error
                 )
-        return cls(dataset.uri, storage, cache if used else None)
+        return cls(uri, storage, cache if used else None)
 
     def read(self, wanted: Wanted) -> list[list[memoryview]]:
         """Return the bytes of members, shard by shard; all requests are sent before the first one is awaited.
@@ -348,17 +345,6 @@ def coalesce(members: Sequence[Member], gap: int = GAP_BYTES) -> list[Span]:
         else:
             spans.append((m.offset, m.offset + m.size))
     return spans
-
-
-def fits(shards: Sequence[ShardInfo], in_use: int, limit_bytes: int) -> bool:
-    """Return whether the shards in use at a time fit into a node's cache.
-
-    Room is needed for twice as many of mean size, because the next windows are fetched while the last ones are read. If
-    they did not fit, every shard would be evicted before it is read completely, and fetched again; then ranged
-    requests are cheaper.
-    """
-    mean = sum(s.bytes for s in shards) / max(len(shards), 1)
-    return min(2 * in_use, len(shards)) * mean <= limit_bytes
 
 
 def _await(partial: PartialShard) -> None:

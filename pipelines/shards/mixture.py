@@ -154,6 +154,9 @@ class Schedule:
     Args:
         weights: first ordinal -> weight of each source from there on; the first one is 0.
 
+    Attributes:
+        starts: the first ordinals of stretches with weights of their own.
+
     Raises:
         ValueError: weights are for so short a stretch that they cannot be met.
     """
@@ -185,6 +188,7 @@ class Schedule:
             rest = tuple((after - middle).tolist())
             self._stretches.append(_Stretch(start + whole * period, middle, rest))
             before = after
+        self.starts = starts
         self._starts = np.array([stretch.start for stretch in self._stretches], dtype=np.int64)
         self._before = np.stack([stretch.before for stretch in self._stretches])
 

@@ -32,6 +32,7 @@ from pipelines.shards.members import (
 from pipelines.shards.order import Located
 from pipelines.shards.quarantine import Quarantine, kept_samples, kept_shards, read_quarantine
 from pipelines.shards.source import ShardCorruptError
+from pipelines.shards.working_set import WorkingSet
 from pipelines.storage import Storage
 
 
@@ -317,7 +318,8 @@ def opened_split(
         text: whether batches have the text embeddings that were computed at ingest.
     """
     folder = Path(cache_dir) if cache_dir else default_cache_dir()
-    fetcher = ShardFetcher.opened(dataset, split, storage, folder, int(cache_gib * 2**30), 1)
+    one_by_one = WorkingSet.of([(1, dataset.shards(split))], 1, 1)
+    fetcher = ShardFetcher.opened(dataset.uri, storage, folder, int(cache_gib * 2**30), one_by_one)
     with closing(ShardReader(dataset, split, fetcher, read_quarantine(dataset.uri, storage), text=text)) as reader:
         yield reader
 

@@ -20,6 +20,7 @@ from pipelines.shards.mixture import MixtureOrder, Schedule, by_stretch, shared_
 from pipelines.shards.order import Located, SampleOrder
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.shards.read import Batch, ShardReader
+from pipelines.shards.working_set import NodePiece, working_set
 from pipelines.storage import Storage, Throttling
 
 A = TypeVar("A")
@@ -54,9 +55,18 @@ class StreamSettings:
 
 
 def open_stream(
-    dataset: Dataset, split: str, storage: Storage, settings: StreamSettings, quarantine: Quarantine | None = None
+    dataset: Dataset,
+    split: str,
+    storage: Storage,
+    settings: StreamSettings,
+    quarantine: Quarantine | None = None,
+    *,
+    piece: NodePiece | None = None,
 ) -> tuple[ShardReader, SampleOrder | MixtureOrder]:
     """Return a reader of a split, and the order of its samples.
+
+    Args:
+        piece: what the ranks of this node read, which is what its cache has to hold; None where that is unknown.
 
     Raises:
         DatasetError: there is no such split, or the quarantine is of another dataset.
@@ -65,8 +75,8 @@ def open_stream(
     of_sources = any(shard.source for shard in dataset.shards(split))
     mixed = by_stretch([source.weights for source in dataset.sources]) if of_sources else {}
     lanes = shared_lanes(settings.lanes, mixed) if mixed else [settings.lanes]
-    in_use = sum(lanes) * settings.window
-    fetcher = ShardFetcher.opened(dataset, split, storage, settings.cache_dir, settings.cache_bytes, in_use)
+    used = working_set(dataset, split, settings.lanes, settings.window, piece)
+    fetcher = ShardFetcher.opened(dataset.uri, storage, settings.cache_dir, settings.cache_bytes, used)
     reader = ShardReader(dataset, split, fetcher, quarantine, text=settings.text, memory_bytes=settings.memory_bytes)
 
     def order(shards: Sequence[ShardInfo], lanes: int, digest: str) -> SampleOrder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +12,12 @@ from torch import Tensor
 from pipelines.config import Config
 from pipelines.shards.read import Batch, ShardReader, default_cache_dir
 from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
+from pipelines.shards.working_set import NodePiece, working_set
 
 if TYPE_CHECKING:  # the driver reads the settings below, and has no ranks
     from pipelines.training.loop.context import RunContext
+
+logger = logging.getLogger(__name__)
 
 
 def stream_settings(config: Config) -> StreamSettings:
@@ -31,6 +36,16 @@ def stream_settings(config: Config) -> StreamSettings:
     )
 
 
+def ranks_of_node(rank: int, world_size: int) -> range:
+    """Return the ranks on the node of a rank, which Ray Train and torchrun number node by node; all where neither says.
+
+    They set the environment variables LOCAL_RANK and LOCAL_WORLD_SIZE.
+    """
+    local, count = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    ranks = range(rank - local, rank - local + count)
+    return ranks if 0 <= ranks.start <= rank < ranks.stop <= world_size else range(world_size)
+
+
 def training_stream(context: RunContext, start: int) -> TrainingStream:
     """Return this rank's batches of the training stream.
 
@@ -38,7 +53,13 @@ def training_stream(context: RunContext, start: int) -> TrainingStream:
         start: `images_seen` where the stream begins.
     """
     job, settings = context.job, stream_settings(context.config)
-    reader, order = open_stream(job.dataset, "train", job.storage, settings, job.quarantine)
+    ranks = ranks_of_node(context.rank, context.world_size)
+    piece = NodePiece.of(job.config.batch_size, ranks, context.world_size)
+    if context.rank == ranks[0]:
+        used = working_set(job.dataset, "train", settings.lanes, settings.window, piece)
+        level = logging.INFO if used.fits(settings.cache_bytes) else logging.WARNING
+        logger.log(level, "%s", used.choice(settings.cache_bytes))
+    reader, order = open_stream(job.dataset, "train", job.storage, settings, job.quarantine, piece=piece)
     return TrainingStream(
         reader,
         order,

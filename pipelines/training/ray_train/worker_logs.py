@@ -2,7 +2,7 @@
 
 Ray keeps the output of its workers in files on their nodes, which nobody reads and which end with the cluster. A
 thread of every rank writes its warnings and errors to `logs/` of the run instead, and posts those of this project to
-the run's monitor. Neither ever blocks a step, or fails one.
+the run's monitor, with what this project says at level INFO. Neither ever blocks a step, or fails one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class WorkerLog(logging.Handler):
     """
 
     def __init__(self, storage: Storage, address: Callable[[int], str], rank: int, post: Post) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self.rank, self.post = rank, post
         self.file = _StoredLog(storage, address)
         self.waiting: deque[tuple[LogLine, bool]] = deque()
@@ -69,6 +69,9 @@ class WorkerLog(logging.Handler):
         """Take a record; the threads do the rest."""
         if threading.current_thread() in self._threads:
             return  # about this log itself
+        ours = record.name.split(".")[0] in OURS
+        if record.levelno < logging.WARNING and not ours:
+            return
         if len(self.waiting) >= WAITING_LINES:
             self.left_out += 1
             return
@@ -81,7 +84,6 @@ class WorkerLog(logging.Handler):
         if len(message) > MESSAGE_CHARACTERS:
             half = MESSAGE_CHARACTERS // 2
             message = f"{message[:half]}\n…\n{message[-half:]}"
-        ours = record.name.split(".")[0] in OURS
         line = LogLine(record.created, record.levelname, self.rank, record.name, message)
         self.waiting.append((line, ours or record.levelno >= logging.ERROR))
         self._wake.set()
@@ -176,8 +178,10 @@ def recorded(storage: Storage, folder: str, monitor: Any, *, epoch: int, rank: i
         references[:] = [monitor.hear.remote(list(lines))]
 
     log = WorkerLog(storage, lambda part: log_address(folder, epoch, rank, attempt, part), rank, post)
-    root = logging.getLogger()
+    root, levels = logging.getLogger(), {name: logging.getLogger(name).level for name in OURS}
     root.addHandler(log)
+    for name in OURS:
+        logging.getLogger(name).setLevel(logging.INFO)
     logging.captureWarnings(True)
     try:
         yield
@@ -187,6 +191,8 @@ def recorded(storage: Storage, folder: str, monitor: Any, *, epoch: int, rank: i
     finally:
         logging.captureWarnings(False)
         root.removeHandler(log)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         log.close()
         with suppress(RayError):  # the driver has ended
             ray.wait(references, timeout=CLOSE_S) if references else None

@@ -22,6 +22,7 @@ from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Member, ShardInfo, read_dataset
 from pipelines.shards.stream import ShardDataset, StreamSettings
+from pipelines.shards.working_set import WorkingSet
 from pipelines.storage import Storage, StorageError
 from tests.forked import FORKING
 
@@ -271,7 +272,7 @@ def test_reading_by_ranges_makes_no_cache_and_keeps_an_earlier_one_to_the_limit(
     shards = dataset.shards("train")
 
     def opened(limit: int) -> ShardFetcher:
-        return ShardFetcher.opened(dataset, "train", Storage(), tmp_path / "cache", limit, in_use=4)
+        return ShardFetcher.opened(uri, Storage(), tmp_path / "cache", limit, WorkingSet.of([(4, shards)], 4, 1))
 
     assert opened(shards[0].bytes).cache is None
     assert not (tmp_path / "cache").exists()

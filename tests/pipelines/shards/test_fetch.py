@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from pipelines.shards import cache as cache_module
 from pipelines.shards import fetch
 from pipelines.shards.cache import ShardCache
-from pipelines.shards.fetch import ShardFetcher, coalesce, fits
-from pipelines.shards.index import Dataset, Member, ShardInfo
+from pipelines.shards.fetch import ShardFetcher, coalesce
+from pipelines.shards.index import Member, ShardInfo
 from pipelines.shards.source import ShardCorruptError, ShardShortError
+from pipelines.shards.working_set import WorkingSet
 from pipelines.storage import Storage, StorageError, TransientStorageError
 
 DATA = random.Random(0).randbytes(100_000)
 SHARD = ShardInfo("a.tar", 1, len(DATA), hashlib.sha256(DATA).hexdigest())
+ONE = WorkingSet.of([(1, [SHARD])], 1, 1)
 
 
 @dataclass(frozen=True)
@@ -205,8 +207,7 @@ def test_a_copy_that_lost_its_bytes_is_fetched_again(uri, tmp_path, caplog):
 
 def test_reading_goes_on_by_ranges_where_the_cache_cannot_be_used(uri, tmp_path, caplog):
     (tmp_path / "file").write_bytes(b"")
-    dataset = Dataset(uri, {"train": (SHARD,), "test": ()}, (), 1, 8, (0.0,), (1.0,), "d")
-    fetcher = ShardFetcher.opened(dataset, "train", Storage(), tmp_path / "file" / "cache", 1 << 20, 1)
+    fetcher = ShardFetcher.opened(uri, Storage(), tmp_path / "file" / "cache", 1 << 20, ONE)
     assert "cannot be used" in caplog.text
     assert get(fetcher, (5, 9)) == [DATA[5:9]]
     later = ShardFetcher(uri, Storage(), ShardCache(tmp_path / "cache", 1 << 20))
@@ -263,8 +264,7 @@ def test_a_cache_folder_is_opened_once(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fetch, "ShardCache", refuse)
-    dataset = Dataset("file:///data", {"train": (SHARD,), "test": ()}, (), 1, 8, (0.0,), (1.0,), "d")
-    assert ShardFetcher.opened(dataset, "train", Storage(), tmp_path, 1 << 20, 1).cache is None
+    assert ShardFetcher.opened("file:///data", Storage(), tmp_path, 1 << 20, ONE).cache is None
     assert opened == [tmp_path]
 
 
@@ -369,13 +369,6 @@ def test_processes_of_a_node_bring_a_shard_in_once(uri, tmp_path):
         thread.join()
     assert sum(len(store.asked) for store in stores) == 1
     assert caches[0].find(SHARD).read_bytes() == DATA
-
-
-def test_ranged_reading_is_for_shards_in_use_that_do_not_fit():
-    shards = [SHARD] * 100
-    assert fits(shards, in_use=8, limit_bytes=16 * len(DATA))
-    assert not fits(shards, in_use=8, limit_bytes=16 * len(DATA) - 1)
-    assert fits(shards[:3], in_use=8, limit_bytes=3 * len(DATA))
 
 
 def test_a_fetch_of_another_process_that_is_stopped_is_not_waited_for(uri, tmp_path, monkeypatch, caplog):

@@ -54,7 +54,8 @@ def test_warnings_reach_storage_and_the_driver_and_those_of_others_storage_only(
     handle = Handle()
     with run(folder, handle):
         ours.warning("%d updates left out", 3)
-        ours.info("not a warning")
+        ours.debug("not for a user")
+        theirs.info("not a warning")
         theirs.warning("their %s", "noise")
         theirs.error("their failure")
         warnings.warn("a habit of yours", UserWarning, stacklevel=1)
@@ -70,6 +71,19 @@ def test_warnings_reach_storage_and_the_driver_and_those_of_others_storage_only(
         ("ERROR", 0, "another.package"),
     ]
     assert abs(lines[0].time - time.time()) < 60
+
+
+def test_what_this_project_says_at_level_info_reaches_storage_and_the_driver_while_a_rank_trains(folder):
+    handle = Handle()
+    level = ours.getEffectiveLevel()
+    with run(folder, handle):
+        ours.info("whole shards are cached on this node")
+        theirs.setLevel(logging.INFO)
+        theirs.info("of no interest here")
+    theirs.setLevel(logging.NOTSET)
+    assert ours.getEffectiveLevel() == level
+    assert handle.monitor.take().lines == [(0, "whole shards are cached on this node")]
+    assert [(line.level, line.message) for line in stored(folder)] == [("INFO", "whole shards are cached on this node")]
 
 
 def test_every_rank_and_attempt_has_an_object_of_its_own_and_all_are_read_in_order_of_time(folder, tmp_path):
