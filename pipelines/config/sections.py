@@ -108,6 +108,18 @@ class DataConfig(ConfigSection):
     text_encoder: str | None = Field(
         None, description="hub name or folder of the text encoder that embeds captions in an ingest"
     )
+    min_side: NonNegativeInt = Field(0, description="an ingest leaves out images whose shorter side has fewer pixels")
+    max_aspect: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="an ingest leaves out images whose longer side is more than this many times the shorter one"
+    )
+    min_caption: NonNegativeInt = Field(0, description="an ingest leaves out images whose caption has fewer characters")
+    min_score: tuple[str, float] | None = Field(
+        None,
+        description="[COLUMN, VALUE]: an ingest leaves out images whose number in this column of their table is below",
+    )
+    near_duplicates: Literal["keep", "remove"] = Field(
+        "keep", description="whether an ingest keeps images that are nearly the same as an earlier one"
+    )
     allow_changed: bool = Field(False, description="resume a run even if its data or quarantine have changed")
     cache_dir: str | None = Field(None, description="node-wide shard cache; null: the user's cache folder")
     cache_gib: PositiveFloat = Field(20.0, description="largest size of the shard cache on a node's disk, in GiB")

@@ -11,6 +11,7 @@ from pipelines.config import Config, ConfigError
 from pipelines.flow.stage import INGEST, Results, Site, Stage, StageSpec, StageStatus, digest
 from pipelines.presentation.progress import Display
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
+from pipelines.shards.ingest.collect import Filters
 from pipelines.shards.ingest.encode import CaptionEncoder
 from pipelines.shards.ingest.write import Ingested, ingest, source_digest
 from pipelines.storage import Storage, join, layout
@@ -27,6 +28,8 @@ INGEST_SETTINGS = (
     "test_fraction",
     "text_encoder",
 )
+LATER_SETTINGS = ("min_side", "max_aspect", "min_caption", "min_score", "near_duplicates")
+"""Settings that count once they differ from their defaults, because datasets were written before there were any."""
 SHOWN = 20
 """Lines of a list that are shown; the report has all of them."""
 
@@ -114,6 +117,7 @@ def write_dataset(config: Config, display: Display, connect: Callable[[], object
         geometry=data.geometry,
         encoding=data.encoding,
         text_encoder=encoder,
+        filters=Filters(**data.model_dump(include=set(LATER_SETTINGS))),
         progress=display.counter("ingest", "images"),
         notice=lambda text: display.stage("ingest", text),
         connect=connect,
@@ -171,4 +175,5 @@ def ingest_key(config: Config) -> str:
     data = config.data
     assert data.source is not None
     settings = data.model_dump(mode="json", include=set(INGEST_SETTINGS))
+    settings |= data.model_dump(mode="json", include=set(LATER_SETTINGS), exclude_defaults=True)
     return digest([source_digest(data.source, Storage.of(config)), settings])

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.shards.ingest.collect import Filters
 from pipelines.shards.ingest.encode import open_image
 from pipelines.shards.ingest.manifest import Manifest, SourceImage, parquet
 from pipelines.shards.ingest.neighbours import near_groups
@@ -38,7 +39,15 @@ BITS = 6
 FLAT = 2.0
 """Standard deviation of grey levels, of 0..255, below which an image is too uniform to be compared."""
 
-_SCHEMA = pa.schema([("file", pa.binary()), ("hash", pa.int64()), ("small", pa.binary())])
+_SCHEMA = pa.schema(
+    [
+        ("file", pa.binary()),
+        ("hash", pa.int64()),
+        ("small", pa.binary()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +98,12 @@ def fingerprint_part(number: int, images: Manifest, uri: str) -> None:
 
 def _row(key: bytes, image: SourceImage, storage: Storage) -> dict[str, Any]:
     try:
-        found = fingerprint(open_image(image.read(storage), reduced_to=SIDE).image)
+        opened = open_image(image.read(storage), reduced_to=SIDE)
     except UnreadableError:
-        found = None
-    return {"file": key, "hash": found and found.hash, "small": found and found.small.tobytes()}
+        return {"file": key}
+    found, (width, height) = fingerprint(opened.image), opened.size
+    hashed = {"hash": found.hash, "small": found.small.tobytes()} if found else {}
+    return {"file": key, "width": width, "height": height, **hashed}
 
 
 @dataclass(frozen=True)
@@ -102,17 +113,24 @@ class Fingerprints:
     Attributes:
         images: the manifest.
         uri: address of the folder of their parts.
+        filters: images that these leave out by size are compared with none.
     """
 
     images: Manifest
     uri: str
+    filters: Filters
 
     def hashes(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint64]]]:
-        """Yield (positions among all images, hashes) of the images of a part that have one."""
+        """Yield (positions among all images, hashes) of the images of a part that are compared."""
         for number, start in zip(self.images.numbers, self.images.starts(), strict=True):
-            column = self._part(number, "hash").combine_chunks()
-            there = column.is_valid().to_numpy(zero_copy_only=False)
-            yield start + np.flatnonzero(there), column.drop_null().to_numpy(zero_copy_only=False).astype(np.uint64)
+            rows = self._part(number, "hash", "width", "height")
+            kept = [
+                (place, value)
+                for place, (value, *size) in enumerate(zip(*(column.to_pylist() for column in rows), strict=True))
+                if value is not None and self.filters.by_size(size) is None
+            ]
+            places, hashes = zip(*kept, strict=True) if kept else ((), ())
+            yield start + np.array(places, np.int64), np.array(hashes, np.uint64)
 
     def leaders(self, scratch: Path) -> Iterator[tuple[int, int]]:
         """Yield (position of an image, position of the first similar one), in the order of the images.
@@ -132,12 +150,13 @@ class Fingerprints:
         return np.frombuffer(small(place)[within], np.float32)
 
     def _small(self, place: int) -> list[bytes]:
-        found: list[bytes] = self._part(self.images.numbers[place], "small").to_pylist()
+        found: list[bytes] = self._part(self.images.numbers[place], "small")[0].to_pylist()
         return found
 
-    def _part(self, number: int, column: str) -> pa.ChunkedArray:
+    def _part(self, number: int, *columns: str) -> list[pa.ChunkedArray]:
         data = self.images.storage.read(join(self.uri, layout.parquet_part(number)))
-        return pq.read_table(io.BytesIO(data), columns=[column]).column(column)
+        table = pq.read_table(io.BytesIO(data), columns=list(columns))
+        return [table.column(column) for column in columns]
 
 
 def leaders(
@@ -164,13 +183,16 @@ def correlate(one: NDArray[np.float32], other: NDArray[np.float32]) -> bool:
     return float(one @ other) > ALIKE
 
 
-def keep_together(images: Manifest, leaders: Iterator[tuple[int, int]], alike: Names) -> Iterator[SourceImage]:
+def keep_together(
+    images: Manifest, leaders: Iterator[tuple[int, int]], alike: Names, *, remove: bool = False
+) -> Iterator[SourceImage]:
     """Yield the images, near-duplicates in the split of the first one.
 
     Args:
-        images: images with random splits.
+        images: images of a source.
         leaders: see `Fingerprints.leaders`.
         alike: gets a line for each image that is nearly the same as an earlier one.
+        remove: leave out the near-duplicates.
     """
     part = lru_cache(maxsize=8)(images.part)
     following = next(leaders, None)
@@ -181,7 +203,8 @@ def keep_together(images: Manifest, leaders: Iterator[tuple[int, int]], alike: N
         place, within = images.place(following[1])
         leader = part(images.numbers[place])[within]
         alike.add(f"{image.origin} and {leader.origin}")
-        yield replace(image, split=leader.split)
+        if not remove:
+            yield replace(image, split=leader.split)
         following = next(leaders, None)
 
 

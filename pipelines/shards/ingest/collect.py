@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.manifest import SourceImage, rank
 from pipelines.shards.ingest.report import BadImage, Names
 
@@ -15,6 +18,59 @@ TEST_FOLDERS = ("test", "validation", "val", "valid")
 SPLIT_FOLDERS = ("train", *TEST_FOLDERS)
 
 
+@dataclass(frozen=True)
+class Filters:
+    """Which images an ingest leaves out, though they can be read; by default none.
+
+    Attributes:
+        min_side: smallest shorter side, in pixels.
+        max_aspect: largest ratio of the longer to the shorter side; None for any.
+        min_caption: smallest number of characters of a caption; 0 also takes images without one.
+        min_score: column of a table, and its smallest number; None for no such column.
+        near_duplicates: "remove" leaves out images that are nearly the same as an earlier one; "keep" does not.
+    """
+
+    min_side: int = 0
+    max_aspect: float | None = None
+    min_caption: int = 0
+    min_score: tuple[str, float] | None = None
+    near_duplicates: Literal["keep", "remove"] = "keep"
+
+    @property
+    def column(self) -> str | None:
+        """Return the column of scores."""
+        return self.min_score and self.min_score[0]
+
+    def by_row(self, caption: str | None, score: float | None) -> str | None:
+        """Return why an image is left out, by what a table says of it; None where it is kept."""
+        if len(caption or "") < self.min_caption:
+            return f"the caption has fewer than {self.min_caption:,} characters"
+        if self.min_score is not None and score is not None and not score >= self.min_score[1]:  # NaN is below
+            return f"{self.min_score[0]} is below {self.min_score[1]:g}"
+        return None
+
+    def by_size(self, size: Sequence[int]) -> str | None:
+        """Return why an image of this width and height is left out; None where it is kept."""
+        if min(size) < self.min_side:
+            return f"the shorter side has fewer than {self.min_side:,} pixels"
+        if self.max_aspect is not None and max(size) > self.max_aspect * min(size):
+            return f"the longer side is more than {self.max_aspect:g} times the shorter one"
+        return None
+
+    def check_source(self, where: str) -> None:
+        """Refuse filters by what a table says, for a source without one.
+
+        Raises:
+            DatasetError: names the setting.
+        """
+        setting = "data.min_caption" if self.min_caption else "data.min_score" if self.min_score else None
+        if setting:
+            raise DatasetError(
+                f"{where} has no table, and {setting} leaves out images by what one says: write a metadata.jsonl with "
+                "`text` or the scores, or leave the setting out"
+            )
+
+
 @dataclass
 class Notes:
     """What a listing leaves out or tells, filled while the images are taken.
@@ -23,11 +79,13 @@ class Notes:
         bad: rows and files that are left out before any image is opened.
         unused: reason -> names of files and columns that are not used.
         deeper: paths of images in a folder inside their class folder, which does not count as a class.
+        filtered: why images were left out by what a table says of them -> number of images.
     """
 
     bad: list[BadImage] = field(default_factory=list)
     unused: dict[str, Names] = field(default_factory=dict)
     deeper: Names = field(default_factory=Names)
+    filtered: Counter[str] = field(default_factory=Counter)
 
     def unuse(self, reason: str, name: str) -> None:
         """Count a name that is not used."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pipelines.storage import NotFoundError, Storage, join, layout
 
 REPORT_VERSION = 1
+NEARLY = "nearly the same as an earlier one"
 EXAMPLES = 100
 """Largest number of names per kind in the report."""
 
@@ -113,6 +114,7 @@ class ShardRecord:
         per_class: class index -> number of samples.
         changes: change beyond crop and resize, such as "RGBA made RGB" -> number of images.
         bad: images that were left out.
+        filtered: why images were left out by their size -> number of images.
     """
 
     name: str
@@ -125,6 +127,7 @@ class ShardRecord:
     per_class: dict[int, int]
     changes: dict[str, int]
     bad: tuple[BadImage, ...]
+    filtered: dict[str, int] = field(default_factory=dict)
 
     @property
     def split(self) -> str:
@@ -168,6 +171,7 @@ class IngestReport:
         unused: reason -> files and columns that were not used.
         alike: pairs of images that are nearly the same, which are in one split.
         deeper: images in a folder inside their class folder, which is no class of its own.
+        filtered: why images were left out though they can be read -> number of images.
     """
 
     source: str
@@ -180,6 +184,7 @@ class IngestReport:
     unused: dict[str, Names] = field(default_factory=dict)
     alike: Names = field(default_factory=Names)
     deeper: Names = field(default_factory=Names)
+    filtered: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the text of the report, with every left-out image; other lists are counts with the first names."""
@@ -192,11 +197,13 @@ class IngestReport:
     def lines(self) -> list[str]:
         """Return one line for each kind of change, missing captions, and unused files."""
         found = [f"{_images(count)}: {change}" for change, count in sorted(self.changes.items())]
+        found += [f"{_images(count)} left out: {reason}" for reason, count in sorted(self.filtered.items())]
         if self.without_caption:
             found.append(f"{_counted(self.without_caption)} without a caption, such as {_first(self.without_caption)}")
         if self.alike:
             alike = _counted(self.alike)
-            found.append(f"{alike} nearly the same as another, and in its split, such as {_first(self.alike)}")
+            split = "" if NEARLY in self.filtered else ", and in its split"
+            found.append(f"{alike} nearly the same as another{split}, such as {_first(self.alike)}")
         if self.deeper:
             found.append(
                 f"{_counted(self.deeper)} in a folder inside a class folder, which makes no class of its own, such "

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines.environment.scratch import temporary_folder
 from pipelines.shards.index import DatasetError
-from pipelines.shards.ingest.collect import SUFFIXES, Draft, Notes
+from pipelines.shards.ingest.collect import SUFFIXES, Draft, Filters, Notes
 from pipelines.shards.ingest.folders import Listed, from_folders
 from pipelines.shards.ingest.manifest import Manifest, SourceImage, write_manifest
 from pipelines.shards.ingest.places import File, address, open_stored, shown, text
@@ -32,6 +32,7 @@ from pipelines.storage import Storage, is_local, local_path
 __all__ = ["SUFFIXES", "Source", "absolute", "open_source", "source_digest"]
 
 UNREAD_COLUMN = "columns that nothing reads"
+NO_FILTERS = Filters()
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Source:
         drawn: whether the splits were drawn at random, because the source has none.
         deeper: paths of images in a folder inside their class folder, which does not count as a class.
         without_caption: paths of images without a caption.
+        filtered: why images were left out by what a table says of them -> number of images.
     """
 
     classes: tuple[str, ...]
@@ -57,9 +59,12 @@ class Source:
     drawn: bool = False
     deeper: Names = field(default_factory=Names)
     without_caption: Names = field(default_factory=Names)
+    filtered: Mapping[str, int] = field(default_factory=dict)
 
 
-def open_source(source: str, storage: Storage, manifest: str, test_fraction: float = 0.1) -> Source:
+def open_source(
+    source: str, storage: Storage, manifest: str, test_fraction: float = 0.1, filters: Filters = NO_FILTERS
+) -> Source:
     """List a source's images into a manifest.
 
     Args:
@@ -67,6 +72,7 @@ def open_source(source: str, storage: Storage, manifest: str, test_fraction: flo
         storage: storage of source and manifest.
         manifest: address of the folder of the manifest.
         test_fraction: fraction of a source without a test split that becomes one, chosen by a hash of the path.
+        filters: leave out images by what tables say of them.
 
     Raises:
         DatasetError: there is no such source, its layout is unknown, or one of its tables cannot be read.
@@ -75,14 +81,16 @@ def open_source(source: str, storage: Storage, manifest: str, test_fraction: flo
         raise DatasetError(f"the test fraction must be between 0 and 1, got {test_fraction}")
     with temporary_folder("sources") as scratch:
         if source == "digits":
+            filters.check_source(source)
             draft = _digits()
         elif _is_table(uri := address(source)):
-            draft = _from_table(uri, storage, scratch, test_fraction)
+            draft = _from_table(uri, storage, scratch, test_fraction, filters)
         else:
             listed = Listed(find_all(uri, storage), Spool(scratch / "files"))
             if listed.tables:
-                draft = _from_metadata(shown(uri), listed, storage, test_fraction)
+                draft = _from_metadata(shown(uri), listed, storage, test_fraction, filters)
             else:
+                filters.check_source(shown(uri))
                 draft = from_folders(shown(uri), listed, test_fraction)
         captions, without = 0, Names()
 
@@ -97,8 +105,17 @@ def open_source(source: str, storage: Storage, manifest: str, test_fraction: flo
 
         images = write_manifest(noted(), draft.most, manifest, storage)
     notes = draft.notes
-    unused = dict(notes.unused)
-    return Source(draft.classes, images, captions > 0, tuple(notes.bad), unused, draft.drawn, notes.deeper, without)
+    return Source(
+        classes=draft.classes,
+        images=images,
+        captioned=captions > 0,
+        bad=tuple(notes.bad),
+        unused=dict(notes.unused),
+        drawn=draft.drawn,
+        deeper=notes.deeper,
+        without_caption=without,
+        filtered=dict(notes.filtered),
+    )
 
 
 def absolute(source: str) -> str:
@@ -163,26 +180,26 @@ def _digits() -> Draft:
     return Draft(tuple(str(i) for i in range(10)), images, count, Notes())
 
 
-def _from_metadata(where: str, listed: Listed, storage: Storage, test_fraction: float) -> Draft:
+def _from_metadata(where: str, listed: Listed, storage: Storage, test_fraction: float, filters: Filters) -> Draft:
     """Return the source that the metadata of a folder or a zip describes."""
     names = sorted(listed.tables)
-    tabled, columns = Tabled(listed.files, listed.notes), set[str]()
+    tabled, columns = Tabled(listed.files, listed.notes, filters), set[str]()
     for name in names:
         try:
             data = listed.tables[name].read(storage)
         except UnreadableError as error:
             raise DatasetError(f"{where}: {name}: {error}") from error
-        tabled.add(read_rows(name, io.BytesIO(data), columns))
+        tabled.add(read_rows(name, io.BytesIO(data), columns, filters.column))
     return _with_columns(tabled.draft(names, test_fraction), columns)
 
 
-def _from_table(uri: str, storage: Storage, scratch: Path, test_fraction: float) -> Draft:
+def _from_table(uri: str, storage: Storage, scratch: Path, test_fraction: float, filters: Filters) -> Draft:
     """Return the source that a separate table describes."""
     files = Spool(scratch / "files")
     find_named(uri.rpartition("/")[0], _rows(uri, storage), files, storage, Spool(scratch / "joined"))
-    tabled, columns = Tabled(files, Notes()), set[str]()
+    tabled, columns = Tabled(files, Notes(), filters), set[str]()
     with open_stored(uri, storage) as file:
-        tabled.add(read_rows(uri.rpartition("/")[2], file, columns))
+        tabled.add(read_rows(uri.rpartition("/")[2], file, columns, filters.column))
     return _with_columns(tabled.draft((), test_fraction), columns)
 
 

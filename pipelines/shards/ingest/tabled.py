@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines.shards.index import DatasetError
-from pipelines.shards.ingest.collect import SPLIT_FOLDERS, TEST_FOLDERS, Draft, Notes, drawn_split
+from pipelines.shards.ingest.collect import SPLIT_FOLDERS, TEST_FOLDERS, Draft, Filters, Notes, drawn_split
 from pipelines.shards.ingest.manifest import SourceImage, rank
 from pipelines.shards.ingest.places import File, find_local, resolve
 from pipelines.shards.ingest.readers import StoredFile
@@ -26,10 +26,11 @@ class Tabled:
     Args:
         spool: holds (rank of the path, file); gets (rank of the path, row).
         notes: gets the rows that cannot be used.
+        filters: leave out rows.
     """
 
-    def __init__(self, spool: Spool, notes: Notes) -> None:
-        self.spool, self.notes = spool, notes
+    def __init__(self, spool: Spool, notes: Notes, filters: Filters) -> None:
+        self.spool, self.notes, self.filters = spool, notes, filters
         self.labels, self.tops = _Labels(), set[str]()
         self.says_split = False
 
@@ -109,6 +110,9 @@ class Tabled:
                     reason = f"{row.path} is outside {' and '.join(f'{name}/' for name in folders)}"
                 else:
                     good, label = row.where, None if row.label is None else numbers[str(row.label)]
+                    if (filtered := self.filters.by_row(row.caption, row.score)) is not None:
+                        self.notes.filtered[filtered] += 1
+                        continue
                     yield key, SourceImage(split, label, row.caption, row.path, files[0].stamp, files[0].read)
                     continue
                 self.notes.bad.append(BadImage(row.where, reason))

@@ -31,6 +31,7 @@ class ImageRow:
         label: class name or class index; None where there is none.
         caption: caption; None where there is none.
         split: "train" or "test"; None where the table has none.
+        score: number in the column by which images are filtered.
     """
 
     where: str
@@ -38,31 +39,34 @@ class ImageRow:
     label: str | int | None
     caption: str | None
     split: str | None
+    score: float | None = None
 
 
-def read_rows(name: str, file: BinaryIO, columns: set[str]) -> Iterator[ImageRow | BadImage]:
+def read_rows(name: str, file: BinaryIO, columns: set[str], score: str | None = None) -> Iterator[ImageRow | BadImage]:
     """Yield the rows of a table, and in their places those that cannot be used; paths are relative to its folder.
 
     Args:
         name: path of the table relative to the source's root, ending with .jsonl or .csv.
         file: the table, at its beginning.
         columns: gets the names of the columns that are not used.
+        score: name of the column of scores, if any.
 
     Raises:
-        DatasetError: it is not UTF-8, has no row, no column of paths or one of them twice, or ends inside a quoted
-            field.
+        DatasetError: it is not UTF-8, has no row, no column of paths or of scores or one of them twice, or ends inside
+            a quoted field.
     """
     parse = _csv if name.lower().endswith(".csv") else _jsonl
-    lines, empty = io.TextIOWrapper(file, "utf-8-sig", newline="" if parse is _csv else "\n"), True
+    lines, empty, scored = io.TextIOWrapper(file, "utf-8-sig", newline="" if parse is _csv else "\n"), True, False
     try:
         for where, values in parse(name, lines):
             empty = False
             if isinstance(values, str):
                 yield BadImage(where, values)
                 continue
-            columns |= values.keys() - set(READ)
+            columns |= values.keys() - {*READ, score}
+            scored = scored or score in values
             try:
-                row = _row(where, values, posixpath.dirname(name))
+                row = _row(where, values, posixpath.dirname(name), score)
             except ValueError as error:
                 yield BadImage(where, str(error))
             else:
@@ -71,6 +75,8 @@ def read_rows(name: str, file: BinaryIO, columns: set[str]) -> Iterator[ImageRow
         raise DatasetError(f"{name} is not UTF-8 (byte {_first_bad_byte(file)}): save it as UTF-8") from error
     if empty:
         raise DatasetError(f"{name} has no row: give it a row with `path` for each image, or remove it")
+    if score is not None and not scored:
+        raise DatasetError(f"{name} has no column {score}, by which data.min_score leaves out images: name another one")
 
 
 def _first_bad_byte(file: BinaryIO) -> int:
@@ -122,7 +128,7 @@ def _jsonl(name: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any
         yield where, values if isinstance(values, dict) else f"is not a JSON object but {line.strip()[:40]}"
 
 
-def _row(where: str, values: dict[str, Any], folder: str) -> ImageRow:
+def _row(where: str, values: dict[str, Any], folder: str, score: str | None) -> ImageRow:
     """Return a row from its values.
 
     Raises:
@@ -156,4 +162,19 @@ def _row(where: str, values: dict[str, Any], folder: str) -> ImageRow:
     split = values.get("split")
     if split not in (None, "train", "test"):
         raise ValueError(f"{path} has the split {split!r}: splits are train and test")
-    return ImageRow(where, path, label, (caption or "").strip() or None, split)
+    return ImageRow(where, path, label, (caption or "").strip() or None, split, _score(path, values, score))
+
+
+def _score(path: str, values: dict[str, Any], score: str | None) -> float | None:
+    """Return the number in the column of scores.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if score is None:
+        return None
+    value = values.get(score)
+    try:
+        return float(value)  # type: ignore[arg-type]  # whatever it is: that is what is found out here
+    except (TypeError, ValueError):
+        raise ValueError(f"{path} has the {score} {value!r}: images are filtered by numbers") from None

@@ -25,6 +25,7 @@ import webdataset
 
 from pipelines.environment.scratch import temporary_folder
 from pipelines.shards.index import index_tar
+from pipelines.shards.ingest.collect import Filters
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat, encode_image, pack_embeddings
 from pipelines.shards.ingest.manifest import Manifest, SourceImage
 from pipelines.shards.ingest.readers import UnreadableError, is_remote
@@ -81,6 +82,7 @@ class IngestSettings:
     captioned: bool
     text_encoder: CaptionEncoder | None
     encoder_id: str | None
+    filters: Filters = field(default_factory=Filters)
 
     def described(self) -> dict[str, Any]:
         """Return the settings as the report shows them."""
@@ -88,13 +90,16 @@ class IngestSettings:
         named: dict[str, Any] = {"text_encoder": getattr(self.text_encoder, "name", known)}
         if digest := getattr(self.text_encoder, "digest", None):
             named["text_encoder_digest"] = digest
-        return {**asdict(self.form), **named}
+        changed = {name: value for name, value in asdict(self.filters).items() if value != getattr(Filters, name)}
+        return {**asdict(self.form), **named, **changed}
 
     def key(self, first: int, images: Sequence[SourceImage]) -> str:
         """Return the digest of all inputs and settings that decide the bytes of a shard."""
         inputs = [(i.origin, i.stamp, i.label, self.class_name(i), i.caption) for i in images]
         versions = [LAYOUT_VERSION, PIL.__version__]
         content = [versions, asdict(self.form), self.captioned, self.encoder_id, first, inputs]
+        if self.filters.min_side or self.filters.max_aspect:
+            content.append([self.filters.min_side, self.filters.max_aspect])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def class_name(self, image: SourceImage) -> str | None:
@@ -212,6 +217,7 @@ class _Tally:
     per_class: Counter[int] = field(default_factory=Counter)
     changes: Counter[str] = field(default_factory=Counter)
     bad: list[BadImage] = field(default_factory=list)
+    filtered: Counter[str] = field(default_factory=Counter)
 
     def record(self, job: ShardJob, tar: Path, index: bytes) -> ShardRecord:
         """Return the record of the written shard."""
@@ -227,6 +233,7 @@ class _Tally:
             per_class=dict(sorted(self.per_class.items())),
             changes=dict(sorted(self.changes.items())),
             bad=tuple(self.bad),
+            filtered=dict(sorted(self.filtered.items())),
         )
 
 
@@ -250,6 +257,10 @@ def _plain_samples(job: ShardJob, settings: IngestSettings, tally: _Tally, tick:
             encoded = encode_image(read(), settings.form)
         except UnreadableError as error:
             tally.bad.append(BadImage(image.origin, str(error)))
+            tick(1)
+            continue
+        if (filtered := settings.filters.by_size(encoded.size)) is not None:
+            tally.filtered[filtered] += 1
             tick(1)
             continue
         tally.per_class[image.label or 0] += 1

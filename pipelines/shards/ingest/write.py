@@ -20,11 +20,12 @@ from pipelines.environment.scratch import temporary_folder
 from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
 from pipelines.shards.index import Dataset, DatasetError, make_dataset
 from pipelines.shards.ingest.alike import Fingerprints, fingerprint_part, keep_together
+from pipelines.shards.ingest.collect import Filters
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
 from pipelines.shards.ingest.manifest import SourceImage
 from pipelines.shards.ingest.places import address, shown
 from pipelines.shards.ingest.report import BadImage, IngestReport, ShardRecord
-from pipelines.shards.ingest.sources import open_source, source_digest
+from pipelines.shards.ingest.sources import NO_FILTERS, open_source, source_digest
 from pipelines.shards.ingest.spool import ahead
 from pipelines.shards.ingest.tasks import (
     IngestSettings,
@@ -81,6 +82,7 @@ def ingest(
     geometry: Geometry = "crop",
     encoding: Encoding = "png",
     text_encoder: CaptionEncoder | None = None,
+    filters: Filters = NO_FILTERS,
     workers: int | None = None,
     progress: Progress = no_progress,
     notice: Notice = no_notice,
@@ -104,6 +106,7 @@ def ingest(
         geometry: "crop", "resize" or "keep"; see `ImageFormat`.
         encoding: "png", "jpg", "webp" or "npy"; see `ImageFormat`.
         text_encoder: maps captions to a `Conditioning`, stored as `emb.npy`; see `pack_embeddings`. Ray pickles it.
+        filters: which images to leave out; the report counts them by reason.
         workers: number of threads; by default one for two cores, because they take turns at the interpreter: on two
             cores one of them wrote 9,000 digits in 11 seconds and two in 18, and large photographs a tenth faster. Ray
             uses all CPUs of the cluster.
@@ -117,11 +120,11 @@ def ingest(
     """
     form = ImageFormat(image_size, channels, geometry, encoding)
     _check_settings(source, uri, form, shard_samples, shard_bytes, workers)
-    listed = open_source(source, storage, join(uri, layout.INGEST_SOURCES), test_fraction)
+    listed = open_source(source, storage, join(uri, layout.INGEST_SOURCES), test_fraction, filters)
     if text_encoder is not None and not listed.captioned:
         raise DatasetError(f"{source} has no captions for the text encoder: add `text` or `caption` to its metadata")
     encoder_id = None if text_encoder is None else identify_encoder(text_encoder)
-    settings = IngestSettings(uri, storage, form, listed.classes, listed.captioned, text_encoder, encoder_id)
+    settings = IngestSettings(uri, storage, form, listed.classes, listed.captioned, text_encoder, encoder_id, filters)
     if shard_bytes is not None:
         shard_samples = samples_for(shard_bytes, listed.images, settings)
     if connect is not None and len(listed.images) * seconds_of_image(listed.images, storage, form) > ALONE_S:
@@ -130,10 +133,10 @@ def ingest(
     written = Written(listed, settings)
     with temporary_folder("alike") as scratch:
         images: Iterable[SourceImage] = listed.images
-        if listed.drawn:
-            prints = Fingerprints(listed.images, join(uri, layout.FINGERPRINTS))
+        if written.compared:
+            prints = Fingerprints(listed.images, join(uri, layout.FINGERPRINTS), filters)
             _fingerprint(prints, threads, notice, over_ray=obstacle is None)
-            images = keep_together(listed.images, prints.leaders(scratch), written.alike)
+            images = keep_together(listed.images, prints.leaders(scratch), written.alike, remove=written.removes)
         jobs = plan_shards(written.counted(images), settings, shard_samples)
         meter = _Meter(len(listed.images), progress)
         for record, reused in _write_shards(jobs, settings, meter, threads, notice, obstacle):
@@ -343,7 +346,7 @@ def _remove_stale(uri: str, shards: set[str], written: Written, storage: Storage
         folder, _, base = name.rpartition("/")
         if folder in (layout.INGEST_SOURCES, layout.FINGERPRINTS):
             kept = base.removesuffix(".parquet").isdecimal() and int(base.removesuffix(".parquet")) in parts
-            if not kept or (folder == layout.FINGERPRINTS and not written.listed.drawn):
+            if not kept or (folder == layout.FINGERPRINTS and not written.compared):
                 storage.delete(entry.uri)
             continue
         # A write to a folder that was killed leaves a hidden temporary file.

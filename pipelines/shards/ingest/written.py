@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pipelines.shards.index import ShardInfo
 from pipelines.shards.ingest.manifest import SourceImage
-from pipelines.shards.ingest.report import BadImage, IngestReport, Names, PixelSums, ShardRecord
+from pipelines.shards.ingest.report import NEARLY, BadImage, IngestReport, Names, PixelSums, ShardRecord
 from pipelines.shards.ingest.sources import Source
 from pipelines.shards.ingest.tasks import IngestSettings
 from pipelines.storage import layout
@@ -28,6 +28,7 @@ class Written:
         samples: samples by split and class.
         changes: changes beyond crop and resize.
         bad: images that were left out.
+        filtered: why images were left out by their size -> number of images.
         pixels: sums over the pixels of the train split.
         reused: shards that were finished before.
     """
@@ -41,8 +42,19 @@ class Written:
     samples: dict[str, Counter[int]] = field(default_factory=lambda: {"train": Counter(), "test": Counter()})
     changes: Counter[str] = field(default_factory=Counter)
     bad: list[tuple[str, tuple[BadImage, ...]]] = field(default_factory=list)
+    filtered: Counter[str] = field(default_factory=Counter)
     pixels: PixelSums = field(default_factory=lambda: PixelSums(0, (), ()))
     reused: int = 0
+
+    @property
+    def removes(self) -> bool:
+        """Return whether near-duplicates are left out."""
+        return self.settings.filters.near_duplicates == "remove"
+
+    @property
+    def compared(self) -> bool:
+        """Return whether images are compared with each other: to be in one split, where that is drawn, or removed."""
+        return self.listed.drawn or self.removes
 
     def counted(self, images: Iterable[SourceImage]) -> Iterator[SourceImage]:
         """Yield the images, and count them."""
@@ -56,6 +68,7 @@ class Written:
         self.reused += reused
         self.samples[record.split].update(record.per_class)
         self.changes.update(record.changes)
+        self.filtered.update(record.filtered)
         if record.bad:
             self.bad.append((record.name, record.bad))
         if record.split == "train":
@@ -79,11 +92,17 @@ class Written:
             unused=dict(listed.unused),
             alike=self.alike,
             deeper=listed.deeper,
+            filtered=self._all_filtered(),
         )
+
+    def _all_filtered(self) -> dict[str, int]:
+        removed = Counter({NEARLY: self.alike.count if self.removes else 0})
+        return dict(sorted((self.filtered + removed + Counter(self.listed.filtered)).items()))
 
     def explain_empty(self, source: str, split: str, report: IngestReport) -> str:
         """Return the error message for a split without readable images."""
         named = "".join(f"\n  {bad.origin}: {bad.reason}" for bad in report.bad[:5])
+        named = "".join(f"\n  {_images(n)} left out: {reason}" for reason, n in report.filtered.items()) + named
         more = f"\n  and {len(report.bad) - 5:,} more: see {layout.INGEST_REPORT}" if len(report.bad) > 5 else ""
         if self.images[split]:
             return f"{source}: no readable image for the {split} split{named}{more}"
@@ -91,6 +110,10 @@ class Written:
         fix = f"the {other:,} images fell to the other: choose another test_fraction, or make train/ and test/ yourself"
         nothing = f"{source}: no readable image for the {split} split"
         return f"{nothing}; {fix if other else 'it holds no image'}{named}{more}"
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
 
 
 def _train_first(found: tuple[str, tuple[BadImage, ...]]) -> tuple[bool, str]:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import ConfigError, compose
-from pipelines.flow import Results, Site
+from pipelines.flow import Results, Site, stage
 from pipelines.flow import ingest as flow
 from pipelines.flow.walk import walk
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import Silent
 from pipelines.shards.index import read_dataset
 from pipelines.shards.ingest import write as writing
-from pipelines.shards.ingest.write import ingest
+from pipelines.shards.ingest.write import ingest, source_digest
 from pipelines.storage import Storage
 from pipelines.training.prepare import check_captions, encoder_lineage
 from tests.pipelines.captioned import embed, write_shapes
@@ -51,6 +51,7 @@ SETTINGS = {
     "data.shard_samples=5": lambda dataset, sample: dataset.shards("train")[0].samples == 5,
     "data.shard_bytes=20000": lambda dataset, sample: 15_000 < dataset.shards("train")[0].bytes < 25_000,
     "data.test_fraction=0.5": lambda dataset, sample: dataset.samples("test") > 10,
+    "data.max_aspect=1.9": lambda dataset, sample: sum(map(dataset.samples, ("train", "test"))) == 24,
 }
 
 
@@ -68,6 +69,17 @@ def test_every_setting_reaches_the_shards_and_the_key(photos, tmp_path, setting)
 def test_the_key_leaves_out_what_does_not_change_the_shards(photos, tmp_path):
     same = ["data.lanes=32", "data.flip=false", "seed=9", "data.cache_gib=3", "cluster.num_workers=1"]
     assert flow.ingest_key(config(photos, tmp_path / "ds")) == flow.ingest_key(config(photos, tmp_path / "ds", *same))
+
+
+@pytest.mark.parametrize(
+    "setting", ["data.min_caption=3", "data.min_score=[aesthetic,5]", "data.near_duplicates=remove"]
+)
+def test_filters_by_tables_and_copies_are_in_the_key_once_they_filter(photos, tmp_path, setting):
+    plain, changed = config(photos, tmp_path / "ds"), config(photos, tmp_path / "ds", setting)
+    assert flow.ingest_key(plain) != flow.ingest_key(changed)
+    settings = plain.data.model_dump(mode="json", include=set(flow.INGEST_SETTINGS))
+    before_filters = stage.digest([source_digest(str(photos), STORAGE), settings])
+    assert flow.ingest_key(plain) == before_filters
 
 
 def looked(settings):
