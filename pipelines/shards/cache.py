@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from io import FileIO
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -262,10 +263,19 @@ class PartialShard:
         if self.shard.bytes:
             os.posix_fallocate(self._file.fileno(), 0, self.shard.bytes)
 
-    def promise(self, numbers: Sequence[int]) -> tuple[list[Future[None]], list[int]]:
-        """Return a future for each block, and the numbers of the blocks that the caller has to fetch."""
+    def promise(self, numbers: Sequence[int], gap: int) -> tuple[list[Future[None]], list[int]]:
+        """Return a future for each block, and the numbers of the blocks that the caller has to fetch.
+
+        Args:
+            numbers: of blocks, ascending.
+            gap: at most so many blocks between two of them are fetched with them, if nobody fetches any of these: all
+                are needed before long, and make one request of two.
+        """
         with self._guard:
             missing = [n for n in numbers if n not in self.blocks]
+            between = [range(a + 1, b) for a, b in pairwise(missing) if b - a - 1 <= gap]
+            joined = [n for blocks in between if not any(n in self.blocks for n in blocks) for n in blocks]
+            missing = sorted([*missing, *joined])
             self.blocks |= {n: Future() for n in missing}
             return [self.blocks[n] for n in numbers], missing
 

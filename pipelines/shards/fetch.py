@@ -34,6 +34,8 @@ FULL_S = 1.0
 """Seconds for which the cache is not used again after it had no room for a shard, or failed."""
 POLL_S = 0.02
 """Seconds between checks of what another process fetches."""
+JOIN_BYTES = 1 << 20
+"""Bytes of a shard on its way into the cache that are fetched before their turn, to make one request of two."""
 GAP_BYTES = 64 << 10
 """Unneeded bytes between two members that cost less to fetch than a second request."""
 
@@ -272,8 +274,9 @@ class ShardFetcher:
         self.stats.add(block_reads=len(members))
         if partial is None:
             return self._by_ranges(shard, members)
-        blocks, missing = partial.promise(sorted({n for m in members for n in partial.numbers(m)}))
-        for run in _runs(missing):
+        wanted = sorted({n for m in members for n in partial.numbers(m)})
+        blocks, missing = partial.promise(wanted, JOIN_BYTES // self.block_bytes)
+        for run in _runs(missing, max(FILL_BYTES // self.block_bytes, 1)):
             self._submit(self._fetch_run, partial, run)
         return lambda: self._from_partial(partial, members, blocks)
 
@@ -357,10 +360,11 @@ def _await(partial: PartialShard) -> None:
         partial.done.result()
 
 
-def _runs(numbers: Sequence[int]) -> list[list[int]]:
+def _runs(numbers: Sequence[int], most: int) -> list[list[int]]:
+    """Return consecutive numbers together, at most so many."""
     runs: list[list[int]] = []
     for n in numbers:
-        if runs and runs[-1][-1] == n - 1:
+        if runs and runs[-1][-1] == n - 1 and len(runs[-1]) < most:
             runs[-1].append(n)
         else:
             runs.append([n])

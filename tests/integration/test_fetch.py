@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import Member, ShardInfo
+from pipelines.shards.index import Dataset, Member, ShardInfo
 from pipelines.shards.ingest.write import ingest
 from pipelines.shards.source import ShardShortError
 from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
@@ -38,6 +38,18 @@ URI = "s3://ddpm/tests/fetch"
 def stored(s3: Storage) -> Storage:
     s3.write(f"{URI}/a.tar", DATA)
     return s3
+
+
+@pytest.fixture(scope="module")
+def pictures(s3: Storage, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """200 pictures of two classes in shards of 20, all of them different."""
+    folder, random_ = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(200):
+        path = folder / f"{number % 2}" / f"{number:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random_.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    uri = "s3://ddpm/datasets/pictures"
+    return ingest(str(folder), uri, s3, image_size=8, channels=1, shard_samples=20, test_fraction=0.1).dataset
 
 
 def get(fetcher: ShardFetcher, start: int, stop: int) -> bytes:
@@ -115,25 +127,17 @@ def test_a_mistake_is_not_waited_for(stored):
 
 
 def test_a_storm_of_slow_down_lowers_the_rate_of_reads_which_recovers_and_no_sample_is_lost(
-    stored, tmp_path, monkeypatch, caplog
+    s3, pictures, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(rate, "RAISE", 0.4)  # as after more seconds
-    random_ = np.random.default_rng(0)
-    for number in range(400):
-        path = tmp_path / "pictures" / f"{number % 2}" / f"{number:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random_.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    uri = "s3://ddpm/tests/storm"
-    pictures = str(tmp_path / "pictures")
-    dataset = ingest(pictures, uri, stored, image_size=8, channels=1, shard_samples=20, test_fraction=0.1).dataset
     settings = StreamSettings(lanes=4, window=2, seed=0, cache_dir=tmp_path / "cache", cache_bytes=1)
-    assert stored.endpoint_url is not None
-    with FaultProxy(stored.endpoint_url) as proxy:
-        reader, order = open_stream(dataset, "train", through(proxy, stored), settings)
+    assert s3.endpoint_url is not None
+    with FaultProxy(s3.endpoint_url) as proxy:
+        reader, order = open_stream(pictures, "train", through(proxy, s3), settings)
         stream = TrainingStream(reader, order, batch_size=20, rank=0, world_size=1, stop=None)
         storage = reader.fetcher.source.storage
         ordinals: list[int] = []
-        pixels: Counter[bytes] = Counter()
+        times: Counter[bytes] = Counter()
         deadline = time.monotonic() + 40
         limits: list[float | None] = []
         ending = threading.Event()
@@ -146,8 +150,8 @@ def test_a_storm_of_slow_down_lowers_the_rate_of_reads_which_recovers_and_no_sam
         watcher.start()
         for batch in stream:
             ordinals += batch.ordinals.tolist()
-            pixels.update(image.numpy().tobytes() for image in batch.images)
-            if len(ordinals) == 400:
+            times.update(image.numpy().tobytes() for image in batch.images)
+            if len(ordinals) == 200:
                 assert storage.throttling().limit is None
                 storm = proxy.start(Fault("slow_down", seconds=2.5, path="train-.*tar"))
             now = storage.throttling()
@@ -164,8 +168,8 @@ def test_a_storm_of_slow_down_lowers_the_rate_of_reads_which_recovers_and_no_sam
     assert max(limited[lowest:]) > limited[0]  # and rises,
     assert limits[-1] is None  # until there is none
     assert sorted(ordinals) == list(range(len(ordinals)))
-    assert len(pixels) == order.total
-    assert set(pixels.values()) == {len(ordinals) // order.total}  # each picture once in every epoch
+    assert len(times) == order.total
+    assert set(times.values()) == {len(ordinals) // order.total}  # each picture once in every epoch
     slow_downs, throttled_s, waited_s = stream.throttled()
     assert slow_downs == len(storm.hits)
     assert throttled_s > 2
@@ -176,20 +180,27 @@ def test_a_storm_of_slow_down_lowers_the_rate_of_reads_which_recovers_and_no_sam
     assert f"after {slow_downs:,} answers of SlowDown" in said[1]
 
 
-def test_the_ledger_of_a_training_tells_for_how_long_the_store_has_throttled_its_reads(shell: Shell, s3: Storage):
-    uri = "s3://ddpm/datasets/throttled"
-    shell.ok("ingest", "digits", "--to", uri, "data.shard_bytes=100000", "--json")
+def test_the_ledger_of_a_training_tells_for_how_long_the_store_has_throttled_its_reads(
+    shell: Shell, s3: Storage, pictures: Dataset
+):
     assert s3.endpoint_url is not None
     with FaultProxy(s3.endpoint_url) as proxy:
         storm = proxy.start(Fault("slow_down", seconds=2, waits=True, methods=("GET",), path="train-.*tar"))
-        arguments = [f"data.uri={uri}", "data.cache_gib=0.0001", "data.memory_mib=0", "name=throttled"]
-        arguments += ["tracking.grid_every=null", "checkpoint.every=640", f"storage.endpoint_url={proxy.url}"]
+        arguments = [f"data.uri={pictures.uri}", "data.num_classes=2", "data.cache_gib=0.00001", "data.memory_mib=0"]
+        arguments += [
+            "name=throttled",
+            "tracking.grid_every=null",
+            "checkpoint.every=640",
+            f"storage.endpoint_url={proxy.url}",
+        ]
         arguments += [f"storage.credentials_file={s3.credentials_file}", f"storage.region={s3.region}"]
-        done = shell.ok("train", "+experiment=digits", "images=1280", *arguments, "--json")
+        done = shell.ok("train", "+experiment=digits", "images=256", *arguments, "--json")
     assert storm.hits
     recorded = measure(read_sessions(s3, "s3://ddpm/runs/throttled"))
-    assert recorded.images_seen == 1280
+    assert recorded.images_seen == 256
     assert 0 < recorded.slow_downs == done.answer["goodput"]["slow_downs"] <= len(storm.hits)  # of rank 0
     assert recorded.throttled_s >= recorded.throttled_wait_s > 0.5
     assert "reads throttled by the store: " in done.err
-    assert "answers that it is asked too much (SlowDown)" in " ".join(done.err.split())
+    said = " ".join(done.err.split())
+    assert "answers that it is asked too much (SlowDown)" in said
+    assert "rank 0: shards are read by ranges" in said

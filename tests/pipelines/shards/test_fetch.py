@@ -125,6 +125,39 @@ def test_neighbours_are_one_request(uri):
     assert sorted(store.asked) == [(500, 3700), (90_000, 90_001)]
 
 
+def test_blocks_near_each_other_are_one_request_on_their_way_into_the_cache(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "JOIN_BYTES", 3000)
+    monkeypatch.setattr(ShardFetcher, "_fill", lambda self, partial: None)
+    store = Flaky()
+    fetcher = ShardFetcher(uri, store, ShardCache(tmp_path / "cache", 1 << 20), block_bytes=1000)
+    get(fetcher, (500, 900), (4100, 4200), (9000, 9001), (99_000, 99_010))
+    assert sorted(store.asked) == [(0, 5000), (9000, 10_000), (99_000, 100_000)]
+    store.asked.clear()
+    get(fetcher, (2000, 2010), (7000, 7010), (11_500, 11_510))  # one is there, and what lies between the others is, too
+    assert sorted(store.asked) == [(7000, 8000), (11_000, 12_000)]
+
+
+@given(st.lists(st.tuples(st.sets(st.integers(0, 63), min_size=1), st.integers(0, 8)), min_size=1, max_size=6))
+def test_each_block_is_promised_once_and_joined_over_short_gaps_that_nobody_fetches(tmp_path_factory, asked):
+    partial = ShardCache(tmp_path_factory.mktemp("cache"), 1 << 20).claim(replace(SHARD, bytes=64_000), 1000)
+    fetched: set[int] = set()
+    for numbers, gap in asked:
+        wanted = sorted(numbers)
+        futures, missing = partial.promise(wanted, gap)
+        assert len(futures) == len(wanted)
+        assert missing == sorted(set(missing))
+        assert not fetched & set(missing)
+        assert set(wanted) <= fetched | set(missing)
+        new = [n for n in wanted if n not in fetched]
+        for a, b in itertools.pairwise(new):
+            between = set(range(a + 1, b))
+            joined = len(between) <= gap and not between & fetched
+            assert between & set(missing) == (between if joined else set())
+        assert set(missing) - set(new) <= {n for a, b in itertools.pairwise(new) for n in range(a, b)}
+        fetched |= set(missing)
+    partial.close()
+
+
 def test_no_byte_of_a_shard_is_fetched_twice_on_its_way_into_the_cache(uri, tmp_path):
     store = Flaky()
     fetcher = ShardFetcher(uri, store, ShardCache(tmp_path / "cache", 1 << 20), block_bytes=1000)
