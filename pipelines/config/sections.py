@@ -77,7 +77,9 @@ class DataConfig(ConfigSection):
     """The dataset and how it is read."""
 
     source: str | None = Field(
-        None, description="source that `ddpm flow` ingests: `digits`, a folder, a .zip, or a .csv or .jsonl of paths"
+        None,
+        description="source that `ddpm flow` ingests: `digits`, a folder, a .zip, a .csv, .jsonl or .parquet of paths, "
+        "or .parquet files that hold pictures",
     )
     uri: str = Field(
         description="address of the folder with the shards and dataset.json; with data.sources, that of the dataset by "

@@ -14,6 +14,7 @@ from pipelines.shards.ingest.report import BadImage, Names
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif")
 NO_FILE = "a link that leads nowhere, a pipe, a socket or a device"
 """Reason for skipping a name in a folder that has no bytes to read."""
+UNREAD_COLUMN = "columns that nothing reads"
 TEST_FOLDERS = ("test", "validation", "val", "valid")
 SPLIT_FOLDERS = ("train", *TEST_FOLDERS)
 

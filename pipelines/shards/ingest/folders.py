@@ -9,6 +9,7 @@ from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.collect import NO_FILE, SPLIT_FOLDERS, SUFFIXES, TEST_FOLDERS, Draft, Notes, drawn_split
 from pipelines.shards.ingest.manifest import SourceImage, rank
 from pipelines.shards.ingest.places import File
+from pipelines.shards.ingest.readers import StoredFile
 from pipelines.shards.ingest.report import BadImage
 from pipelines.shards.ingest.spool import Spool
 from pipelines.shards.ingest.tables import METADATA
@@ -26,6 +27,7 @@ class Listed:
     def __init__(self, found: Iterator[Found], spool: Spool) -> None:
         self.files, self.notes = spool, Notes()
         self.tables: dict[str, File] = {}
+        self.parquet: dict[str, File] = {}
         self.folders: set[str] = set()
         self.pictured = self.loose = False
         for each in found:
@@ -43,6 +45,8 @@ class Listed:
         folder, _, base = name.rpartition("/")
         if base in METADATA:
             self.tables[name] = file
+        elif base.lower().endswith(".parquet") and isinstance(file.read, StoredFile):
+            self.parquet[name] = file
         self.pictured = self.pictured or name.lower().endswith(SUFFIXES)
         self.loose = self.loose or folder == "train"
         if folder:

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.shards.index import DatasetError
-from pipelines.shards.ingest.readers import Read, StoredFile
+from pipelines.shards.ingest.readers import RangedFile, Read, StoredFile
 from pipelines.storage import Storage, StorageError, check_address, is_local, join, local_path, split_scheme
 
 KINDS = (
-    "a source is `digits`, a folder of class folders, a folder with metadata.jsonl or metadata.csv, a .zip of either, "
-    "or a .csv or .jsonl of paths; on this machine or at an address such as s3://BUCKET/KEY"
+    "a source is `digits`, a folder of class folders, a folder with metadata.jsonl, .csv or .parquet, a .zip of "
+    "either, a .csv, .jsonl or .parquet of paths, or .parquet files that hold pictures; on this machine or at an "
+    "address such as s3://BUCKET/KEY"
 )
+TABLES = (".csv", ".jsonl", ".parquet")
 
 
 class NoSourceError(DatasetError):
@@ -38,6 +40,11 @@ class File:
     name: str
     stamp: str
     read: Read
+
+    @property
+    def size(self) -> int:
+        """Return the size in bytes."""
+        return int(self.stamp.partition(" ")[0])
 
 
 def address(source: str) -> str:
@@ -63,7 +70,7 @@ def check_there(source: str) -> None:
         raise NoSourceError(f"{error}; {KINDS}") from error
     if not is_local(uri):
         return
-    path, single = local_path(uri), uri.lower().endswith((".zip", ".csv", ".jsonl"))
+    path, single = local_path(uri), uri.lower().endswith((".zip", *TABLES))
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -103,18 +110,25 @@ def open_stored(uri: str, storage: Storage) -> io.BufferedReader:
     if is_local(uri):
         check_there(uri)
         return local_path(uri).open("rb")
-    return io.BufferedReader(_Ranged(uri, _size(uri, storage), storage), buffer_size=1 << 20)
+    return io.BufferedReader(RangedFile(uri, find_stored(uri, storage).size, storage), buffer_size=1 << 20)
 
 
-def _size(uri: str, storage: Storage) -> int:
-    """Return the size of one object, from the listing of its folder on S3."""
+def find_stored(uri: str, storage: Storage) -> File:
+    """Return the file at an address, from the listing of its folder where it is in a store.
+
+    Raises:
+        DatasetError: there is none.
+    """
+    name = uri.rpartition("/")[2]
     if is_local(uri):
-        return local_path(uri).stat().st_size
-    listed = storage.scan(uri.rpartition("/")[0])
-    size = next((entry.size for entry in listed if entry.uri == uri), None)
-    if size is None:
+        check_there(uri)
+        found = find_local(uri, name)
+    else:
+        listed = (entry for entry in storage.scan(uri.rpartition("/")[0]) if entry.uri == uri)
+        found = next((File(name, f"{entry.size} {entry.tag}", StoredFile(uri)) for entry in listed), None)
+    if found is None:
         raise DatasetError(f"{shown(uri)} does not exist; {KINDS}")
-    return size
+    return found
 
 
 def resolve(base: str, path: str) -> str:
@@ -155,30 +169,3 @@ def closed(error: OSError) -> DatasetError:
         f"{text(str(error.filename))} cannot be read ({error.strerror}), so images would be missing without a word: "
         "let this user read it and the folders above it, such as by chmod u+rX, or take it out of the source"
     )
-
-
-class _Ranged(io.RawIOBase):
-    """A stored object as a seekable file, read by ranged reads."""
-
-    def __init__(self, uri: str, size: int, storage: Storage) -> None:
-        self.uri, self.size, self.storage, self.position = uri, size, storage, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        return self.position
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        stop = min(self.position + len(buffer), self.size)
-        data = self.storage.read(self.uri, self.position, stop) if stop > self.position else b""
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)

@@ -1,17 +1,25 @@
-"""Functions that read one file of a source: stored, in memory or inside a zip; Ray pickles them."""
+"""Functions that read one file of a source: stored, in memory, inside a zip or a Parquet file; Ray pickles them."""
 
 from __future__ import annotations
 
+import io
 import struct
+import threading
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pipelines.presentation.errors import PipelineError
-from pipelines.storage import NotFoundError, Storage, StorageError, is_local
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from pipelines.presentation.errors import PipelineError
+from pipelines.storage import NotFoundError, Storage, StorageError, is_local, local_path
+
+HELD_BYTES = 256 << 20
+"""Bytes of pictures of Parquet files that a process holds, more than the block of pictures that are mixed."""
 LARGEST = 1 << 30
 """Bytes of a file in a zip, which is read into memory."""
 
@@ -100,7 +108,131 @@ class ZipMember:
             raise UnreadableError(f"cannot be decompressed: {error}: the zip is damaged") from error
 
 
-_KINDS = {"file": StoredFile, "memory": InMemory, "zip": ZipMember}
+class RangedFile(io.RawIOBase):
+    """A stored object as a seekable file, read by ranged reads."""
+
+    def __init__(self, uri: str, size: int, storage: Storage) -> None:
+        self.uri, self.size, self.storage, self.position = uri, size, storage, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        stop = min(self.position + len(buffer), self.size)
+        data = self.storage.read(self.uri, self.position, stop) if stop > self.position else b""
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetImage:
+    """Reads a picture of a row group of a Parquet file, local or in a store.
+
+    Attributes:
+        uri: address of the file.
+        size: its size in bytes.
+        group: number of the row group.
+        row: number of the row in it.
+    """
+
+    uri: str
+    size: int
+    group: int
+    row: int
+
+    def __call__(self, storage: Storage) -> bytes:
+        """Return the bytes."""
+        pictures = _row_groups.get((self.uri, self.size, self.group), storage)
+        data = pictures[self.row].as_py() if self.row < len(pictures) else None
+        if data is None:
+            raise UnreadableError("has no bytes: write the Parquet file with its pictures in it")
+        return bytes(data)
+
+
+def open_parquet(uri: str, size: int, storage: Storage) -> pq.ParquetFile:
+    """Open a Parquet file, which is read in ranges where it is in a store.
+
+    Raises:
+        pyarrow.ArrowInvalid: it is no Parquet file.
+    """
+    if is_local(uri):
+        return pq.ParquetFile(local_path(uri))
+    return pq.ParquetFile(io.BufferedReader(RangedFile(uri, size, storage), buffer_size=1 << 20))
+
+
+def picture_column(schema: pa.Schema) -> str | None:
+    """Return the path of the column with the bytes of pictures: `image.bytes` of the library `datasets`, or of bytes.
+
+    Where there are several, it is the one called image, else the first.
+    """
+    found = []
+    for field in schema:
+        if pa.types.is_struct(field.type) and "bytes" in {
+            field.type.field(i).name for i in range(field.type.num_fields)
+        }:
+            found.append(f"{field.name}.bytes")
+        elif field.name in ("image", "img") and (
+            pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)
+        ):
+            found.append(field.name)
+    return next((path for path in found if path.partition(".")[0] == "image"), found[0] if found else None)
+
+
+class _RowGroups:
+    """The pictures of the row groups that were read last, each read once by however many threads want it."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.lock = most, threading.Lock()
+        self.held: OrderedDict[tuple[str, int, int], pa.ChunkedArray] = OrderedDict()
+        self.reading: dict[tuple[str, int, int], threading.Lock] = {}
+
+    def get(self, key: tuple[str, int, int], storage: Storage) -> pa.ChunkedArray:
+        """Return the column of pictures of a row group."""
+        with self.lock:
+            reading = self.reading.setdefault(key, threading.Lock())
+        with reading:
+            with self.lock:
+                if key in self.held:
+                    self.held.move_to_end(key)
+                    return self.held[key]
+            found = _pictures(*key, storage)
+            with self.lock:
+                self.held[key] = found
+                self.reading.pop(key, None)
+                while len(self.held) > 1 and sum(column.nbytes for column in self.held.values()) > self.most:
+                    self.held.popitem(last=False)
+        return found
+
+
+_row_groups = _RowGroups(HELD_BYTES)
+
+
+def _pictures(uri: str, size: int, group: int, storage: Storage) -> pa.ChunkedArray:
+    try:
+        parquet = open_parquet(uri, size, storage)
+        path = picture_column(parquet.schema_arrow)
+        if path is None or group >= parquet.num_row_groups:
+            raise UnreadableError("the Parquet file is another one than was listed: ingest again")
+        column = parquet.read_row_group(group, columns=[path]).column(0)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UnreadableError(f"the Parquet file is damaged or gone: {error}") from error
+    if pa.types.is_struct(column.type):
+        column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks], pa.binary())
+    return column
+
+
+_KINDS = {"file": StoredFile, "memory": InMemory, "zip": ZipMember, "parquet": ParquetImage}
 """Kind of a reader as manifests record it -> its class."""
 
 

@@ -1,4 +1,4 @@
-"""Sources of images: class folders, a folder with metadata, a zip, a table of paths, or the digits.
+"""Sources of images: class folders, a folder with metadata, a zip, a table of paths, Parquet files, or the digits.
 
 A source is listed as a stream, sorted by disk and written as a manifest, so that memory does not grow with it. The
 order depends only on the paths, so the same images give the same dataset from a folder, a zip and S3.
@@ -17,10 +17,11 @@ from PIL import Image
 
 from pipelines.environment.scratch import temporary_folder
 from pipelines.shards.index import DatasetError
-from pipelines.shards.ingest.collect import SUFFIXES, Draft, Filters, Notes
+from pipelines.shards.ingest.collect import SUFFIXES, UNREAD_COLUMN, Draft, Filters, Notes
 from pipelines.shards.ingest.folders import Listed, from_folders
 from pipelines.shards.ingest.manifest import Manifest, SourceImage, write_manifest
-from pipelines.shards.ingest.places import File, address, open_stored, shown, text
+from pipelines.shards.ingest.pictured import from_parquet, has_pictures
+from pipelines.shards.ingest.places import TABLES, File, address, find_stored, open_stored, shown, text
 from pipelines.shards.ingest.readers import InMemory, UnreadableError
 from pipelines.shards.ingest.report import BadImage, Names
 from pipelines.shards.ingest.spool import Spool
@@ -31,7 +32,6 @@ from pipelines.storage import Storage, is_local, local_path
 
 __all__ = ["SUFFIXES", "Source", "absolute", "open_source", "source_digest"]
 
-UNREAD_COLUMN = "columns that nothing reads"
 NO_FILTERS = Filters()
 
 
@@ -83,12 +83,19 @@ def open_source(
         if source == "digits":
             filters.check_source(source)
             draft = _digits()
-        elif _is_table(uri := address(source)):
+        elif _is_parquet(uri := address(source), storage):
+            file = find_stored(uri, storage)
+            spool = Spool(scratch / "files")
+            draft = from_parquet({file.name: file}, spool, storage, Notes(), test_fraction, filters)
+        elif _is_table(uri):
             draft = _from_table(uri, storage, scratch, test_fraction, filters)
         else:
             listed = Listed(find_all(uri, storage), Spool(scratch / "files"))
             if listed.tables:
                 draft = _from_metadata(shown(uri), listed, storage, test_fraction, filters)
+            elif listed.parquet and not listed.pictured:
+                spool = Spool(scratch / "parquet")
+                draft = from_parquet(listed.parquet, spool, storage, listed.notes, test_fraction, filters)
             else:
                 filters.check_source(shown(uri))
                 draft = from_folders(shown(uri), listed, test_fraction)
@@ -138,6 +145,9 @@ def source_digest(source: str, storage: Storage | None = None) -> str:
         return digest.hexdigest()
     uri = address(source)
     with temporary_folder("sources") as scratch:
+        if _is_parquet(uri, storage):
+            digest.update(find_stored(uri, storage).stamp.encode())
+            return digest.hexdigest()
         if _is_table(uri):
             found = Spool(scratch / "named")
             find_named(uri.rpartition("/")[0], _rows(uri, storage), found, storage, Spool(scratch / "joined"))
@@ -157,7 +167,12 @@ def source_digest(source: str, storage: Storage | None = None) -> str:
 
 
 def _is_table(uri: str) -> bool:
-    return uri.lower().endswith((".csv", ".jsonl")) and not (is_local(uri) and local_path(uri).is_dir())
+    return uri.lower().endswith(TABLES) and not (is_local(uri) and local_path(uri).is_dir())
+
+
+def _is_parquet(uri: str, storage: Storage) -> bool:
+    """Return whether a source is a single Parquet file that holds pictures."""
+    return _is_table(uri) and uri.lower().endswith(".parquet") and has_pictures(find_stored(uri, storage), storage)
 
 
 def _digits() -> Draft:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,10 +27,11 @@ class Tabled:
         spool: holds (rank of the path, file); gets (rank of the path, row).
         notes: gets the rows that cannot be used.
         filters: leave out rows.
+        order: returns the rank of a path.
     """
 
-    def __init__(self, spool: Spool, notes: Notes, filters: Filters) -> None:
-        self.spool, self.notes, self.filters = spool, notes, filters
+    def __init__(self, spool: Spool, notes: Notes, filters: Filters, order: Callable[[str], str] = rank) -> None:
+        self.spool, self.notes, self.filters, self.order = spool, notes, filters, order
         self.labels, self.tops = _Labels(), set[str]()
         self.says_split = False
 
@@ -45,7 +46,7 @@ class Tabled:
             if slash and top in SPLIT_FOLDERS:
                 self.tops.add(top)
             self.says_split = self.says_split or row.split is not None
-            self.spool.add(rank(row.path), row)
+            self.spool.add(self.order(row.path), row)
 
     def draft(self, tables: Iterable[str], test_fraction: float) -> Draft:
         """Return the source.

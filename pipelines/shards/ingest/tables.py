@@ -1,4 +1,4 @@
-"""Read tables of images: metadata.jsonl and metadata.csv of a folder, or a separate .csv or .jsonl of paths."""
+"""Read tables of images: metadata.jsonl, .csv or .parquet of a folder, or a separate one of paths."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import csv
 import io
 import json
 import posixpath
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.report import BadImage
 from pipelines.storage import StorageError, check_address
 
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 PATH = ("file_name", "path")
 CAPTION = ("text", "caption")
+ROWS = 4096
+"""Rows of a Parquet table that are in memory."""
 READ = (*PATH, *CAPTION, "label", "split")
 
 
@@ -46,7 +51,7 @@ def read_rows(name: str, file: BinaryIO, columns: set[str], score: str | None = 
     """Yield the rows of a table, and in their places those that cannot be used; paths are relative to its folder.
 
     Args:
-        name: path of the table relative to the source's root, ending with .jsonl or .csv.
+        name: path of the table relative to the source's root, ending with .jsonl, .csv or .parquet.
         file: the table, at its beginning.
         columns: gets the names of the columns that are not used.
         score: name of the column of scores, if any.
@@ -55,10 +60,9 @@ def read_rows(name: str, file: BinaryIO, columns: set[str], score: str | None = 
         DatasetError: it is not UTF-8, has no row, no column of paths or of scores or one of them twice, or ends inside
             a quoted field.
     """
-    parse = _csv if name.lower().endswith(".csv") else _jsonl
-    lines, empty, scored = io.TextIOWrapper(file, "utf-8-sig", newline="" if parse is _csv else "\n"), True, False
+    empty, scored = True, False
     try:
-        for where, values in parse(name, lines):
+        for where, values in _values(name, file):
             empty = False
             if isinstance(values, str):
                 yield BadImage(where, values)
@@ -66,7 +70,7 @@ def read_rows(name: str, file: BinaryIO, columns: set[str], score: str | None = 
             columns |= values.keys() - {*READ, score}
             scored = scored or score in values
             try:
-                row = _row(where, values, posixpath.dirname(name), score)
+                row = parse_row(where, values, posixpath.dirname(name), score)
             except ValueError as error:
                 yield BadImage(where, str(error))
             else:
@@ -93,13 +97,45 @@ def _first_bad_byte(file: BinaryIO) -> int:
     return before
 
 
+def _values(name: str, file: BinaryIO) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Yield (file and line, values) of each row, or (file and line, reason) of one that cannot be read."""
+    if name.lower().endswith(".parquet"):
+        return _parquet(name, file)
+    parse = _csv if name.lower().endswith(".csv") else _jsonl
+    return parse(name, io.TextIOWrapper(file, "utf-8-sig", newline="" if parse is _csv else "\n"))
+
+
+def _parquet(name: str, file: BinaryIO) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Yield (file and row, values) of each row."""
+    try:
+        parquet = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise DatasetError(f"{name} is not a readable Parquet file ({error}): write it again") from error
+    columns = parquet.schema_arrow.names
+    _check_paths(name, columns)
+    row = 0
+    for batch in parquet.iter_batches(ROWS):
+        for values in batch.to_pylist():
+            yield f"{name}:{row}", {column: value for column, value in values.items() if value is not None}
+            row += 1
+
+
+def _check_paths(name: str, columns: Sequence[str]) -> None:
+    """Refuse a table without a column of paths.
+
+    Raises:
+        DatasetError: names the columns.
+    """
+    if not set(PATH) & set(columns):
+        found = ", ".join(columns) or "nothing"
+        raise DatasetError(f"{name} has the columns {found}; it needs `path`, and may have `label`, `caption`, `split`")
+
+
 def _csv(name: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Yield (file and line, values) of each row, or (file and line, reason) of one that cannot be read."""
     reader = csv.DictReader(lines, strict=True)
     columns = [column or "" for column in reader.fieldnames or []]
-    if not set(PATH) & set(columns):
-        found = ", ".join(columns) or "nothing"
-        raise DatasetError(f"{name} has the columns {found}; it needs `path`, and may have `label`, `caption`, `split`")
+    _check_paths(name, columns)
     twice = next((column for column in READ if columns.count(column) > 1), None)
     if twice is not None:
         raise DatasetError(f"{name} has the column {twice} {columns.count(twice)} times: one is enough")
@@ -128,8 +164,14 @@ def _jsonl(name: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any
         yield where, values if isinstance(values, dict) else f"is not a JSON object but {line.strip()[:40]}"
 
 
-def _row(where: str, values: dict[str, Any], folder: str, score: str | None) -> ImageRow:
+def parse_row(where: str, values: dict[str, Any], folder: str, score: str | None) -> ImageRow:
     """Return a row from its values.
+
+    Args:
+        where: file and line, for messages.
+        values: column -> value.
+        folder: path of the table's folder relative to the source's root, which paths are relative to.
+        score: name of the column of scores, if any.
 
     Raises:
         ValueError: a value is missing or invalid.

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines.environment.scratch import scratch_folder
@@ -105,10 +107,15 @@ def every_kind(root: Path, files: dict[str, bytes]) -> dict[str, str]:
     labelled = [{"file_name": name, "label": name.partition("/")[0]} for name in files]
     table = "path,label\n" + "".join(f"{row['file_name']},{row['label']}\n" for row in labelled)
     described = {**files, "metadata.jsonl": jsonl(labelled)}
+    rows = pa.table({column: [row[column] for row in labelled] for column in ("file_name", "label")})
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer)
     sources = {
         "class folders": write_files(root / "folders", files),
         "imagefolder": write_files(root / "imagefolder", described),
         "imagefolder, csv": write_files(root / "imagefolder-csv", {**files, "metadata.csv": table}),
+        "imagefolder, parquet": write_files(root / "columns", {**files, "metadata.parquet": buffer.getvalue()}),
+        "parquet": write_files(root / "rows", {**files, "list.parquet": buffer.getvalue()}) / "list.parquet",
         "zip": write_zip(root / "plain.zip", files),
         "zip, stored, with a top folder": write_zip(
             root / "top.zip", {f"photos/{name}": data for name, data in files.items()}, zipfile.ZIP_STORED

@@ -99,7 +99,7 @@ def test_every_kind_of_source_gives_the_same_dataset(tmp_path):
     digests = {
         kind: write(s, tmp_path / "to" / str(i), storage).dataset.digest for i, (kind, s) in enumerate(sources.items())
     }
-    assert len(digests) == 16
+    assert len(digests) == 20
     assert set(digests.values()) == {digests["class folders"]}
 
 
