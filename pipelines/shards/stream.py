@@ -20,7 +20,7 @@ from pipelines.shards.mixture import MixtureOrder, Schedule, by_stretch, shared_
 from pipelines.shards.order import Located, SampleOrder
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.shards.read import Batch, ShardReader
-from pipelines.shards.working_set import NodePiece, working_set
+from pipelines.shards.working_set import NodePiece, ranks_of_node, working_set
 from pipelines.storage import Storage, Throttling
 
 A = TypeVar("A")
@@ -209,7 +209,8 @@ class ShardDataset(IterableDataset[dict[str, Any]]):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         # Created here, because threads and locks cannot be pickled for the workers of a DataLoader.
-        reader, order = open_stream(self.dataset, self.split, self.storage, self.settings, self.quarantine)
+        piece = NodePiece.of(self.batch_size, ranks_of_node(self.rank, self.world_size), self.world_size)
+        reader, order = open_stream(self.dataset, self.split, self.storage, self.settings, self.quarantine, piece=piece)
 
         def load(first: int) -> list[dict[str, Any]]:
             return reader.samples(order.piece(first, self.batch_size, self.rank, self.world_size))

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from pipelines.shards.index import Dataset, DatasetError
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.shards.stream import StreamSettings, open_stream, read_ahead
+from pipelines.shards.working_set import NodePiece, ranks_of_node
 from pipelines.storage import Storage
 
 
@@ -75,7 +76,8 @@ class StreamDataset(IterableDataset[dict[str, Tensor]]):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         # Created here, because threads and locks cannot be pickled for the workers of a DataLoader.
-        reader, order = open_stream(self.dataset, self.split, self.storage, self.settings, self.quarantine)
+        piece = NodePiece.of(self.batch_size, ranks_of_node(self.rank, self.world_size), self.world_size)
+        reader, order = open_stream(self.dataset, self.split, self.storage, self.settings, self.quarantine, piece=piece)
 
         def load(first: int) -> dict[str, Tensor]:
             batch = reader.batch(order.piece(first, self.batch_size, self.rank, self.world_size))

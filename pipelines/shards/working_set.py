@@ -6,6 +6,7 @@ a lane belongs to one node, or at its edge to two, and the cache of a node needs
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,16 @@ from pipelines.shards.order import span_of
 
 LOOKED_AT = 64
 """Batches of a stretch of a mixture in which the samples of each source are counted: they vary by a few."""
+
+
+def ranks_of_node(rank: int, world_size: int) -> range:
+    """Return the ranks on the node of a rank, which Ray Train and torchrun number node by node; all where neither says.
+
+    They set the environment variables LOCAL_RANK and LOCAL_WORLD_SIZE.
+    """
+    local, count = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    ranks = range(rank - local, rank - local + count)
+    return ranks if 0 <= ranks.start <= rank < ranks.stop <= world_size else range(world_size)
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,25 @@ DATA = (
         ),
     ),
     Fault(
+        "rate_after_slow_down",
+        "A process reads at half the rate, again and again, from a store that answers SlowDown.",
+        "pipelines/storage/rate.py",
+        "            self.rate = max(self.rate / 2, LEAST)\n",
+        "            self.rate = max(self.before / 2, LEAST)\n",
+        ("tests/pipelines/storage/test_rate.py::test_a_storm_halves_the_rate_once_a_second_down_to_the_least",),
+    ),
+    Fault(
+        "lanes_of_a_node",
+        "Whether a node caches whole shards is decided by the lanes that its own ranks read.",
+        "pipelines/shards/working_set.py",
+        '    last = int(np.searchsorted(least, span.stop - 1, side="right"))',
+        '    last = int(np.searchsorted(most, span.stop - 1, side="right"))',
+        (
+            "tests/pipelines/shards/test_working_set.py"
+            "::test_the_lanes_of_a_node_are_those_that_its_ranks_read_in_some_batch_and_nodes_share_edges_only",
+        ),
+    ),
+    Fault(
         "checksum_in_the_cache",
         "A copy of a shard that has been damaged on the node's disk is not trained on.",
         "pipelines/shards/cache.py",

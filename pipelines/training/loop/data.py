@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from pipelines.config import Config
 from pipelines.shards.read import Batch, ShardReader, default_cache_dir
 from pipelines.shards.stream import StreamSettings, TrainingStream, open_stream
-from pipelines.shards.working_set import NodePiece, working_set
+from pipelines.shards.working_set import NodePiece, ranks_of_node, working_set
 
 if TYPE_CHECKING:  # the driver reads the settings below, and has no ranks
     from pipelines.training.loop.context import RunContext
@@ -34,16 +33,6 @@ def stream_settings(config: Config) -> StreamSettings:
         text=config.model.text_dim > 0,
         memory_bytes=int(data.memory_mib * 2**20),
     )
-
-
-def ranks_of_node(rank: int, world_size: int) -> range:
-    """Return the ranks on the node of a rank, which Ray Train and torchrun number node by node; all where neither says.
-
-    They set the environment variables LOCAL_RANK and LOCAL_WORLD_SIZE.
-    """
-    local, count = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    ranks = range(rank - local, rank - local + count)
-    return ranks if 0 <= ranks.start <= rank < ranks.stop <= world_size else range(world_size)
 
 
 def training_stream(context: RunContext, start: int) -> TrainingStream:

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from pipelines.shards.index import Dataset, MixtureSource, ShardInfo
 from pipelines.shards.mixture import MixtureOrder, Schedule, shared_lanes
 from pipelines.shards.order import SampleOrder, span_of
-from pipelines.shards.working_set import NodePiece, WorkingSet, lanes_of, lanes_of_mixture, working_set
+from pipelines.shards.stream import ShardDataset, StreamSettings
+from pipelines.shards.torch_dataset import StreamDataset
+from pipelines.shards.working_set import NodePiece, WorkingSet, lanes_of, lanes_of_mixture, ranks_of_node, working_set
+from pipelines.storage import Storage
 
 
 def nodes_of(sizes: list[int]) -> list[range]:
@@ -139,3 +142,47 @@ def test_of_a_mixture_each_source_counts_with_the_size_of_its_own_shards():
     first, second = (working_set(dataset, "train", 8, 2, NodePiece.of(64, range(n, n + 1), 2)) for n in (0, 1))
     assert (first.lanes, second.lanes) == (4, 4)  # a batch is sorted by source first
     assert (first.bytes, second.bytes) == (2 * 2 * 4 * 1_000, 2 * 2 * 4 * 10)
+
+
+@pytest.fixture
+def node(monkeypatch):
+    def set_node(local: int | None, count: int | None) -> None:
+        for name, value in (("LOCAL_RANK", local), ("LOCAL_WORLD_SIZE", count)):
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, str(value))
+
+    return set_node
+
+
+@pytest.mark.parametrize(
+    "rank, local, count, world, ranks",
+    [
+        (5, 1, 4, 8, range(4, 8)),
+        (0, 0, 4, 8, range(4)),
+        (6, 1, 2, 7, range(5, 7)),  # nodes of several sizes
+        (5, None, None, 8, range(8)),  # nobody says
+        (0, 3, 4, 1, range(1)),  # said to a larger group of processes
+        (3, 0, 8, 4, range(4)),
+    ],
+)
+def test_the_ranks_of_a_node_are_those_beside_a_rank_and_all_where_nobody_says(node, rank, local, count, world, ranks):
+    node(local, count)
+    assert ranks_of_node(rank, world) == ranks
+
+
+@pytest.mark.parametrize("kind", [ShardDataset, StreamDataset])
+def test_in_a_loop_of_your_own_the_lanes_of_the_node_decide_too(node, tmp_path, monkeypatch, kind):
+    opened: list[NodePiece] = []
+
+    def note(*arguments, piece):
+        opened.append(piece)
+        raise InterruptedError
+
+    monkeypatch.setattr(f"{kind.__module__}.open_stream", note)
+    node(1, 2)
+    settings = StreamSettings(lanes=8, window=2, seed=0, cache_dir=tmp_path, cache_bytes=1)
+    source = kind(make_dataset(10), "train", Storage(), settings, batch_size=64, rank=3, world_size=8)
+    with pytest.raises(InterruptedError):
+        next(iter(source))
+    assert opened == [NodePiece(64, slice(16, 32))]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipelines.shards.index import Dataset, ShardInfo
-from pipelines.training.loop.data import ranks_of_node, training_stream
+from pipelines.training.loop.data import training_stream
 from tests.pipelines.training.loop.ranks import tiny_config
 
 GIB = 1 << 30
@@ -23,22 +23,6 @@ def node(monkeypatch):
                 monkeypatch.setenv(name, str(value))
 
     return set_node
-
-
-@pytest.mark.parametrize(
-    "rank, local, count, world, ranks",
-    [
-        (5, 1, 4, 8, range(4, 8)),
-        (0, 0, 4, 8, range(4)),
-        (6, 1, 2, 7, range(5, 7)),  # nodes of several sizes
-        (5, None, None, 8, range(8)),  # nobody says
-        (0, 3, 4, 1, range(1)),  # said to a larger group of processes
-        (3, 0, 8, 4, range(4)),
-    ],
-)
-def test_the_ranks_of_a_node_are_those_beside_a_rank_and_all_where_nobody_says(node, rank, local, count, world, ranks):
-    node(local, count)
-    assert ranks_of_node(rank, world) == ranks
 
 
 def stream_of(tmp_path, rank: int, world: int, cache_gib: float):
