@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def ingest(
     source: Annotated[
-        str, typer.Argument(help="`digits`, a folder, a .zip, a .csv, .jsonl or .parquet; a path or s3://…")
+        str, typer.Argument(help="`digits`, a folder, a .zip, .csv, .jsonl, .parquet or .tar; a path or s3://…")
     ],
     to: Annotated[
         str, typer.Option("--to", callback=check_address, help="s3://BUCKET/PATH or file:///PATH to write to")

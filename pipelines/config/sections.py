@@ -79,7 +79,7 @@ class DataConfig(ConfigSection):
     source: str | None = Field(
         None,
         description="source that `ddpm flow` ingests: `digits`, a folder, a .zip, a .csv, .jsonl or .parquet of paths, "
-        "or .parquet files that hold pictures",
+        "or .parquet files or WebDataset tars that hold pictures",
     )
     uri: str = Field(
         description="address of the folder with the shards and dataset.json; with data.sources, that of the dataset by "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -115,3 +116,23 @@ class Draft:
 def drawn_split(path: str, test_fraction: float) -> str:
     """Return the split of an image, chosen by a hash of its path."""
     return "test" if int(rank(path)[:8], 16) < test_fraction * 2**32 else "train"
+
+
+def named_splits(files: Iterable[str], notes: Notes) -> dict[str, str | None]:
+    """Return the split of each file that is used: its folder or the beginning of its name, None where it is drawn.
+
+    Args:
+        files: paths of files that hold many images.
+        notes: gets the files of splits that are not used.
+    """
+    named: dict[str, str | None] = {}
+    for name in sorted(files):
+        words = [*name.lower().split("/")[:-1], re.split(r"[-_.]", name.lower().rpartition("/")[2])[0]]
+        named[name] = next((word for word in words if word in SPLIT_FOLDERS), None)
+    test = next((word for word in TEST_FOLDERS if word in named.values()), None)
+    if "train" not in named.values() or test is None:
+        return dict.fromkeys(named)
+    for name, word in named.items():
+        if word not in ("train", test):
+            notes.unuse("of another split than those that are used", name)
+    return {name: "test" if word == test else word for name, word in named.items() if word in ("train", test)}

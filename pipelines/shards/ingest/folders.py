@@ -28,6 +28,7 @@ class Listed:
         self.files, self.notes = spool, Notes()
         self.tables: dict[str, File] = {}
         self.parquet: dict[str, File] = {}
+        self.tars: dict[str, File] = {}
         self.folders: set[str] = set()
         self.pictured = self.loose = False
         for each in found:
@@ -45,8 +46,11 @@ class Listed:
         folder, _, base = name.rpartition("/")
         if base in METADATA:
             self.tables[name] = file
-        elif base.lower().endswith(".parquet") and isinstance(file.read, StoredFile):
-            self.parquet[name] = file
+        elif isinstance(file.read, StoredFile):  # and not inside a zip
+            if base.lower().endswith(".parquet"):
+                self.parquet[name] = file
+            elif base.lower().endswith(".tar"):
+                self.tars[name] = file
         self.pictured = self.pictured or name.lower().endswith(SUFFIXES)
         self.loose = self.loose or folder == "train"
         if folder:

@@ -8,7 +8,6 @@ and only the pictures of a block are mixed: a shard reads few row groups, and ea
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.shards.index import DatasetError
-from pipelines.shards.ingest.collect import SPLIT_FOLDERS, TEST_FOLDERS, UNREAD_COLUMN, Draft, Filters, Notes
+from pipelines.shards.ingest.collect import UNREAD_COLUMN, Draft, Filters, Notes, named_splits
 from pipelines.shards.ingest.manifest import RANK_BITS, rank
 from pipelines.shards.ingest.places import File
 from pipelines.shards.ingest.readers import ParquetImage, StoredFile, open_parquet, picture_column
@@ -31,7 +30,6 @@ from pipelines.storage import Storage
 BLOCK_BYTES = 128 << 20
 """Bytes of pictures that are mixed with each other."""
 READS_AT_ONCE = 8
-OTHER_SPLIT = "of another split than those that are used"
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def from_parquet(
     Raises:
         DatasetError: a file cannot be read, or has no column of pictures.
     """
-    splits = _splits(files, notes)
+    splits = named_splits(files, notes)
     with ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="parquet") as pool:
         used = (files[name] for name in splits)
         described = [*ahead(pool, lambda file: _describe(file, storage, filters), used, READS_AT_ONCE)]
@@ -96,7 +94,7 @@ def from_parquet(
             tabled.add(_rows(each, group, values, splits[each.file.name], filters.column))
     for column in sorted({column for each in described for column in each.unread}):
         notes.unuse(UNREAD_COLUMN, column)
-    return tabled.draft((), test_fraction)
+    return tabled.draft((), test_fraction, by_folder=False)
 
 
 def _opened(file: File, storage: Storage) -> pq.ParquetFile:
@@ -105,21 +103,6 @@ def _opened(file: File, storage: Storage) -> pq.ParquetFile:
         return open_parquet(file.read.uri, file.size, storage)
     except pa.ArrowInvalid as error:
         raise DatasetError(f"{file.name} is not a readable Parquet file ({error}): write it again") from error
-
-
-def _splits(files: Mapping[str, File], notes: Notes) -> dict[str, str | None]:
-    """Return the split of each file that is used: its folder or the beginning of its name, None where it is drawn."""
-    named: dict[str, str | None] = {}
-    for name in sorted(files):
-        words = [*name.lower().split("/")[:-1], re.split(r"[-_.]", name.lower().rpartition("/")[2])[0]]
-        named[name] = next((word for word in words if word in SPLIT_FOLDERS), None)
-    test = next((word for word in TEST_FOLDERS if word in named.values()), None)
-    if "train" not in named.values() or test is None:
-        return dict.fromkeys(named)
-    for name, word in named.items():
-        if word not in ("train", test):
-            notes.unuse(OTHER_SPLIT, name)
-    return {name: "test" if word == test else word for name, word in named.items() if word in ("train", test)}
 
 
 def _describe(file: File, storage: Storage, filters: Filters) -> _Described:

@@ -15,8 +15,8 @@ from pipelines.storage import Storage, StorageError, check_address, is_local, jo
 
 KINDS = (
     "a source is `digits`, a folder of class folders, a folder with metadata.jsonl, .csv or .parquet, a .zip of "
-    "either, a .csv, .jsonl or .parquet of paths, or .parquet files that hold pictures; on this machine or at an "
-    "address such as s3://BUCKET/KEY"
+    "either, a .csv, .jsonl or .parquet of paths, or .parquet files or WebDataset tars that hold pictures; on this "
+    "machine or at an address such as s3://BUCKET/KEY"
 )
 TABLES = (".csv", ".jsonl", ".parquet")
 
@@ -70,7 +70,7 @@ def check_there(source: str) -> None:
         raise NoSourceError(f"{error}; {KINDS}") from error
     if not is_local(uri):
         return
-    path, single = local_path(uri), uri.lower().endswith((".zip", *TABLES))
+    path, single = local_path(uri), uri.lower().endswith((".zip", ".tar", *TABLES))
     try:
         mode = path.stat().st_mode
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Functions that read one file of a source: stored, in memory, inside a zip or a Parquet file; Ray pickles them."""
+"""Functions that read one file of a source: stored, in memory, inside a zip, a tar or Parquet; Ray pickles them."""
 
 from __future__ import annotations
 
@@ -232,7 +232,27 @@ def _pictures(uri: str, size: int, group: int, storage: Storage) -> pa.ChunkedAr
     return column
 
 
-_KINDS = {"file": StoredFile, "memory": InMemory, "zip": ZipMember, "parquet": ParquetImage}
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """Reads a member of a tar, local or in a store, by one ranged read."""
+
+    uri: str
+    offset: int
+    size: int
+    crc32: int
+
+    def __call__(self, storage: Storage) -> bytes:
+        """Return the bytes, checked against the CRC of the listing."""
+        try:
+            data = storage.read(self.uri, self.offset, self.offset + self.size)
+        except NotFoundError as error:
+            raise UnreadableError("its tar is gone") from error
+        if zlib.crc32(data) != self.crc32:
+            raise UnreadableError("its tar has changed since it was listed: ingest again")
+        return data
+
+
+_KINDS = {"file": StoredFile, "memory": InMemory, "zip": ZipMember, "parquet": ParquetImage, "tar": TarMember}
 """Kind of a reader as manifests record it -> its class."""
 
 

@@ -1,4 +1,4 @@
-"""Sources of images: class folders, a folder with metadata, a zip, a table of paths, Parquet files, or the digits.
+"""Sources of images: class folders, a folder with metadata, a zip, a table, Parquet files, tars, or the digits.
 
 A source is listed as a stream, sorted by disk and written as a manifest, so that memory does not grow with it. The
 order depends only on the paths, so the same images give the same dataset from a folder, a zip and S3.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,12 +27,15 @@ from pipelines.shards.ingest.report import BadImage, Names
 from pipelines.shards.ingest.spool import Spool
 from pipelines.shards.ingest.tabled import Tabled, find_named
 from pipelines.shards.ingest.tables import ImageRow, read_rows
+from pipelines.shards.ingest.tarred import from_tars
 from pipelines.shards.ingest.trees import find_all
 from pipelines.storage import Storage, is_local, local_path
 
 __all__ = ["SUFFIXES", "Source", "absolute", "open_source", "source_digest"]
 
 NO_FILTERS = Filters()
+Container = Callable[[Mapping[str, File], Spool, Storage, Notes, float, Filters], Draft]
+"""Lists files that hold many pictures each; see `from_tars` and `from_parquet`."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +86,18 @@ def open_source(
         if source == "digits":
             filters.check_source(source)
             draft = _digits()
-        elif _is_parquet(uri := address(source), storage):
+        elif (container := _container(uri := address(source), storage)) is not None:
             file = find_stored(uri, storage)
-            spool = Spool(scratch / "files")
-            draft = from_parquet({file.name: file}, spool, storage, Notes(), test_fraction, filters)
+            draft = container({file.name: file}, Spool(scratch / "files"), storage, Notes(), test_fraction, filters)
         elif _is_table(uri):
             draft = _from_table(uri, storage, scratch, test_fraction, filters)
         else:
             listed = Listed(find_all(uri, storage), Spool(scratch / "files"))
             if listed.tables:
                 draft = _from_metadata(shown(uri), listed, storage, test_fraction, filters)
-            elif listed.parquet and not listed.pictured:
-                spool = Spool(scratch / "parquet")
-                draft = from_parquet(listed.parquet, spool, storage, listed.notes, test_fraction, filters)
+            elif (listed.tars or listed.parquet) and not listed.pictured:
+                container, files = (from_tars, listed.tars) if listed.tars else (from_parquet, listed.parquet)
+                draft = container(files, Spool(scratch / "held"), storage, listed.notes, test_fraction, filters)
             else:
                 filters.check_source(shown(uri))
                 draft = from_folders(shown(uri), listed, test_fraction)
@@ -145,7 +147,7 @@ def source_digest(source: str, storage: Storage | None = None) -> str:
         return digest.hexdigest()
     uri = address(source)
     with temporary_folder("sources") as scratch:
-        if _is_parquet(uri, storage):
+        if _container(uri, storage) is not None:
             digest.update(find_stored(uri, storage).stamp.encode())
             return digest.hexdigest()
         if _is_table(uri):
@@ -170,9 +172,14 @@ def _is_table(uri: str) -> bool:
     return uri.lower().endswith(TABLES) and not (is_local(uri) and local_path(uri).is_dir())
 
 
-def _is_parquet(uri: str, storage: Storage) -> bool:
-    """Return whether a source is a single Parquet file that holds pictures."""
-    return _is_table(uri) and uri.lower().endswith(".parquet") and has_pictures(find_stored(uri, storage), storage)
+def _container(uri: str, storage: Storage) -> Container | None:
+    """Return what lists a source that is a single file with many pictures in it; None for other sources."""
+    if is_local(uri) and local_path(uri).is_dir():
+        return None
+    if uri.lower().endswith(".tar"):
+        return from_tars
+    held = uri.lower().endswith(".parquet") and has_pictures(find_stored(uri, storage), storage)
+    return from_parquet if held else None
 
 
 def _digits() -> Draft:

@@ -48,24 +48,23 @@ class Tabled:
             self.says_split = self.says_split or row.split is not None
             self.spool.add(self.order(row.path), row)
 
-    def draft(self, tables: Iterable[str], test_fraction: float) -> Draft:
+    def draft(self, tables: Iterable[str], test_fraction: float, *, by_folder: bool = True) -> Draft:
         """Return the source.
 
         Args:
             tables: paths of the tables, which are no unused files.
             test_fraction: see `open_source`.
+            by_folder: take folders for classes where no row has a label.
 
         Raises:
             DatasetError: the labels of the rows do not go together.
         """
         test = next((name for name in TEST_FOLDERS if name in self.tops), None)
         folders = {"train": "train", test: "test"} if "train" in self.tops and test is not None else {}
-        by_folder = frozenset[str]()
-        if not self.labels.any:
-            by_folder = self._class_folders(folders)
-            self.labels.names |= by_folder
+        named = self._class_folders(folders) if by_folder and not self.labels.any else frozenset[str]()
+        self.labels.names |= named
         classes, numbers = self.labels.numbered()
-        images = self._images(folders, by_folder, numbers, set(tables), test_fraction)
+        images = self._images(folders, named, numbers, set(tables), test_fraction)
         return Draft(classes, images, len(self.spool), self.notes, drawn=not folders and not self.says_split)
 
     def _class_folders(self, folders: dict[str, str]) -> frozenset[str]:

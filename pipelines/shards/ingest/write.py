@@ -95,8 +95,8 @@ def ingest(
 
     Args:
         source: "digits"; a folder of class folders, with or without `train/` and `test/` above them; a folder with
-            metadata.jsonl, .csv or .parquet; a .zip of either; a .csv, .jsonl or .parquet of paths; a .parquet file
-            that holds pictures, or a folder of such. Paths, file:/// or s3://.
+            metadata.jsonl, .csv or .parquet; a .zip of either; a .csv, .jsonl or .parquet of paths; a .parquet file or
+            WebDataset tar that holds pictures, or a folder of such. Paths, file:/// or s3://.
         uri: the folder to write to; `dataset.json` is written last, and then shards of earlier ingests are deleted.
         image_size: height and width of the written images, in pixels.
         channels: 1 (grey) or 3 (RGB); other images are converted and counted in the report.

@@ -36,6 +36,9 @@ class Bucket(Storage):
     def read(self, uri, start=0, stop=None, **patience):
         return super().read(self._there(uri), start, stop, **patience)
 
+    def fetch(self, uri, start, stop, sink, **patience):
+        return super().fetch(self._there(uri), start, stop, sink, **patience)
+
     def write(self, uri, data, **patience):
         super().write(self._there(uri), data, **patience)
 
