@@ -28,17 +28,18 @@ STALLED_S = 60.0
 
 
 class ShardCache:
-    """Complete shards on local disk, named by their SHA-256 and shared by the processes of a node.
+    """Complete shards and their indexes on local disk, named by the shards' SHA-256 and shared by a node's processes.
 
-    The folder never takes more than `limit_bytes`: before a shard is fetched, the least recently used ones are deleted
-    to make room. A process has a shard open only while it reads from it, and a shard that is being read is not deleted,
-    so no deleted file keeps taking space. Locks are `flock`s of the shards' own files, which end with their process: a
-    partial file that nobody holds was left by a killed process and is deleted.
+    The folder never takes more than `limit_bytes`: before something is added, the least recently used shards and
+    indexes are deleted to make room. A process has a shard open only while it reads from it, and what is in use is not
+    deleted, so no deleted file keeps taking space. Locks are `flock`s of the files themselves, which end with their
+    process: a partial file that nobody holds was left by a killed process and is deleted.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
+        self._guard, self._added, self._may_add = threading.Lock(), 0, 0
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with self._alone():
@@ -88,7 +89,7 @@ class ShardCache:
         """
         path = self.partial_path(shard)
         with self._alone():
-            file = _held(path)
+            file = held(path)
             if file is None:
                 return None
             try:
@@ -97,7 +98,7 @@ class ShardCache:
                     file.close()
                     return None
                 os.ftruncate(file.fileno(), 0)  # a killed process may have left it
-                if not self._make_room(shard.bytes):
+                if self._make_room(shard.bytes) < shard.bytes:
                     raise StorageError(
                         f"no room for {shard.bytes:,} bytes of {shard.name} in the shard cache {self.folder}: its "
                         f"{self.limit_bytes:,} bytes are taken by shards that are being fetched or read; raise "
@@ -128,6 +129,29 @@ class ShardCache:
             return self.partial_path(shard).stat().st_mtime_ns
         except FileNotFoundError:
             return None
+
+    def has_room(self, size: int) -> bool:
+        """Return whether an index may be added, after the least recently used files have been deleted for it.
+
+        The folder is looked through only once in so many bytes: a process may add a 64th of what was free to what it
+        has seen, so that processes that add at the same time stay within the limit.
+        """
+        with self._guard:
+            if self._added + size > self._may_add:
+                try:
+                    with self._alone():
+                        free = self._make_room(size + self.limit_bytes // 64)
+                except (StorageError, OSError):
+                    return False
+                if free < size:
+                    return False
+                self._added, self._may_add = 0, max(free // 64, size)
+            self._added += size
+            return True
+
+    def index_path(self, shard: ShardInfo) -> Path:
+        """Return the path of the index of a shard, whether it exists or not."""
+        return self.folder / f"{shard.sha256}.index"
 
     def path(self, shard: ShardInfo) -> Path:
         """Return the path of a complete shard, whether it exists or not."""
@@ -166,33 +190,34 @@ class ShardCache:
                 f"({error.strerror}): free some, or set data.cache_dir to another disk or data.cache_gib to less"
             ) from error
 
-    def _make_room(self, needed: int) -> bool:
-        """Delete the least recently used shards until so many bytes more are within the limit, and return whether
-        they are; where that cannot be reached, nothing is deleted."""
+    def _make_room(self, needed: int) -> int:
+        """Delete the least recently used shards and indexes until so many bytes more are within the limit, and return
+        how many are free then; 0 where that cannot be reached, and nothing is deleted."""
         sizes = _sizes(self.folder, "*.part")
         if sum(sizes.values()) + needed > self.limit_bytes:
             self._remove_leftovers()
             sizes = _sizes(self.folder, "*.part")
         if sum(sizes.values()) + needed > self.limit_bytes:
-            return False
+            return 0
         shards = _sizes(self.folder, "*.tar")
         # A shard that has become complete between the two looks is in both.
         complete = {path.stem for _, path in shards}
         fetched = sum(size for (_, path), size in sizes.items() if path.stem not in complete)
-        excess = fetched + sum(shards.values()) + needed - self.limit_bytes
-        for (_, path), size in sorted(shards.items()):
+        kept = shards | _sizes(self.folder, "*.index")
+        excess = fetched + sum(kept.values()) + needed - self.limit_bytes
+        for (_, path), size in sorted(kept.items()):
             if excess <= 0:
                 break
-            file = _held(path)
+            file = held(path)
             if file is not None:  # else it is being read
                 path.unlink()
                 file.close()
                 excess -= size
-        return excess <= 0
+        return needed - excess
 
     def _remove_leftovers(self) -> None:
         for path in self.folder.glob("*.part"):
-            file = _held(path)
+            file = held(path)
             if file is not None:
                 path.unlink()
                 file.close()
@@ -217,7 +242,7 @@ def _try_lock(file: IO[Any]) -> bool:
     return True
 
 
-def _held(path: Path) -> FileIO | None:
+def held(path: Path) -> FileIO | None:
     """Open or create a file and lock it until it is closed; return None if another process has locked it."""
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
     try:

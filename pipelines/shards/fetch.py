@@ -7,7 +7,6 @@ import threading
 import time
 import zlib
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -16,7 +15,8 @@ from typing import TypeVar
 
 from pipelines.shards.cache import STALLED_S, PartialShard, ShardCache
 from pipelines.shards.index import Member, ShardIndex, ShardInfo
-from pipelines.shards.source import ShardSource
+from pipelines.shards.node_index import NodeIndex
+from pipelines.shards.source import ShardCorruptError, ShardSource
 from pipelines.shards.working_set import WorkingSet
 from pipelines.storage import Storage, StorageError
 
@@ -51,6 +51,7 @@ class ShardFetcher:
     Args:
         uri: folder of the dataset.
         cache: the node's cache; None for ranged requests only, where it is too small (see `WorkingSet`).
+        index: the node's index; None for that in `cache`.
         block_bytes: size of the blocks of a partial shard.
         requests: number of concurrent ranged GETs.
         downloads: number of shards that are completed in the background at a time.
@@ -62,11 +63,13 @@ class ShardFetcher:
         storage: Storage,
         cache: ShardCache | None,
         *,
+        index: NodeIndex | None = None,
         block_bytes: int = 256 << 10,
         requests: int = 16,
         downloads: int = 2,
     ) -> None:
         self.source, self.cache = ShardSource(uri, storage), cache
+        self.index = NodeIndex(cache) if index is None else index
         self.block_bytes = block_bytes
         self.stats = self.source.stats
         self._ranged = ThreadPoolExecutor(requests, thread_name_prefix="ranged")
@@ -77,7 +80,6 @@ class ShardFetcher:
         self._warned = False
         self._lock = threading.Lock()
         self._partial: dict[str, PartialShard] = {}
-        self._indexes: OrderedDict[str, Future[ShardIndex]] = OrderedDict()
         self._full_until = 0.0
 
     @classmethod
@@ -88,14 +90,10 @@ class ShardFetcher:
         used = working_set.fits(cache_bytes)
         cache: ShardCache | None = None
         try:
-            if used or cache_dir.is_dir():  # shards cached by earlier runs keep to the limit in any case
-                cache = ShardCache(cache_dir, cache_bytes)
+            cache = ShardCache(cache_dir, cache_bytes)
         except OSError as error:  # ranged requests need no disk
-            if used:
-                logger.warning(
-                    "shards are read by ranges, for data.cache_dir = %s cannot be used: %s", cache_dir, error
-                )
-        return cls(uri, storage, cache if used else None)
+            logger.warning("shards are read by ranges, for data.cache_dir = %s cannot be used: %s", cache_dir, error)
+        return cls(uri, storage, cache if used else None, index=NodeIndex(cache))
 
     def read(self, wanted: Wanted) -> list[list[memoryview]]:
         """Return the bytes of members, shard by shard; all requests are sent before the first one is awaited.
@@ -104,7 +102,11 @@ class ShardFetcher:
             ShardCorruptError: a member or its shard was wrong on two reads, or the shard is cut short.
             StorageError: the store cannot be reached, or has no such shard.
         """
-        return [finish() for finish in [self._begin(shard, members) for shard, members in wanted]]
+        try:
+            return [finish() for finish in [self._begin(shard, members) for shard, members in wanted]]
+        except ShardCorruptError:
+            self.index.forget([shard for shard, _ in wanted])
+            raise
 
     def indexes(self, shards: Sequence[ShardInfo]) -> list[ShardIndex]:
         """Return the sidecars of shards, fetched concurrently.
@@ -113,24 +115,7 @@ class ShardFetcher:
             ShardCorruptError: one is damaged, or does not list as many samples as dataset.json says.
             StorageError: the store cannot be reached, or has no such sidecar.
         """
-        with self._lock:
-            futures = []
-            for shard in shards:
-                if shard.sha256 not in self._indexes:
-                    self._indexes[shard.sha256] = self._ranged.submit(self.source.read_index, shard)
-                self._indexes.move_to_end(shard.sha256)
-                futures.append(self._indexes[shard.sha256])
-            while len(self._indexes) > max(256, len(shards)):
-                self._indexes.popitem(last=False)
-        found = []
-        for shard, future in zip(shards, futures, strict=True):
-            try:
-                found.append(future.result())
-            except Exception:
-                with self._lock:  # a failure is not kept, so that the next reader tries again
-                    self._indexes.pop(shard.sha256, None)
-                raise
-        return found
+        return self.index.get(shards, self.source, self._ranged.submit)
 
     def require(self, shards: Sequence[ShardInfo]) -> None:
         """Wait until shards are complete and verified in the cache, unless it fails, or cannot hold them together.

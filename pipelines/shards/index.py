@@ -7,15 +7,16 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.presentation.errors import PipelineError
+from pipelines.shards.columns import PARTS, Texts, member_column
 from pipelines.storage import NotFoundError, Storage, join, layout
 
 SCHEMA_VERSION = 1
@@ -81,13 +82,105 @@ class ShardInfo:
         return folder if self.source is None else self.source.uri
 
 
+class ShardTable(Sequence[ShardInfo]):
+    """The shards of a split in columns, which take 80 bytes a shard; each `ShardInfo` is made when it is asked for.
+
+    Args:
+        names: of the shards.
+        samples: of each shard, int64 [n].
+        sizes: of the files in bytes, int64 [n].
+        sha256: digests of the files, uint8 [n, 32]; as texts where they are none.
+        sources: the datasets of a mixture that the shards are of.
+        source_of: index into `sources`, int16 [n]; -1 for a shard that is of none.
+    """
+
+    def __init__(
+        self,
+        names: Texts,
+        samples: NDArray[np.int64],
+        sizes: NDArray[np.int64],
+        sha256: Texts | NDArray[np.uint8],
+        sources: tuple[MixtureSource, ...],
+        source_of: NDArray[np.int16],
+    ) -> None:
+        self.names, self.samples, self.sizes, self.sha256 = names, samples, sizes, sha256
+        self.sources, self.source_of = sources, source_of
+
+    @classmethod
+    def of(cls, shards: Iterable[ShardInfo]) -> ShardTable:
+        """Return shards as a table."""
+        if isinstance(shards, ShardTable):
+            return shards
+        shards = tuple(shards)
+        digests = [shard.sha256 for shard in shards]
+        whole = all(map(_DIGEST.match, digests))
+        raw = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32) if whole else None
+        sources = {shard.source.name: shard.source for shard in shards if shard.source is not None}
+        numbers = {name: number for number, name in enumerate(sources)}
+        return cls(
+            Texts.of(shard.name for shard in shards),
+            np.array([shard.samples for shard in shards], np.int64),
+            np.array([shard.bytes for shard in shards], np.int64),
+            Texts.of(digests) if raw is None else raw,
+            tuple(sources.values()),
+            np.array([-1 if shard.source is None else numbers[shard.source.name] for shard in shards], np.int16),
+        )
+
+    def take(self, numbers: NDArray[np.int64], samples: NDArray[np.int64]) -> ShardTable:
+        """Return some of the shards, with other numbers of samples."""
+        sha256 = Texts.of(self.sha256[n] for n in numbers) if isinstance(self.sha256, Texts) else self.sha256[numbers]
+        names = Texts.of(self.names[n] for n in numbers)
+        return ShardTable(names, samples, self.sizes[numbers], sha256, self.sources, self.source_of[numbers])
+
+    def of_source(self, source: MixtureSource) -> NDArray[np.int64]:
+        """Return the numbers of the shards that are of a dataset of a mixture."""
+        number = self.sources.index(source) if source in self.sources else len(self.sources)
+        return np.flatnonzero(self.source_of == number)
+
+    def __len__(self) -> int:
+        """Return the number of shards."""
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, i: int) -> ShardInfo: ...
+    @overload
+    def __getitem__(self, i: slice) -> tuple[ShardInfo, ...]: ...
+    def __getitem__(self, i: int | slice) -> ShardInfo | tuple[ShardInfo, ...]:
+        """Return a shard, or some of them."""
+        if isinstance(i, slice):
+            return tuple(self[each] for each in range(len(self))[i])
+        digest = self.sha256[i]
+        return ShardInfo(
+            self.names[i],
+            int(self.samples[i]),
+            int(self.sizes[i]),
+            digest if isinstance(digest, str) else digest.tobytes().hex(),
+            None if self.source_of[i] < 0 else self.sources[self.source_of[i]],
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both are the same shards in the same order."""
+        return isinstance(other, ShardTable) and len(self) == len(other) and all(map(ShardInfo.__eq__, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def plain(self) -> list[dict[str, Any]]:
+        """Return the shards as `dataset.json` has them."""
+        digests = self.sha256 if isinstance(self.sha256, Texts) else (each.tobytes().hex() for each in self.sha256)
+        columns = zip(self.names, self.samples.tolist(), self.sizes.tolist(), digests, strict=True)
+        return [{"name": name, "samples": n, "bytes": size, "sha256": digest} for name, n, size, digest in columns]
+
+
+_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+
+
 @dataclass(frozen=True)
 class Dataset:
     """The content of `dataset.json`.
 
     Attributes:
         uri: the folder from which it was read.
-        splits: name, such as "train" or "test" -> shards in order.
+        splits: name, such as "train" or "test" -> shards in order, kept as `ShardTable`.
         classes: class names; a sample's `cls` is an index into them. Empty for data without labels.
         channels: 1 (grey) or 3 (RGB).
         image_size: height and width in pixels.
@@ -99,7 +192,7 @@ class Dataset:
     """
 
     uri: str
-    splits: dict[str, tuple[ShardInfo, ...]]
+    splits: Mapping[str, Sequence[ShardInfo]]
     classes: tuple[str, ...]
     channels: int
     image_size: int
@@ -109,11 +202,15 @@ class Dataset:
     sources: tuple[MixtureSource, ...] = ()
     reference_digest: str = ""
 
+    def __post_init__(self) -> None:
+        """Keep the shards as tables."""
+        object.__setattr__(self, "splits", {name: ShardTable.of(shards) for name, shards in self.splits.items()})
+
     def samples(self, split: str) -> int:
         """Return the number of samples of a split."""
-        return sum(shard.samples for shard in self.shards(split))
+        return int(self.shards(split).samples.sum())
 
-    def shards(self, split: str) -> tuple[ShardInfo, ...]:
+    def shards(self, split: str) -> ShardTable:
         """Return the shards of a split.
 
         Raises:
@@ -121,7 +218,7 @@ class Dataset:
         """
         if split not in self.splits:
             raise DatasetError(f"{self.uri} has no split {split!r}; it has {', '.join(self.splits)}")
-        return self.splits[split]
+        return ShardTable.of(self.splits[split])
 
     def to_json(self) -> str:
         """Return the text of `dataset.json`."""
@@ -137,12 +234,9 @@ def make_dataset(uri: str, **content: Any) -> Dataset:
 
 def _content(dataset: Dataset) -> dict[str, Any]:
     """Return the part of `dataset.json` that the digest covers."""
-    plain = asdict(dataset)
-    for name in ("uri", "digest", "sources", "reference_digest"):
-        del plain[name]
-    for shards in plain["splits"].values():
-        for shard in shards:
-            del shard["source"]
+    others = ("uri", "digest", "sources", "reference_digest")
+    plain = {field.name: getattr(dataset, field.name) for field in fields(dataset) if field.name not in others}
+    plain["splits"] = {split: dataset.shards(split).plain() for split in dataset.splits}
     return {"schema_version": SCHEMA_VERSION, **plain}
 
 
@@ -166,10 +260,10 @@ def read_dataset(uri: str, storage: Storage) -> Dataset:
         if version != SCHEMA_VERSION:
             raise DatasetError(f"{uri}: dataset.json has version {version}, this release reads {SCHEMA_VERSION}")
         recorded = plain.pop("digest")
-        splits = {name: tuple(ShardInfo(**s) for s in shards) for name, shards in plain.pop("splits").items()}
+        splits = {name: ShardTable.of(ShardInfo(**s) for s in shards) for name, shards in plain.pop("splits").items()}
         fields = {name: tuple(value) if isinstance(value, list) else value for name, value in plain.items()}
         dataset = make_dataset(uri, splits=splits, **fields)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise DatasetError(f"{uri}/dataset.json is damaged ({error!r}): it was edited, or not written whole") from error
     if dataset.digest != recorded:
         raise DatasetError(f"{uri}: dataset.json does not match its own digest: it was edited or damaged")
@@ -194,22 +288,23 @@ class ShardIndex:
 
     Attributes:
         keys: keys of the samples, in the order of the tar.
-        columns: extension -> int64 [samples, 3] of offset, size and CRC-32; -1 where a sample has no such member.
+        columns: extension -> `offset`, `size` and `crc32` of each sample's member, [samples] of
+            `columns.COLUMN`; the offset is -1 where a sample has no such member.
     """
 
-    keys: tuple[str, ...]
-    columns: dict[str, NDArray[np.int64]]
+    keys: Sequence[str]
+    columns: dict[str, NDArray[np.void]]
 
     @classmethod
     def of(cls, keys: Sequence[str], members: Sequence[Mapping[str, Member]]) -> ShardIndex:
         """Return the index of samples with these keys and members."""
-        columns: dict[str, NDArray[np.int64]] = {}
+        rows: dict[str, NDArray[np.int64]] = {}
         for i, sample in enumerate(members):
             for extension, member in sample.items():
-                if extension not in columns:
-                    columns[extension] = np.full((len(keys), 3), -1, np.int64)
-                columns[extension][i] = member.offset, member.size, member.crc32
-        return cls(tuple(keys), columns)
+                if extension not in rows:
+                    rows[extension] = np.full((len(keys), 3), -1, np.int64)
+                rows[extension][i] = member.offset, member.size, member.crc32
+        return cls(tuple(keys), {extension: member_column(each) for extension, each in rows.items()})
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -217,7 +312,7 @@ class ShardIndex:
 
     def __eq__(self, other: object) -> bool:
         """Return whether both have the same samples at the same positions."""
-        if not isinstance(other, ShardIndex) or self.keys != other.keys:
+        if not isinstance(other, ShardIndex) or tuple(self.keys) != tuple(other.keys):
             return False
         if self.columns.keys() != other.columns.keys():
             return False
@@ -227,7 +322,7 @@ class ShardIndex:
 
     def members(self, i: int) -> dict[str, Member]:
         """Return the members of sample i by extension, in the order of the tar."""
-        there = {name: Member(*column[i].tolist()) for name, column in self.columns.items() if column[i, 0] >= 0}
+        there = {name: Member(*c[i].tolist()) for name, c in self.columns.items() if c["offset"][i] >= 0}
         return dict(sorted(there.items(), key=lambda item: item[1].offset))
 
     def select(self, kept: Sequence[int]) -> ShardIndex:
@@ -237,9 +332,10 @@ class ShardIndex:
     def to_json(self) -> str:
         """Return the text of the sidecar."""
         columns = {
-            name: dict(zip(_COLUMN, column.T.tolist(), strict=True)) for name, column in sorted(self.columns.items())
+            name: {part: np.where(column["offset"] < 0, -1, column[part].astype(np.int64)).tolist() for part in PARTS}
+            for name, column in sorted(self.columns.items())
         }
-        plain = {"schema_version": SIDECAR_VERSION, "keys": self.keys, "members": columns}
+        plain = {"schema_version": SIDECAR_VERSION, "keys": tuple(self.keys), "members": columns}
         return json.dumps(plain, separators=(",", ":"))
 
     @classmethod
@@ -254,19 +350,16 @@ class ShardIndex:
             version = plain["schema_version"]
             if version == SIDECAR_VERSION:
                 keys = tuple(map(str, plain["keys"]))
-                columns = {
-                    str(name): np.array([column[part] for part in _COLUMN], dtype=np.int64).T
+                rows = {
+                    str(name): np.array([column[part] for part in PARTS], dtype=np.int64).T
                     for name, column in plain["members"].items()
                 }
-                if all(column.shape == (len(keys), 3) for column in columns.values()):
-                    return cls(keys, columns)
+                if all(each.shape == (len(keys), 3) for each in rows.values()):
+                    return cls(keys, {name: member_column(each) for name, each in rows.items()})
                 raise ValueError("its columns are not as long as its keys")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DatasetError(f"the shard index is damaged: {error}") from error
         raise DatasetError(f"the shard index has version {version}, this release reads {SIDECAR_VERSION}")
-
-
-_COLUMN = ("offset", "size", "crc32")
 
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipelines.config import DataConfig
-from pipelines.shards.index import Dataset, DatasetError, MixtureSource, ShardInfo, read_dataset
+from pipelines.shards.index import Dataset, DatasetError, MixtureSource, read_dataset
 from pipelines.shards.mixture import Schedule, by_stretch
 from pipelines.shards.quarantine import Quarantine, kept_shards, read_quarantine, stream_digest
 from pipelines.storage import Storage
@@ -104,11 +104,12 @@ def parts_of(dataset: Dataset) -> list[Dataset]:
     """Return the datasets that the split "train" is of: those of a mixture, without their other splits, or this one."""
     if not dataset.sources:
         return [dataset]
-    shards: dict[str, list[ShardInfo]] = {source.name: [] for source in dataset.sources}
-    for shard in dataset.shards(TRAIN):
-        assert shard.source is not None
-        shards[shard.source.name].append(shard)
-    return [replace(dataset, uri=each.uri, splits={TRAIN: tuple(shards[each.name])}) for each in dataset.sources]
+    shards = dataset.shards(TRAIN)
+    parts = []
+    for source in dataset.sources:
+        numbers = shards.of_source(source)
+        parts.append(replace(dataset, uri=source.uri, splits={TRAIN: shards.take(numbers, shards.samples[numbers])}))
+    return parts
 
 
 def weight_in_words(weights: Mapping[Any, float]) -> str:
@@ -195,10 +196,10 @@ def _joined_quarantine(joined: Dataset, quarantine: Quarantine | None, parts: Se
     """Return what is left out of a mixture: from what its sources train, and from the other splits of its reference."""
     if quarantine is None and all(part.quarantine is None for part in parts):
         return None
-    others = {shard.name for split, shards in joined.splits.items() if split != TRAIN for shard in shards}
+    others = {name for split in joined.splits if split != TRAIN for name in joined.shards(split).names}
     excluded = [problem for problem in (quarantine.excluded if quarantine else ()) if problem.shard in others]
     for part in parts:
-        names = {shard.name for shard in part.dataset.shards(TRAIN)}
+        names = set(part.dataset.shards(TRAIN).names)
         own = [problem for problem in (part.quarantine.excluded if part.quarantine else ()) if problem.shard in names]
         excluded += [replace(problem, shard=f"{part.name}:{problem.shard}") for problem in own]
     return Quarantine(joined.digest, tuple(excluded))

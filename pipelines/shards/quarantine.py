@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
-from pipelines.shards.index import Dataset, DatasetError, ShardIndex, ShardInfo
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.shards.index import Dataset, DatasetError, ShardIndex, ShardTable
 from pipelines.storage import NotFoundError, Storage, join, layout
 
 SCHEMA_VERSION = 1
@@ -73,7 +76,7 @@ def make_quarantine(dataset: Dataset, problems: Iterable[Problem]) -> Quarantine
 
     A shard that has a problem itself is left out as a whole. Problems of tars that are not in the dataset are ignored.
     """
-    shards = {shard.name for shards in dataset.splits.values() for shard in shards}
+    shards = {name for split in dataset.splits for name in dataset.shards(split).names}
     first: dict[tuple[str, int], Problem] = {}
     for problem in sorted(problems, key=lambda p: (p.shard, p.index is not None, p.index or 0)):
         if problem.shard not in shards or (problem.shard, -1) in first:
@@ -132,7 +135,7 @@ def stream_digest(dataset: Dataset, quarantine: Quarantine | None) -> str:
     return hashlib.sha256(f"{dataset.digest}/{quarantine.digest}".encode()).hexdigest()
 
 
-def kept_shards(dataset: Dataset, split: str, quarantine: Quarantine | None) -> tuple[ShardInfo, ...]:
+def kept_shards(dataset: Dataset, split: str, quarantine: Quarantine | None) -> ShardTable:
     """Return a split's shards with the numbers of samples that the quarantine leaves, without empty shards.
 
     Raises:
@@ -141,20 +144,33 @@ def kept_shards(dataset: Dataset, split: str, quarantine: Quarantine | None) -> 
     shards = dataset.shards(split)
     if quarantine is None:
         return shards
+    counts = kept_counts(dataset, split, quarantine)
+    there = np.flatnonzero(counts > 0)
+    return shards.take(there, counts[there])
+
+
+def kept_counts(dataset: Dataset, split: str, quarantine: Quarantine | None) -> NDArray[np.int64]:
+    """Return the number of samples of each shard of a split that the quarantine leaves, int64 [shards].
+
+    Raises:
+        DatasetError: the quarantine is of another dataset, or leaves no sample.
+    """
+    shards = dataset.shards(split)
+    if quarantine is None:
+        return shards.samples
     if quarantine.dataset_digest != dataset.digest:
         raise DatasetError(
             f"the quarantine is of dataset {quarantine.dataset_digest[:12]}, {dataset.uri} is {dataset.digest[:12]}: "
             f"write it again with `ddpm check {dataset.uri} --quarantine`"
         )
-    left_out = quarantine.by_shard
-    counts = {
-        shard.name: 0 if (excluded := left_out.get(shard.name, {})) is None else shard.samples - len(excluded)
-        for shard in shards
-    }
-    kept = tuple(replace(shard, samples=counts[shard.name]) for shard in shards if counts[shard.name] > 0)
-    if not kept:
+    left_out, counts = quarantine.by_shard, shards.samples.copy()
+    for number, name in enumerate(shards.names):
+        if name in left_out:
+            excluded = left_out[name]
+            counts[number] = 0 if excluded is None else counts[number] - len(excluded)
+    if not (counts > 0).any():
         raise DatasetError(f"the quarantine leaves no sample of {dataset.uri}'s split {split!r}")
-    return kept
+    return counts
 
 
 def kept_samples(name: str, index: ShardIndex, quarantine: Quarantine | None) -> ShardIndex:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from pipelines.shards.members import (
     unpack_embedding,
 )
 from pipelines.shards.order import Located
-from pipelines.shards.quarantine import Quarantine, kept_samples, kept_shards, read_quarantine
+from pipelines.shards.quarantine import Quarantine, kept_counts, kept_samples, kept_shards, read_quarantine
 from pipelines.shards.source import ShardCorruptError
 from pipelines.shards.working_set import WorkingSet
 from pipelines.storage import Storage
@@ -106,13 +106,19 @@ class ShardReader:
     ) -> None:
         self.dataset, self.split, self.fetcher, self.quarantine, self.text = dataset, split, fetcher, quarantine, text
         self.shards = kept_shards(dataset, split, quarantine)
-        decoded = sum(shard.samples for shard in self.shards) * dataset.channels * dataset.image_size**2
-        self._memory = _Memory(dataset, self.shards) if decoded <= memory_bytes and not text else None
+        decoded = self.total * dataset.channels * dataset.image_size**2
+        self._memory = _Memory(dataset, self.shards.samples) if decoded <= memory_bytes and not text else None
         self._selected: dict[str, ShardIndex] = {}
-        self._recorded = {shard.name: shard for shard in dataset.shards(split)}
+        counts = None if quarantine is None else kept_counts(dataset, split, quarantine)
+        self._recorded = None if counts is None else np.flatnonzero(counts > 0)
         numbers = {source.name: number for number, source in enumerate(dataset.sources)}
-        of_shards = [numbers[shard.source.name] for shard in self.shards if shard.source is not None]
-        self._sources = np.array(of_shards, dtype=np.int64) if of_shards else None
+        of_table = np.array([numbers[source.name] for source in self.shards.sources], dtype=np.int64)
+        self._sources = of_table[self.shards.source_of] if self.shards.sources else None
+
+    @property
+    def total(self) -> int:
+        """The number of samples that are left."""
+        return int(self.shards.samples.sum())
 
     def close(self) -> None:
         """Stop the fetcher."""
@@ -199,7 +205,7 @@ class ShardReader:
 
     def located(self, positions: NDArray[np.int64]) -> Located:
         """Return where the samples at these positions in shard order are, int64 [B]; ordinals are the positions."""
-        ends = np.cumsum([shard.samples for shard in self.shards])
+        ends = np.cumsum(self.shards.samples)
         shards = np.searchsorted(ends, positions, side="right")
         return Located(positions, shards, positions - np.concatenate([[0], ends])[shards])
 
@@ -230,7 +236,8 @@ class ShardReader:
         by_shard: dict[int, list[int]] = defaultdict(list)
         for place, shard in enumerate(located.shards.tolist()):
             by_shard[shard].append(place)
-        infos = [self._recorded[self.shards[shard].name] for shard in by_shard]
+        recorded = self.dataset.shards(self.split)
+        infos = [recorded[shard if self._recorded is None else int(self._recorded[shard])] for shard in by_shard]
         groups = []
         for info, index, places in zip(infos, self.fetcher.indexes(infos), by_shard.values(), strict=True):
             kept = self._kept(info.name, index)
@@ -274,8 +281,8 @@ def _label(shard: ShardInfo, members: Mapping[str, Any]) -> int:
 class _Memory:
     """Pixels and labels of a split, each from the first time that it is decoded on; for any number of threads."""
 
-    def __init__(self, dataset: Dataset, shards: Sequence[ShardInfo]) -> None:
-        ends = np.cumsum([shard.samples for shard in shards])
+    def __init__(self, dataset: Dataset, counts: NDArray[np.int64]) -> None:
+        ends = np.cumsum(counts)
         self.firsts = np.concatenate([[0], ends[:-1]])
         self.pixels = np.empty((ends[-1], dataset.channels, dataset.image_size, dataset.image_size), np.uint8)
         self.labels = np.zeros(ends[-1], np.int64)
@@ -326,16 +333,15 @@ def opened_split(
 
 def read_split(reader: ShardReader) -> Batch:
     """Read all samples of a split in shard order, after completing and verifying its shards in the cache, if any."""
-    kept = {shard.name for shard in reader.shards}
+    kept = set(reader.shards.names)
     reader.fetcher.require([shard for shard in reader.dataset.shards(reader.split) if shard.name in kept])
-    return reader.at(np.arange(sum(shard.samples for shard in reader.shards)))
+    return reader.at(np.arange(reader.total))
 
 
 def split_batches(reader: ShardReader, batch_size: int) -> Iterator[Batch]:
     """Yield all samples of a split in shard order, in memory for one batch; ordinals count them from 0."""
-    count = sum(shard.samples for shard in reader.shards)
-    for first in range(0, count, batch_size):
-        yield reader.at(np.arange(first, min(first + batch_size, count)))
+    for first in range(0, reader.total, batch_size):
+        yield reader.at(np.arange(first, min(first + batch_size, reader.total)))
 
 
 def spread_positions(count: int, most: int) -> NDArray[np.int64]:

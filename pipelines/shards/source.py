@@ -110,9 +110,25 @@ class ShardSource:
             ShardCorruptError: it is damaged, or does not list as many samples as dataset.json says.
             StorageError: the store cannot be reached, or has no such sidecar.
         """
+        return self.parsed(shard, self.read_sidecar(shard))
+
+    def read_sidecar(self, shard: ShardInfo) -> bytes:
+        """Return the text of the sidecar of a shard.
+
+        Raises:
+            StorageError: the store cannot be reached, or has no such sidecar.
+        """
+        return self.storage.read(layout.index_name(shard.address(self.uri)))
+
+    def parsed(self, shard: ShardInfo, text: bytes) -> ShardIndex:
+        """Return the content of the sidecar of a shard.
+
+        Raises:
+            ShardCorruptError: it is damaged, or does not list as many samples as dataset.json says.
+        """
         where = layout.index_name(shard.address(self.uri))
         try:
-            index = ShardIndex.from_json(self.storage.read(where))
+            index = ShardIndex.from_json(text)
         except DatasetError as error:
             raise ShardCorruptError(f"{where}: {error}") from error
         if len(index) != shard.samples:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import Dataset, DatasetError, ShardInfo
+from pipelines.shards.index import Dataset, DatasetError
 from pipelines.shards.mixture import MixtureOrder, Schedule, by_stretch, shared_lanes
-from pipelines.shards.order import Located, SampleOrder
+from pipelines.shards.order import Ints, Located, SampleOrder
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.shards.read import Batch, ShardReader
 from pipelines.shards.working_set import NodePiece, ranks_of_node, working_set
@@ -72,21 +72,21 @@ def open_stream(
         DatasetError: there is no such split, or the quarantine is of another dataset.
         ValueError: weights of a mixture are for so short a stretch that they cannot be met.
     """
-    of_sources = any(shard.source for shard in dataset.shards(split))
+    of_sources = dataset.shards(split).sources
     mixed = by_stretch([source.weights for source in dataset.sources]) if of_sources else {}
     lanes = shared_lanes(settings.lanes, mixed) if mixed else [settings.lanes]
     used = working_set(dataset, split, settings.lanes, settings.window, piece)
     fetcher = ShardFetcher.opened(dataset.uri, storage, settings.cache_dir, settings.cache_bytes, used)
     reader = ShardReader(dataset, split, fetcher, quarantine, text=settings.text, memory_bytes=settings.memory_bytes)
 
-    def order(shards: Sequence[ShardInfo], lanes: int, digest: str) -> SampleOrder:
-        counts = [shard.samples for shard in shards]
+    def order(counts: Ints, lanes: int, digest: str) -> SampleOrder:
         return SampleOrder(counts, lanes=lanes, window=settings.window, seed=settings.seed, digest=digest)
 
+    shards = reader.shards
     if not mixed:
-        return reader, order(reader.shards, settings.lanes, stream_digest(dataset, quarantine))
+        return reader, order(shards.samples, settings.lanes, stream_digest(dataset, quarantine))
     orders = [
-        order([shard for shard in reader.shards if shard.source == source], own, f"{source.name}/{source.digest}")
+        order(shards.samples[shards.of_source(source)], own, f"{source.name}/{source.digest}")
         for source, own in zip(dataset.sources, lanes, strict=True)
     ]
     return reader, MixtureOrder(orders, Schedule(mixed))

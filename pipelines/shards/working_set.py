@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from pipelines.shards.index import Dataset, ShardInfo
+from pipelines.shards.index import Dataset, ShardInfo, ShardTable
 from pipelines.shards.mixture import Schedule, by_stretch, shared_lanes
 from pipelines.shards.order import span_of
 
@@ -72,7 +72,7 @@ class WorkingSet:
         """Return the working set of so many lanes of each of several lists of shards."""
         size = 0.0
         for lanes, shards in read:
-            mean = sum(shard.bytes for shard in shards) / max(len(shards), 1)
+            mean = int(ShardTable.of(shards).sizes.sum()) / max(len(shards), 1)
             size += min(2 * lanes * window, len(shards)) * mean
         return cls(sum(lanes for lanes, _ in read), all_lanes, window, size)
 
@@ -111,19 +111,17 @@ def working_set(dataset: Dataset, split: str, lanes: int, window: int, piece: No
         ValueError: weights of a mixture are for so short a stretch that they cannot be met.
     """
     shards = dataset.shards(split)
-    if not any(shard.source for shard in shards):
+    if not shards.sources:
         live = min(lanes, len(shards))
         own = len(lanes_of(piece.batch_size, live, piece.span)) if piece and live else live
         return WorkingSet.of([(own, shards)], live, window)
-    of_source: dict[str, list[ShardInfo]] = {source.name: [] for source in dataset.sources}
-    for shard in shards:
-        assert shard.source is not None
-        of_source[shard.source.name].append(shard)
+    numbers = [shards.of_source(source) for source in dataset.sources]
+    of_sources = [shards.take(each, shards.samples[each]) for each in numbers]
     weights = by_stretch([source.weights for source in dataset.sources])
-    shared = zip(shared_lanes(lanes, weights), of_source.values(), strict=True)
+    shared = zip(shared_lanes(lanes, weights), of_sources, strict=True)
     each_live = [min(count, len(each)) for count, each in shared]
     each_own = lanes_of_mixture(Schedule(weights), each_live, piece) if piece else each_live
-    return WorkingSet.of(list(zip(each_own, of_source.values(), strict=True)), sum(each_live), window)
+    return WorkingSet.of(list(zip(each_own, of_sources, strict=True)), sum(each_live), window)
 
 
 def lanes_of(size: int, lanes: int, span: slice) -> range:

@@ -175,6 +175,14 @@ DATA = (
         ("tests/pipelines/shards/test_fetch.py::test_a_copy_that_lost_its_bytes_is_fetched_again",),
     ),
     Fault(
+        "checksum_of_the_index",
+        "A node's copy of a sidecar that has been damaged on its disk is made again.",
+        "pipelines/shards/node_index.py",
+        'if file.read(32) != hashlib.file_digest(file, "sha256").digest():',
+        "if len(file.read(32)) != 32:",
+        ("tests/pipelines/shards/test_node_index.py::test_a_damaged_copy_is_made_again[a bit]",),
+    ),
+    Fault(
         "first_sample_in_quarantine",
         "A quarantine leaves out the samples that it names and no others.",
         "pipelines/shards/quarantine.py",
