@@ -128,8 +128,7 @@ def caption_width(dataset: Dataset, split: str, storage: Storage) -> int | None:
     """
     shard = dataset.shards(split)[0]
     index = ShardIndex.from_json(storage.read(layout.index_name(shard.address(dataset.uri))))
-    column = index.columns.get("emb.npy")
-    there = [] if column is None else [row for row in column.tolist() if row[0] >= 0]
+    there = [row for row in index.rows("emb.npy") if row[0] >= 0] if "emb.npy" in index.columns else []
     problem: FlawError | None = None
     for offset, size, _ in there[:LOOKED_AT]:
         try:

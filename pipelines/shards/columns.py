@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import overload
 
@@ -52,10 +53,12 @@ class Texts(Sequence[str]):
 
 
 PARTS = ("offset", "size", "crc32")
-COLUMN = np.dtype([("offset", "<i8"), ("size", "<u4"), ("crc32", "<u4")])
-"""A row of a column of members: of a sample without one, the offset is -1 and the others are 0."""
+BLOCK = 512
+"""Bytes at whose multiples the members of a tar begin, the first one behind a header."""
+COLUMN = np.dtype([("block", "<u4"), ("size", "<u4"), ("crc32", "<u4")])
+"""A row of a column of members: of a sample without one, all are 0."""
 WIDE_COLUMN = np.dtype([(part, "<i8") for part in PARTS])
-"""A row of a column with a member of 4 GiB or more, or with numbers that a damaged tar has."""
+"""A row of a column with a member of 4 GiB or more, or with numbers that a damaged tar has: all -1 without one."""
 
 
 def member_column(rows: NDArray[np.int64]) -> NDArray[np.void]:
@@ -65,9 +68,43 @@ def member_column(rows: NDArray[np.int64]) -> NDArray[np.void]:
         rows: offset, size and CRC-32 of each member, int64 [samples, 3]; the offset is below 0 where there is none.
     """
     there = rows[:, 0] >= 0
-    others = rows[there, 1:]
-    narrow = bool(((others >= 0) & (others < 2**32)).all())
+    blocks, odd = np.divmod(rows[:, 0], BLOCK)
+    numbers = np.stack([blocks, rows[:, 1], rows[:, 2]], axis=1)[there]
+    narrow = bool(((numbers >= 0) & (numbers < 2**32)).all() and (numbers[:, 0] > 0).all() and not odd[there].any())
     column = np.zeros(len(rows), COLUMN if narrow else WIDE_COLUMN)
-    column["offset"] = np.where(there, rows[:, 0], -1)
-    column["size"], column["crc32"] = np.where(there, rows[:, 1], 0), np.where(there, rows[:, 2], 0)
+    if narrow:
+        for name, values in zip(COLUMN.names or (), numbers.T, strict=True):
+            column[name][there] = values
+    else:
+        for name, values in zip(PARTS, rows.T, strict=True):
+            column[name] = np.where(there, values, -1)
     return column
+
+
+def member_rows(column: NDArray[np.void]) -> NDArray[np.int64]:
+    """Return the members of a column as offset, size and CRC-32, int64 [samples, 3]; -1 where there is none."""
+    names = column.dtype.names or ()
+    rows = np.stack([column[name].astype(np.int64) for name in names], axis=1)
+    if names != PARTS:
+        missing = rows[:, 0] == 0
+        rows[:, 0] *= BLOCK
+        rows[missing] = -1
+    return rows
+
+
+_NUMBER = rb"(?:0|-?[1-9][0-9]{0,17})"
+_NUMBERS = re.compile(rb'("(?:offset|size|crc32)":)\[(' + _NUMBER + rb"(?:," + _NUMBER + rb")*)\]")
+
+
+def without_numbers(text: bytes) -> tuple[bytes, list[NDArray[np.int64]]]:
+    """Return the JSON of a sidecar with the place in a list in place of each list of numbers, and that list.
+
+    Numbers are read as columns, without an object for each. Lists that are written otherwise stay where they are.
+    """
+    found: list[NDArray[np.int64]] = []
+
+    def taken(match: re.Match[bytes]) -> bytes:
+        found.append(np.fromstring(match[2], np.int64, sep=","))
+        return b"%s%d" % (match[1], len(found) - 1)
+
+    return _NUMBERS.sub(taken, text), found

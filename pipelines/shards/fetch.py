@@ -115,7 +115,7 @@ class ShardFetcher:
             ShardCorruptError: one is damaged, or does not list as many samples as dataset.json says.
             StorageError: the store cannot be reached, or has no such sidecar.
         """
-        return self.index.get(shards, self.source, self._ranged.submit)
+        return self.index.get(shards, self.source)
 
     def require(self, shards: Sequence[ShardInfo]) -> None:
         """Wait until shards are complete and verified in the cache, unless it fails, or cannot hold them together.
@@ -152,6 +152,7 @@ class ShardFetcher:
     def close(self) -> None:
         """Stop all requests."""
         self._closed.set()
+        self.index.close()
         for pool in (self._ranged, self._whole):
             pool.shutdown(wait=False, cancel_futures=True)
         with self._lock:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.presentation.errors import PipelineError
-from pipelines.shards.columns import PARTS, Texts, member_column
+from pipelines.shards.columns import PARTS, Texts, member_column, member_rows, without_numbers
 from pipelines.storage import NotFoundError, Storage, join, layout
 
 SCHEMA_VERSION = 1
@@ -83,7 +83,7 @@ class ShardInfo:
 
 
 class ShardTable(Sequence[ShardInfo]):
-    """The shards of a split in columns, which take 80 bytes a shard; each `ShardInfo` is made when it is asked for.
+    """The shards of a split in columns, which take some 70 bytes a shard; each `ShardInfo` is made when it is asked for.
 
     Args:
         names: of the shards.
@@ -283,13 +283,11 @@ class Member:
 class ShardIndex:
     """The content of a sidecar, `SHARD.index.json`: the key of each sample, and the positions of its members.
 
-    It is stored in columns, because a reader needs a few members of thousands of samples: columns are read in a
-    millisecond, one object per sample would take twenty.
+    It is stored in columns: a reader needs a few members of thousands of samples, and has no object for each.
 
     Attributes:
         keys: keys of the samples, in the order of the tar.
-        columns: extension -> `offset`, `size` and `crc32` of each sample's member, [samples] of
-            `columns.COLUMN`; the offset is -1 where a sample has no such member.
+        columns: extension -> the samples' members, [samples] of `columns.COLUMN`; see `rows`.
     """
 
     keys: Sequence[str]
@@ -322,8 +320,13 @@ class ShardIndex:
 
     def members(self, i: int) -> dict[str, Member]:
         """Return the members of sample i by extension, in the order of the tar."""
-        there = {name: Member(*c[i].tolist()) for name, c in self.columns.items() if c["offset"][i] >= 0}
+        rows = {name: self.rows(name, [i])[0] for name in self.columns}
+        there = {name: Member(*row) for name, row in rows.items() if row[0] >= 0}
         return dict(sorted(there.items(), key=lambda item: item[1].offset))
+
+    def rows(self, extension: str, at: Sequence[int] | slice = slice(None)) -> list[list[int]]:
+        """Return offset, size and CRC-32 of some samples' members; all -1 where a sample has no such member."""
+        return member_rows(self.columns[extension][at]).tolist()
 
     def select(self, kept: Sequence[int]) -> ShardIndex:
         """Return the index of some of the samples."""
@@ -332,7 +335,7 @@ class ShardIndex:
     def to_json(self) -> str:
         """Return the text of the sidecar."""
         columns = {
-            name: {part: np.where(column["offset"] < 0, -1, column[part].astype(np.int64)).tolist() for part in PARTS}
+            name: dict(zip(PARTS, member_rows(column).T.tolist(), strict=True))
             for name, column in sorted(self.columns.items())
         }
         plain = {"schema_version": SIDECAR_VERSION, "keys": tuple(self.keys), "members": columns}
@@ -346,18 +349,21 @@ class ShardIndex:
             DatasetError: it is of another version, or damaged.
         """
         try:
-            plain = json.loads(text)
+            rest, numbers = without_numbers(text.encode() if isinstance(text, str) else text)
+            plain = json.loads(rest)
             version = plain["schema_version"]
             if version == SIDECAR_VERSION:
                 keys = tuple(map(str, plain["keys"]))
                 rows = {
-                    str(name): np.array([column[part] for part in PARTS], dtype=np.int64).T
+                    str(name): np.array(
+                        [numbers[c] if isinstance(c := column[part], int) else c for part in PARTS], np.int64
+                    ).T
                     for name, column in plain["members"].items()
                 }
                 if all(each.shape == (len(keys), 3) for each in rows.values()):
                     return cls(keys, {name: member_column(each) for name, each in rows.items()})
                 raise ValueError("its columns are not as long as its keys")
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise DatasetError(f"the shard index is damaged: {error}") from error
         raise DatasetError(f"the shard index has version {version}, this release reads {SIDECAR_VERSION}")
 

@@ -12,14 +12,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipelines.shards.cache import STALLED_S, ShardCache, held
 from pipelines.shards.columns import COLUMN, WIDE_COLUMN, Texts
@@ -28,13 +27,17 @@ from pipelines.shards.source import ShardSource
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 ALIGNED = 64
 """Bytes at whose multiples columns begin."""
+KEYS_ALIGNED = 1 << 16
+"""Bytes at whose multiple the keys begin: they are mapped apart, because they are for messages and hardly ever read."""
 OPEN = 256
 """Indexes that a process keeps open, more only for a batch that needs them: each is an open file."""
 UNUSED = 64
 """Batches without a sample of a shard after which its index is closed: its window has ended."""
+READERS = 2
+"""Sidecars that a process reads from the store at a time: each thread keeps some memory of what it has parsed."""
 POLL_S = 0.01
 """Seconds between looks for an index that another process reads from the store."""
 
@@ -53,21 +56,16 @@ class NodeIndex:
 
     def __init__(self, cache: ShardCache | None) -> None:
         self.cache = cache
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="index")
         self._lock, self._parsing = threading.Lock(), threading.Lock()
         self._opened: OrderedDict[str, tuple[Future[ShardIndex], int]] = OrderedDict()
         self._batches = 0
 
-    def get(
-        self,
-        shards: Sequence[ShardInfo],
-        source: ShardSource,
-        submit: Callable[[Callable[[ShardInfo, ShardSource], ShardIndex], ShardInfo, ShardSource], Future[ShardIndex]],
-    ) -> list[ShardIndex]:
+    def get(self, shards: Sequence[ShardInfo], source: ShardSource) -> list[ShardIndex]:
         """Return the indexes of the shards that a batch has samples of.
 
         Args:
             source: reads sidecars from the store.
-            submit: starts a call in a thread, so that several are read at a time.
 
         Raises:
             ShardCorruptError: a sidecar is damaged, or does not list as many samples as dataset.json says.
@@ -77,8 +75,8 @@ class NodeIndex:
         with self._lock:
             self._batches += 1
             for shard in shards:
-                opened = self._opened.pop(shard.sha256, None)
-                future = submit(self.read, shard, source) if opened is None else opened[0]
+                before = self._opened.pop(shard.sha256, None)
+                future = self._pool.submit(self.read, shard, source) if before is None else before[0]
                 self._opened[shard.sha256] = future, self._batches
                 futures.append(future)
             while len(self._opened) > len(shards):
@@ -95,6 +93,10 @@ class NodeIndex:
                     self._opened.pop(shard.sha256, None)
                 raise
         return found
+
+    def close(self) -> None:
+        """Read no more sidecars."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def forget(self, shards: Sequence[ShardInfo]) -> None:
         """Delete the indexes of shards whose bytes did not fit them: who mends a sidecar must not find the old one."""
@@ -157,14 +159,16 @@ class NodeIndex:
         found = opened(path, shard)
         return unpacked(data, shard) if found is None else found
 
-    def _packed(self, shard: ShardInfo, source: ShardSource) -> bytes:
+    def _packed(self, shard: ShardInfo, source: ShardSource) -> bytearray:
         """Return the content of an index file, read from the store."""
         text = source.read_sidecar(shard)
-        with self._parsing:  # the objects of a JSON take several times its bytes, and threads gain no time
-            return packed(source.parsed(shard, text), shard)
+        with self._parsing:  # what is parsed takes several times the bytes of the JSON, and threads gain no time
+            index = source.parsed(shard, text)
+            del text
+            return packed(index, shard)
 
 
-def packed(index: ShardIndex, shard: ShardInfo) -> bytes:
+def packed(index: ShardIndex, shard: ShardInfo) -> bytearray:
     """Return the content of an index file."""
     keys = Texts.of(index.keys)
     header = {
@@ -174,41 +178,43 @@ def packed(index: ShardIndex, shard: ShardInfo) -> bytes:
         "columns": {name: column.dtype == WIDE_COLUMN for name, column in index.columns.items()},
         "key_bytes": len(keys.data),
     }
-    parts = [json.dumps(header).encode(), *map(_bytes, index.columns.values()), _bytes(keys.ends), _bytes(keys.data)]
-    start = 32 + 8
-    content = [len(parts[0]).to_bytes(8, "little")]
-    for part in parts:
-        end = start + len(part)
-        content += [part, bytes(-end % ALIGNED)]
-        start = end + -end % ALIGNED
-    digest = hashlib.sha256()
-    for each in content:
-        digest.update(each)
-    return b"".join([digest.digest(), *content])
+    head = json.dumps(header).encode()
+    content = bytearray(32) + len(head).to_bytes(8, "little") + head
+    for column in index.columns.values():
+        content += bytes(-len(content) % ALIGNED) + column.tobytes()
+    content += bytes(-len(content) % KEYS_ALIGNED) + keys.ends.tobytes() + keys.data.tobytes()
+    content[:32] = hashlib.sha256(memoryview(content)[32:]).digest()
+    return content
 
 
-def unpacked(data: bytes | mmap.mmap, shard: ShardInfo) -> ShardIndex:
-    """Return the index in an index file, whose columns lie in the file's bytes.
+def unpacked(data: bytes | bytearray, shard: ShardInfo) -> ShardIndex:
+    """Return the index in the content of an index file, whose columns lie in these bytes.
 
     Raises:
         ValueError: it is of another version, shard, or number of samples.
     """
-    end = 40 + int.from_bytes(data[32:40], "little")
-    header = json.loads(data[40:end])
+    return _index(BytesIO(data), lambda start, stop: memoryview(data)[start:stop], shard)
+
+
+def _index(file: BinaryIO, part: Callable[[int, int], memoryview | mmap.mmap], shard: ShardInfo) -> ShardIndex:
+    """Return the index in a file, whose columns and keys lie in two parts of it."""
+    file.seek(32)
+    size = int.from_bytes(file.read(8), "little")
+    header, end = json.loads(file.read(size)), 40 + size
     there = header["version"], header["shard"], header["samples"]
     if there != (VERSION, shard.sha256, shard.samples):
         raise ValueError(f"it is {there}, not {(VERSION, shard.sha256, shard.samples)}")
-
-    def following(dtype: np.dtype[Any], count: int) -> NDArray[Any]:
-        nonlocal end
-        start = end + -end % ALIGNED
-        end = start + count * dtype.itemsize
-        return np.frombuffer(data, dtype, count, start)
-
-    samples = header["samples"]
-    columns = {name: following(WIDE_COLUMN if wide else COLUMN, samples) for name, wide in header["columns"].items()}
-    keys = Texts(following(np.dtype("<i8"), samples + 1), following(np.dtype("u1"), header["key_bytes"]))
-    return ShardIndex(keys, columns)
+    samples, places = header["samples"], {}
+    for name, wide in header["columns"].items():
+        dtype, start = WIDE_COLUMN if wide else COLUMN, end + -end % ALIGNED
+        places[name], end = (dtype, start), start + samples * dtype.itemsize
+    keys_at = end + -end % KEYS_ALIGNED
+    ends, stop = 8 * (samples + 1), keys_at + 8 * (samples + 1) + header["key_bytes"]
+    columns, keys = part(0, end), part(keys_at, stop)
+    return ShardIndex(
+        Texts(np.frombuffer(keys, "<i8", samples + 1), np.frombuffer(keys, np.uint8, offset=ends)),
+        {name: np.frombuffer(columns, dtype, samples, start) for name, (dtype, start) in places.items()},
+    )
 
 
 def opened(path: Path, shard: ShardInfo) -> ShardIndex | None:
@@ -233,12 +239,13 @@ def opened(path: Path, shard: ShardInfo) -> ShardIndex | None:
             # Read, not mapped: what is mapped counts as memory of the process.
             if file.read(32) != hashlib.file_digest(file, "sha256").digest():
                 raise ValueError("its SHA-256 is not that of its content")
-            return unpacked(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), shard)
+            return _index(file, lambda start, stop: _mapped(file, start, stop), shard)
         except ValueError as error:
             logger.warning("%s is damaged, on this node's disk, and is made again: %s", path, error)
             path.unlink(missing_ok=True)
             return None
 
 
-def _bytes(column: NDArray[Any]) -> bytes:
-    return column.tobytes()
+def _mapped(file: BinaryIO, start: int, stop: int) -> mmap.mmap:
+    """Return bytes of a file, of which only what is looked at, and what the kernel maps around it, is in memory."""
+    return mmap.mmap(file.fileno(), stop - start, access=mmap.ACCESS_READ, offset=start)

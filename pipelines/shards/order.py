@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
+DEALT = 4096
+"""Shards that are dealt to lanes at a time."""
 FEW = 16
 """Largest number of lanes and stretches of a batch that are handled one by one; above, the whole batch is located."""
 
@@ -190,17 +192,18 @@ class SampleOrder:
     def _make_plan(self, epoch: int) -> _EpochPlan:
         key = int.from_bytes(hashlib.sha256(f"{self.digest}/{self.seed}/{epoch}".encode()).digest()[:16], "little")
         order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self.shard_samples))
-        dealt: list[list[int]] = [[] for _ in range(self.lanes)]
+        dealt = np.empty_like(order)  # the lane of each shard, in this order
         heap = [(0, lane) for lane in range(self.lanes)]
-        for shard in order.tolist():
-            length, lane = heap[0]
-            dealt[lane].append(shard)
-            heapq.heapreplace(heap, (length + int(self.shard_samples[shard]), lane))
-        lengths = np.array([self.shard_samples[shards].sum() if shards else 0 for shards in dealt], dtype=np.int64)
+        for first in range(0, len(order), DEALT):  # not all at once: objects take more memory than the plan itself
+            for number, samples in enumerate(self.shard_samples[order[first : first + DEALT]].tolist(), first):
+                length, dealt[number] = heap[0]
+                heapq.heapreplace(heap, (length + samples, int(dealt[number])))
+        lengths = np.zeros(self.lanes, np.int64)
+        np.add.at(lengths, dealt, self.shard_samples[order])
         by_length = np.argsort(-lengths, kind="stable")
         lengths = lengths[by_length]
-        lane_shards = np.array([s for lane in by_length for s in dealt[lane]], dtype=np.int64)
-        counts = np.array([len(dealt[lane]) for lane in by_length], dtype=np.int64)
+        lane_shards = order[np.argsort(np.argsort(by_length)[dealt], kind="stable")]
+        counts = np.bincount(dealt, minlength=self.lanes)[by_length]
 
         # Between two distinct lane lengths the same lanes are live: these rounds are a segment.
         distinct = np.unique(lengths[lengths > 0])

@@ -212,7 +212,7 @@ class ShardReader:
     def _needed(self, index: ShardIndex, at: list[int]) -> list[dict[str, Member]]:
         """Return the members of each sample that a batch needs: one image, the label, the embedding."""
         names = [name for name in (*IMAGE_MEMBERS, "cls", "emb.npy") if name in index.columns]
-        rows = {name: index.columns[name][at].tolist() for name in names if name != "emb.npy" or self.text}
+        rows = {name: index.rows(name, at) for name in names if name != "emb.npy" or self.text}
         needed = []
         for j in range(len(at)):
             there = [name for name in rows if rows[name][j][0] >= 0]
