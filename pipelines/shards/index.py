@@ -83,7 +83,7 @@ class ShardInfo:
 
 
 class ShardTable(Sequence[ShardInfo]):
-    """The shards of a split in columns, which take some 70 bytes a shard; each `ShardInfo` is made when it is asked for.
+    """The shards of a split in columns of some 70 bytes a shard; each `ShardInfo` is made when it is asked for.
 
     Args:
         names: of the shards.
