@@ -176,7 +176,7 @@ class _SamplingActor(PooledActor):
         """Return the result of a method of the `Drawer` of a subject, by its reference in Ray's object store."""
         if self._subject != subject:
             self._drawer = None  # its networks leave the device first
-            model, prompts = unpacked(ray.get(subject[0]))
+            model, prompts = unpacked(self.fetch(subject[0]))
             self._drawer = Drawer(model, prompts, self.evaluator, self.storage)
             self._subject = subject
         return getattr(self._drawer, method)(*arguments)

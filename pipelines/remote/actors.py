@@ -22,10 +22,22 @@ class PooledActor:
     """The methods that every actor of a pool has."""
 
     _finished = 0
+    _waiting = False
 
     def ready(self) -> int:
-        """Return how many calls it has finished: the actor has started, and its process runs."""
-        return self._finished
+        """Return how many of its calls it is not working on: the finished ones, and one that waits for an object.
+
+        That it answers at all says that the actor has started, and its process runs.
+        """
+        return self._finished + self._waiting
+
+    def fetch(self, reference: Any) -> Any:
+        """Return an object of Ray's store; where the raylet of this node stands still, it does not come."""
+        self._waiting = True
+        try:
+            return ray.get(reference)
+        finally:
+            self._waiting = False
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Return the result of one of its methods."""
@@ -96,7 +108,7 @@ class ActorPool:
 
         A process that was stopped, or a node that hangs, would be waited for without end: Ray notices only those that
         are gone. Where the node's raylet alone stands still, the actor answers that it has finished its call, and the
-        result does not come.
+        result does not come, or that it waits for an object.
 
         Args:
             busy: actors that have a call.
@@ -114,8 +126,8 @@ class ActorPool:
                 self.asked[actor] = question, since
                 continue
             self.notice(
-                f"an actor of this work has not answered for {now - since:.0f} s, or its result has not come: its "
-                "process or its node stands still; it is ended, and another does its work"
+                f"an actor of this work has not answered for {now - since:.0f} s, or its result has not come, or "
+                "what it needs: its process or its node stands still; it is ended, and another does its work"
             )
             ray.kill(actor)
 

@@ -132,3 +132,30 @@ def test_an_actor_that_works_for_long_is_waited_for_and_one_whose_result_does_no
     assert number == 1
     assert PATIENCE_S <= at <= PATIENCE_S + 3 * LOOK_EVERY_S
     assert "or its result has not come" in said[0]
+
+
+def test_an_actor_that_waits_for_an_object_does_not_count_as_working(monkeypatch):
+    answers = []
+
+    class Fetching(PooledActor):
+        def take(self, reference):
+            answers.append(self.ready())
+            found = self.fetch(reference)
+            answers.append(self.ready())
+            return found
+
+    actor = Fetching()
+
+    def get(reference):
+        answers.append(actor.ready())
+        if reference == "lost":
+            raise KeyError(reference)
+        return reference
+
+    monkeypatch.setattr(ray, "get", get)
+    assert actor.call("take", "model") == "model"
+    assert answers == [0, 1, 0]  # working, waiting, working
+    assert actor.ready() == 1
+    with pytest.raises(KeyError):
+        actor.call("take", "lost")
+    assert actor.ready() == 2  # and not three
