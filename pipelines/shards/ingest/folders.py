@@ -16,7 +16,7 @@ from pipelines.shards.ingest.tables import METADATA
 from pipelines.shards.ingest.trees import Found, NoFile
 
 
-class Listed:
+class SourceListing:
     """The files of a source, sorted by the ranks of their names in a spool, and what decides its layout.
 
     Args:
@@ -79,7 +79,7 @@ class Listed:
         return {"": ""}
 
 
-def from_folders(where: str, listed: Listed, test_fraction: float) -> Draft:
+def from_folders(where: str, listed: SourceListing, test_fraction: float) -> Draft:
     """Return a source of images in class folders, or without labels where no image is in a folder.
 
     Raises:
@@ -98,7 +98,7 @@ def _is_child(folder: str, prefix: str) -> bool:
 
 
 def _images(
-    listed: Listed, roots: dict[str, str], classes: list[str], test_fraction: float
+    listed: SourceListing, roots: dict[str, str], classes: list[str], test_fraction: float
 ) -> Iterator[tuple[str, SourceImage]]:
     labels, notes = {name: i for i, name in enumerate(classes)}, listed.notes
     for key, records in listed.files.groups():

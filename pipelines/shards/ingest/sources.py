@@ -18,7 +18,7 @@ from PIL import Image
 from pipelines.environment.scratch import temporary_folder
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.collect import SUFFIXES, UNREAD_COLUMN, Draft, Filters, Notes
-from pipelines.shards.ingest.folders import Listed, from_folders
+from pipelines.shards.ingest.folders import SourceListing, from_folders
 from pipelines.shards.ingest.manifest import Manifest, SourceImage, write_manifest
 from pipelines.shards.ingest.pictured import from_parquet, has_pictures
 from pipelines.shards.ingest.places import TABLES, File, address, find_stored, open_stored, shown, text
@@ -92,7 +92,7 @@ def open_source(
         elif _is_table(uri):
             draft = _from_table(uri, storage, scratch, test_fraction, filters)
         else:
-            listed = Listed(find_all(uri, storage), Spool(scratch / "files"))
+            listed = SourceListing(find_all(uri, storage), Spool(scratch / "files"))
             if listed.tables:
                 draft = _from_metadata(shown(uri), listed, storage, test_fraction, filters)
             elif (listed.tars or listed.parquet) and not listed.pictured:
@@ -202,7 +202,9 @@ def _digits() -> Draft:
     return Draft(tuple(str(i) for i in range(10)), images, count, Notes())
 
 
-def _from_metadata(where: str, listed: Listed, storage: Storage, test_fraction: float, filters: Filters) -> Draft:
+def _from_metadata(
+    where: str, listed: SourceListing, storage: Storage, test_fraction: float, filters: Filters
+) -> Draft:
     """Return the source that the metadata of a folder or a zip describes."""
     names = sorted(listed.tables)
     tabled, columns = Tabled(listed.files, listed.notes, filters), set[str]()

@@ -23,7 +23,7 @@ READS_AT_ONCE = 8
 
 
 @dataclass
-class _Listed:
+class _TarListing:
     """A tar: its pictures, the rows that its other members make, and what cannot be used."""
 
     pictures: list[File] = field(default_factory=list)
@@ -70,10 +70,10 @@ def from_tars(
     return tabled.draft((), test_fraction, by_folder=False)
 
 
-def _list(file: File, split: str | None, storage: Storage, score: str | None) -> _Listed:
+def _list(file: File, split: str | None, storage: Storage, score: str | None) -> _TarListing:
     """Return what a tar holds, up to its damage where it is damaged."""
     assert isinstance(file.read, StoredFile)
-    listed = _Listed()
+    listed = _TarListing()
     try:
         for sample in read_samples(ObjectStream(file.read.uri, file.size, storage)):
             suffix = next((own for own in SUFFIXES if own[1:] in sample.members), None)

@@ -30,7 +30,7 @@ UNKNOWN = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
-class Folder:
+class SourceFolder:
     """A folder of a source, which may be empty.
 
     Attributes:
@@ -47,7 +47,7 @@ class NoFile:
     name: str
 
 
-Found = File | Folder | NoFile | BadImage
+Found = File | SourceFolder | NoFile | BadImage
 """What a listing yields; a `BadImage` is an entry of a zip that is not used."""
 
 
@@ -77,7 +77,7 @@ def _in_store(uri: str, storage: Storage) -> Iterator[Found]:
     for entry in storage.scan(uri):
         empty, name = False, entry.uri[len(uri) + 1 :]
         if name.endswith("/"):  # by such an object the consoles of S3 mark an empty folder
-            yield Folder(name.rstrip("/"))
+            yield SourceFolder(name.rstrip("/"))
         elif name:
             yield File(name, f"{entry.size} {entry.tag}", StoredFile(entry.uri))
     if empty:
@@ -101,7 +101,7 @@ def _in_folder(root: Path) -> Iterator[Found]:
                         onward = None if _hidden(name) else _way_to(entry.name, here, way)
                         if onward is not None:
                             coming.append((entry.path, f"{name}/", onward))
-                            yield Folder(name)
+                            yield SourceFolder(name)
                     elif stamp := stamp_of(Path(entry.path)):
                         yield File(name, stamp, StoredFile(f"file://{entry.path}"))
                     else:
@@ -157,7 +157,7 @@ def _in_zip(uri: str, storage: Storage) -> Iterator[Found]:
                 if entry.leads_out:
                     yield BadImage(entry.written, "has .. in its name, by which entries leave the folder of a zip")
                 elif name.endswith("/"):
-                    yield Folder(name.rstrip("/"))
+                    yield SourceFolder(name.rstrip("/"))
                 elif name:
                     yield File(name, f"{member.size} {member.crc:08x}", member)
     except zipfile.BadZipFile as error:

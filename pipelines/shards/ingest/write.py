@@ -36,7 +36,7 @@ from pipelines.shards.ingest.tasks import (
     write_shard,
 )
 from pipelines.shards.ingest.tasks import identify as identify_encoder
-from pipelines.shards.ingest.written import Written
+from pipelines.shards.ingest.written import MergedRecords
 from pipelines.shards.quarantine import drop_stale_quarantine
 from pipelines.storage import Storage, is_local, join, layout
 
@@ -131,7 +131,7 @@ def ingest(
     if connect is not None and len(listed.images) * seconds_of_image(listed.images, storage, form) > ALONE_S:
         connect()
     obstacle, threads = _obstacle_to_ray(source, uri), workers or max(1, len(os.sched_getaffinity(0)) // 2)
-    written = Written(listed, settings)
+    written = MergedRecords(listed, settings)
     with temporary_folder("alike") as scratch:
         images: Iterable[SourceImage] = listed.images
         if written.compared:
@@ -311,7 +311,7 @@ def _write_over_ray(
         raise error.cause from error
 
 
-def _publish(source: str, written: Written) -> Ingested:
+def _publish(source: str, written: MergedRecords) -> Ingested:
     """Store the report and the description of the dataset, and delete what belongs to no shard of it."""
     settings, listed = written.settings, written.listed
     storage, uri = settings.storage, settings.uri
@@ -336,7 +336,7 @@ def _publish(source: str, written: Written) -> Ingested:
     return Ingested(dataset, report.bad, report.empty_classes, report, written.reused)
 
 
-def _remove_stale(uri: str, shards: set[str], written: Written, storage: Storage) -> None:
+def _remove_stale(uri: str, shards: set[str], written: MergedRecords, storage: Storage) -> None:
     """Delete shards, sidecars and records that do not belong to the new dataset."""
     current = {name for shard in shards for name in (shard, layout.index_name(shard))} | {
         layout.progress_name(name) for name in written.planned

@@ -15,7 +15,7 @@ from pipelines.storage import layout
 
 
 @dataclass
-class Written:
+class MergedRecords:
     """Merges the records of finished shards, in any order.
 
     Attributes:
