@@ -14,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -28,6 +30,13 @@ def tar_bytes(entries):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def columns(**values):
+    """A Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(values), buffer)
     return buffer.getvalue()
 
 
@@ -163,6 +172,37 @@ KINDS = {
         alone({"l.csv": b"path\n\xff\n"}, "l.csv"),
         1,
         "l.csv is not UTF-8 (byte 5): save it",
+    ),
+    "a Parquet file without paths or pictures": (
+        alone({"l.parquet": columns(url=["https://host/a"])}, "l.parquet"),
+        1,
+        "l.parquet has the columns url; it needs `path`, and may have `label`",
+    ),
+    "a folder of Parquet files without pictures": (
+        alone({"a.parquet": columns(url=["https://host/a"])}),
+        1,
+        "a.parquet has the columns url; it needs one with the bytes of pictures, such as `image`",
+    ),
+    "a Parquet file that was cut short": (
+        alone({"l.parquet": columns(path=["a.png"])[:-9]}, "l.parquet"),
+        1,
+        "l.parquet is not a readable Parquet file",
+    ),
+    "a tar of no samples as a source": (alone({"a.tar": b"x" * 2000}, "a.tar"), 1, "a.tar holds no sample: has a"),
+    "scores of a column that is not there": (
+        alone({**pictures(4), "metadata.jsonl": jsonl(CAPTIONED)}, "", "data.min_score=[beauty,1]"),
+        1,
+        "metadata.jsonl has no column beauty, by which data.min_score leaves out images: name another one",
+    ),
+    "captions of a source without a table": (
+        alone(pictures(4), "", "data.min_caption=3"),
+        1,
+        "has no table, and data.min_caption leaves out images by what one says",
+    ),
+    "a score that is no number": (
+        alone(pictures(4), "", "data.min_score=[beauty,high]"),
+        2,
+        "data.min_score.1: Input should be a valid number",
     ),
     "an address of another kind": (
         lambda folder: ["ingest", "https://host/x.zip", "--to", f"file://{folder}/out", *BASE],

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import pickle
 import threading
+import time
 import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipelines.environment.scratch import temporary_folder
 from pipelines.shards.ingest import manifest as parts
@@ -187,3 +192,54 @@ def test_each_part_of_a_manifest_is_read_for_comparing_and_for_writing_alone(tmp
     assert len(storage.reads) > 8
     # The first ones are read once more, to estimate the time that an image takes.
     assert sorted(storage.reads.values())[:-2] == [2] * (len(storage.reads) - 2)
+
+
+MANY, KILLS = 100_000, 5
+
+
+@dataclass(frozen=True)
+class Tallied(Storage):
+    """Adds a byte to a file for each picture that is read, so that another process knows how many were."""
+
+    tally: str = ""
+
+    def read(self, uri, start=0, stop=None, **patience):
+        if uri.endswith(".png"):
+            descriptor = os.open(self.tally, os.O_APPEND | os.O_WRONLY | os.O_CREAT)
+            os.write(descriptor, b".")
+            os.close(descriptor)
+        return super().read(uri, start, stop, **patience)
+
+
+def ingest_many(source: str, to: str, tally: str) -> None:
+    ingest(source, to, Tallied(tally=tally), image_size=8, channels=1, workers=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_thousand_files_are_ingested_though_the_process_is_killed_five_times(tmp_path):
+    random = np.random.default_rng(0)
+    for number in range(MANY):
+        path = tmp_path / f"photos/{number % 10}/{number:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    source, tally = str(tmp_path / "photos"), tmp_path / "tally"
+    context, begun = multiprocessing.get_context("spawn"), []
+    for kill in range(1, KILLS + 1):
+        process = context.Process(target=ingest_many, args=(source, f"file://{tmp_path}/ds", str(tally)))
+        process.start()
+        while not tally.exists() or tally.stat().st_size < kill * 2 * MANY / (KILLS + 1):
+            assert process.is_alive()
+            time.sleep(0.05)
+        process.kill()
+        process.join()
+        begun.append(tally.stat().st_size)
+    ingest_many(source, f"file://{tmp_path}/ds", str(tally))
+    reads = tally.stat().st_size
+    ingest_many(source, f"file://{tmp_path}/whole", str(tmp_path / "other"))
+    once = (tmp_path / "other").stat().st_size
+    print(f"{MANY:,} files, killed after {begun} reads: {reads:,} reads, undisturbed {once:,}")
+    described = [json.loads((tmp_path / name / "dataset.json").read_text()) for name in ("ds", "whole")]
+    assert described[0] == described[1]
+    # A part of fingerprints or a shard that was being made is made again; a worker has two of a kind under way.
+    assert reads - once <= KILLS * 2 * max(parts.IMAGES_IN_A_PART, 1000)
