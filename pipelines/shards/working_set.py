@@ -86,11 +86,11 @@ class WorkingSet:
 
     def choice(self, cache_bytes: int) -> str:
         """Return a line that says whether shards are read as a whole or by ranges, why, and what changes it."""
-        used, there = self.bytes / 2**30, cache_bytes / 2**30
-        why = (
-            f"{self.lanes:,} of {self.all_lanes:,} lanes, with windows of {self.window:,} and the next ones, take "
-            f"{used:,.2f} GiB"
-        )
+        there, used = cache_bytes / 2**30, f"{self.bytes / 2**30:,.2f} GiB"
+        if self.bytes < 2**30:
+            used = f"{self.bytes / 2**20:,.1f} MiB"
+        lanes = f"{self.lanes:,} of {self.all_lanes:,} lanes, with windows of {self.window:,}"
+        why = f"{lanes} and the next ones, take {used}"
         if self.fits(cache_bytes):
             return f"whole shards are cached on this node: {why} of data.cache_gib={there:,.2f}"
         return (

@@ -85,6 +85,7 @@ def test_the_logged_model_has_the_scores_and_the_loss_of_its_images(digits, clie
     assert {m.step for m in model.metrics} == {6400}
 
 
+CHOICE = "whole shards are cached on this node: .*"
 STAGES = {
     "s3", "mlflow", "ray", "ingest", "note", "dataset", "report", "train", "goodput", "evaluator", "evaluate",
     "accuracy", "variety", "bits/dim", "copies", "distance", "gate", "register", "registry", "grid",
@@ -95,12 +96,16 @@ def test_nothing_but_our_own_lines_is_on_the_terminal_of_a_healthy_run(digits):
     """Neither Ray's banners and logs nor anybody's deprecation and other warnings, nor a warning of ours."""
     foreign = [line for line in digits.err.splitlines() if line[:10].strip() not in STAGES or line[10:12] != "  "]
     assert foreign == []
-    assert not re.search(r"(?i)warn|deprecat|traceback|rank \d", digits.err)
+    chosen = re.findall(rf"^     train  rank 0: {CHOICE}$", digits.err, re.MULTILINE)
+    assert len(chosen) == 1
+    assert not re.search(r"(?i)warn|deprecat|traceback|rank \d", digits.err.replace(chosen[0], ""))
 
 
-def test_a_healthy_runs_workers_have_nothing_to_say(digits, shell):
+def test_a_healthy_runs_workers_say_how_they_read_and_nothing_else(digits, shell):
     said = shell.ok("logs", "digits", "--json")
-    assert [line for line in said.answer["lines"] if line["logger"].startswith(("pipelines", "ddpm"))] == []
+    ours = [line for line in said.answer["lines"] if line["logger"].startswith(("pipelines", "ddpm"))]
+    assert [(line["level"], line["rank"]) for line in ours] == [("INFO", 0)]
+    assert re.fullmatch(CHOICE, ours[0]["message"])
 
 
 def test_a_report_holds_what_is_recorded_of_a_version_and_is_kept_with_its_run(digits, shell, client, tmp_path):
