@@ -129,7 +129,7 @@ def _basis(
     )
     evaluations = int(user.get("sampler.steps", SAMPLING.steps)) * (2 if guided else 1)
     speed = machine.speeds[candidate.key]
-    judging = clock.judging(source, machine, speed, candidate.size, budget_s, evaluations, texts, compared)
+    judging = clock.judging(source, machine, candidate, budget_s, evaluations, texts, compared)
     fixed = clock.fixed_seconds(source, machine) | judging.seconds
     training_s = float(user.get("training_s", None) or clock.left_for_training(budget_s, fixed))
     workers = _workers(machine, user)

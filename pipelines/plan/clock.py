@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipelines.plan.budget import format_duration, written
 from pipelines.plan.calibration import CALIBRATION
 from pipelines.plan.facts import MachineFacts, Plan, SourceFacts, Speed
+from pipelines.plan.networks import Candidate
 from pipelines.presentation.errors import ConfigError
 from pipelines.shards.ingest.write import ALONE_S
 
@@ -116,8 +117,7 @@ def grids(speed: Speed, machine: MachineFacts, training_s: float, evaluations: i
 def judging(
     source: SourceFacts,
     machine: MachineFacts,
-    speed: Speed,
-    size: int,
+    candidate: Candidate,
     budget_s: float,
     evaluations: int,
     texts: bool,
@@ -126,7 +126,7 @@ def judging(
     """Return how the model is evaluated.
 
     Args:
-        size: image size in pixels.
+        candidate: the network that draws the samples, whose speed was measured.
         evaluations: network evaluations per sample.
         texts: whether prompts are judged too, by a separate network.
         compared: whether the gate will compare the model with a version that has the alias.
@@ -134,7 +134,8 @@ def judging(
     kind = "classifier" if len(source.class_counts) > 1 else "contrastive"
     # The evaluator sees half of the images, or all where they are few; see `evaluation.evaluators.share`.
     shown = source.train_images if source.train_images < 1_000 else min(source.train_images // 2, 50_000)
-    judge_step_s = machine.judge_step_s.get(size, 0.02) * (2 if texts else 1)
+    speed = machine.speeds[candidate.key]
+    judge_step_s = machine.judge_step_s.get(candidate.size, 0.02) * (2 if texts else 1)
     of_pass = math.ceil(shown / JUDGE_BATCH) * judge_step_s
     passes = min(
         CALIBRATION.judging.passes[kind],

@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 Wanted = Sequence[tuple[ShardInfo, Sequence[Member]]]
 Span = tuple[int, int]
 """Positions [start, stop) of bytes of a shard."""
+REQUESTS = 16
+"""Ranged GETs at a time."""
+DOWNLOADS = 2
+"""Shards that are completed in the background at a time."""
 FILL_BYTES = 8 << 20
 """Bytes of one background request that completes a shard in the cache."""
 YIELD_S = 0.5
@@ -53,8 +57,6 @@ class ShardFetcher:
         cache: the node's cache; None for ranged requests only, where it is too small (see `WorkingSet`).
         index: the node's index; None for that in `cache`.
         block_bytes: size of the blocks of a partial shard.
-        requests: number of concurrent ranged GETs.
-        downloads: number of shards that are completed in the background at a time.
     """
 
     def __init__(
@@ -65,15 +67,13 @@ class ShardFetcher:
         *,
         index: NodeIndex | None = None,
         block_bytes: int = 256 << 10,
-        requests: int = 16,
-        downloads: int = 2,
     ) -> None:
         self.source, self.cache = ShardSource(uri, storage), cache
         self.index = NodeIndex(cache) if index is None else index
         self.block_bytes = block_bytes
         self.stats = self.source.stats
-        self._ranged = ThreadPoolExecutor(requests, thread_name_prefix="ranged")
-        self._whole = ThreadPoolExecutor(downloads, thread_name_prefix="whole")
+        self._ranged = ThreadPoolExecutor(REQUESTS, thread_name_prefix="ranged")
+        self._whole = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="whole")
         self._closed = threading.Event()
         self._wanted = 0  # number of ranged requests that readers wait for
         self._idle = threading.Condition()

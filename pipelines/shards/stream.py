@@ -9,18 +9,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
 
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import Dataset, DatasetError
+from pipelines.shards.index import Dataset
 from pipelines.shards.mixture import MixtureOrder, Schedule, by_stretch, shared_lanes
 from pipelines.shards.order import Ints, Located, SampleOrder
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.shards.read import Batch, ShardReader
-from pipelines.shards.working_set import NodePiece, ranks_of_node, working_set
+from pipelines.shards.working_set import NodePiece, working_set
 from pipelines.storage import Storage, Throttling
 
 A = TypeVar("A")
@@ -157,93 +156,6 @@ class TrainingStream:
         """Read and decode this rank's part of the global batch that begins with ordinal `first`."""
         batch = self.reader.batch(self.piece(first))
         return batch.pinned() if torch.cuda.is_available() else batch
-
-
-class ShardDataset(IterableDataset[dict[str, Any]]):
-    """One rank's endless samples as WebDataset sample dicts: the source of a pipeline of WebDataset stages.
-
-
-        source = ShardDataset(dataset, "train", storage, settings, batch_size=256, rank=rank, world_size=world_size)
-        pipeline = webdataset.DataPipeline(source, webdataset.decode("torchrgb"), webdataset.to_tuple("png", "cls"))
-
-    A sample has `__key__`, `__url__`, `__ordinal__` (its number in the stream of all ranks) and its members' bytes by
-    extension. Of the n workers of a DataLoader, worker i yields every n-th sample from the i-th on, so that
-    `DataLoader(source, batch_size=None, num_workers=n)` has the order of one process and repeats no sample. After a
-    stage that shuffles or filters, the stream is no longer a function of the ordinal.
-
-    The state is the digest of the stream and the number of samples that all ranks together have seen, at a boundary of
-    batches. `state_dict` returns it in the process that iterates. Where DataLoader workers iterate, only the consumer
-    knows how many batches it has taken, so it has to pass `samples_seen` itself.
-
-    Args:
-        batch_size: size of the global batch, which is divided among the ranks.
-        samples_seen: the ordinal to begin with, a multiple of the batch size.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        split: str,
-        storage: Storage,
-        settings: StreamSettings,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        samples_seen: int = 0,
-        quarantine: Quarantine | None = None,
-    ) -> None:
-        if not 0 <= rank < world_size <= batch_size:
-            raise ValueError(
-                f"need 0 <= rank < world_size <= batch_size, got rank={rank}, world_size={world_size} and "
-                f"batch_size={batch_size}: a rank beyond the batch would have no sample"
-            )
-        if samples_seen % batch_size:
-            raise ValueError(f"samples_seen = {samples_seen} is not a multiple of batch_size = {batch_size}")
-        self.dataset, self.split, self.storage, self.settings = dataset, split, storage, settings
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.samples_seen, self.quarantine = samples_seen, quarantine
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield this rank's samples from `samples_seen` on."""
-        info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        # Created here, because threads and locks cannot be pickled for the workers of a DataLoader.
-        piece = NodePiece.of(self.batch_size, ranks_of_node(self.rank, self.world_size), self.world_size)
-        reader, order = open_stream(self.dataset, self.split, self.storage, self.settings, self.quarantine, piece=piece)
-
-        def load(first: int) -> list[dict[str, Any]]:
-            return reader.samples(order.piece(first, self.batch_size, self.rank, self.world_size))
-
-        firsts = itertools.count(self.samples_seen, self.batch_size)
-        number = 0
-        try:
-            for samples in read_ahead(load, firsts, self.settings.threads, self.settings.prefetch):
-                for sample in samples:
-                    if number % workers == worker:
-                        yield sample
-                    number += 1
-                self.samples_seen += self.batch_size
-        finally:
-            reader.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position in the stream, for a checkpoint."""
-        return {"samples_seen": self.samples_seen, "digest": stream_digest(self.dataset, self.quarantine)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state.
-
-        Raises:
-            DatasetError: it is of another dataset or quarantine.
-        """
-        here = stream_digest(self.dataset, self.quarantine)
-        if state["digest"] != here:
-            raise DatasetError(
-                f"the state is of a stream with digest {str(state['digest'])[:12]}, this one has {here[:12]}: the "
-                "dataset or its quarantine has changed, and with it which sample is which"
-            )
-        self.samples_seen = state["samples_seen"]
 
 
 def read_ahead(load: Callable[[A], T], asked: Iterable[A], threads: int, prefetch: int) -> Iterator[T]:

@@ -116,4 +116,5 @@ def start_daemon(home: Path, running: dict[str, StartedService]) -> StartedServi
 def _launch(name: str, command: list[str], home: Path, url: str, probes: tuple[str, ...]) -> StartedService:
     """Start a process of Dagster in the folder of this one, to which paths of sources are relative."""
     environment = orchestrator_environment(home)
-    return launch(name, command, home, environment, url, url, probes, folder=Path(os.getcwd()))
+    process = launch(name, command, home, environment, folder=Path(os.getcwd()))
+    return StartedService.of(process, url, probes)

@@ -38,19 +38,22 @@ class StartedService:
     probes: tuple[str, ...]
     private: bool = False
 
+    @classmethod
+    def of(
+        cls, process: psutil.Process, url: str, probes: tuple[str, ...], *, address: str = "", private: bool = False
+    ) -> StartedService:
+        """Return the record of a process; clients use `url` where no other address is given."""
+        return cls(process.pid, process.create_time(), url, address or url, probes, private)
+
 
 def launch(
     name: str,
     command: list[str],
     home: Path,
     environment: dict[str, str],
-    url: str,
-    address: str,
-    probes: tuple[str, ...],
-    private: bool = False,
     folder: Path | None = None,
-) -> StartedService:
-    """Start a service in its own session, which Ctrl-C in the terminal does not reach, and return its record.
+) -> psutil.Process:
+    """Start a service in its own session, which Ctrl-C in the terminal does not reach, and return its process.
 
     Args:
         folder: working directory; None for the folder of the stack.
@@ -68,7 +71,7 @@ def launch(
             env={**inherited, **environment},
             umask=0o077 if name == "s3" else -1,  # Ray shares a folder with those of other users
         )
-    return StartedService(process.pid, psutil.Process(process.pid).create_time(), url, address, probes, private)
+    return psutil.Process(process.pid)
 
 
 def find_process(service: StartedService) -> psutil.Process | None:

@@ -62,7 +62,7 @@ def _start_s3(home: Path, running: dict[str, StartedService]) -> StartedService:
     # S3 answers before its bucket exists, which the filer shows, and before it can store files, which the master shows.
     bucket = f"{scheme}://127.0.0.1:{ports['filer.port']}/buckets/{BUCKET}/"
     volumes = f"{scheme}://127.0.0.1:{ports['master.port']}/dir/assign"
-    return launch("s3", command, home, {}, url, url, (url, bucket, volumes), private)
+    return StartedService.of(launch("s3", command, home, {}), url, (url, bucket, volumes), private=private)
 
 
 def _start_mlflow(home: Path, running: dict[str, StartedService]) -> StartedService:
@@ -77,7 +77,7 @@ def _start_mlflow(home: Path, running: dict[str, StartedService]) -> StartedServ
         command += ["--app-name", "basic-auth"]
         environment |= mlflow_environment(home)
     url = f"http://127.0.0.1:{port}"
-    return launch("mlflow", command, home, environment, url, url, (f"{url}/health",), private)
+    return StartedService.of(launch("mlflow", command, home, environment), url, (f"{url}/health",), private=private)
 
 
 def _start_ray(home: Path, running: dict[str, StartedService]) -> StartedService:
@@ -104,8 +104,8 @@ def _start_ray(home: Path, running: dict[str, StartedService]) -> StartedService
     environment |= {name: str(port) for name, port in ports.items() if name.isupper()}
     environment |= ray_environment(home) | s3_environment(home, running)
     url = f"http://127.0.0.1:{ports['dashboard-port']}"
-    address = f"127.0.0.1:{ports['port']}"
-    return launch("ray", command, home, environment, url, address, (f"{url}/api/version",), read_private(home))
+    process, address = launch("ray", command, home, environment), f"127.0.0.1:{ports['port']}"
+    return StartedService.of(process, url, (f"{url}/api/version",), address=address, private=read_private(home))
 
 
 STARTERS: dict[str, Callable[[Path, dict[str, StartedService]], StartedService]] = {

@@ -116,12 +116,11 @@ def find_evaluator(config: Config, dataset: Dataset) -> Evaluator | None:
     Raises:
         ConfigError, DatasetError: as `open_evaluator`.
     """
-    storage = Storage.of(config)
     check_evaluator(config, dataset)
     kind = evaluator_kind(config, dataset)
     if kind == "classifier" or kind == "contrastive":
-        return find(kind, dataset, storage, config.registry)
-    with _local(config.evaluation.weights, storage) as path:
+        return find(kind, dataset, config)
+    with _local(config.evaluation.weights, Storage.of(config)) as path:
         return open_inception(path) if kind == "inception" else open_encoder(path, config.evaluation, dataset)
 
 
@@ -136,7 +135,7 @@ def open_matcher(
 
     Its encoder is a `Matcher`, and its accuracy the share of real test images whose own caption matches best.
     """
-    found = find("captions", dataset, Storage.of(config), config.registry)
+    found = find("captions", dataset, config)
     return _train("captions", config, dataset, notice, connect) if found is None else found
 
 
@@ -154,7 +153,7 @@ def _train(
     training = Training(kind, dataset, config)
     use_gpu = config.cluster.gpus_per_worker > 0
     trained = train_on_ray(training, use_gpu=use_gpu) if ray.is_initialized() else training()
-    return store(kind, trained, dataset, Storage.of(config), config.registry)
+    return store(kind, trained, dataset, config)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors.torch import load
 
-from pipelines.config import RegistryConfig
+from pipelines.config import Config, RegistryConfig
 from pipelines.evaluation.evaluators.base import Evaluator
 from pipelines.evaluation.evaluators.classifier import MAX_SIDE
 from pipelines.evaluation.evaluators.share import TrainShare
@@ -26,11 +26,11 @@ from pipelines.signing import Authority, Derived, SignatureError, Trust, said
 from pipelines.storage import ConflictError, Storage, join, layout
 
 
-def find(kind: Trainable, dataset: Dataset, storage: Storage, config: RegistryConfig) -> Evaluator | None:
+def find(kind: Trainable, dataset: Dataset, config: Config) -> Evaluator | None:
     """Return the stored evaluator of a dataset; None where none was trained yet.
 
     Args:
-        config: says whose evaluators are believed.
+        config: of the store, and of whose evaluators are believed.
 
     Raises:
         DatasetError: nobody who is believed has signed the record, or the stored weights are not those that it names.
@@ -38,23 +38,23 @@ def find(kind: Trainable, dataset: Dataset, storage: Storage, config: RegistryCo
     # What an earlier release has stored goes first: scores that were made with it stay comparable.
     kinds: list[Trainable | None] = [None, kind] if kind == "classifier" else [kind]
     for of in kinds:
-        place = _place(of, dataset, storage)
-        record = _believed(place, config)
+        place = _place(of, dataset, Storage.of(config))
+        record = _believed(place, config.registry)
         if record is not None:
             return _opened(kind, dataset, place, record)
     return None
 
 
-def store(kind: Trainable, trained: Trained, dataset: Dataset, storage: Storage, config: RegistryConfig) -> Evaluator:
+def store(kind: Trainable, trained: Trained, dataset: Dataset, config: Config) -> Evaluator:
     """Store an evaluator, unless another process has stored one meanwhile, and return the one that is stored.
 
     Args:
-        config: says who signs, and whose evaluators are believed.
+        config: of the store, of who signs, and of whose evaluators are believed.
 
     Raises:
         DatasetError: another process has stored one that is not believed, or whose weights its record does not name.
     """
-    place, authority = _place(kind, dataset, storage), Authority.of(config)
+    place, authority = _place(kind, dataset, Storage.of(config)), Authority.of(config.registry)
     weights_digest = hashlib.sha256(trained.weights).hexdigest()
     name = f"{weights_digest[:16]}.safetensors"
     side = min(dataset.image_size, MAX_SIDE)
@@ -75,13 +75,13 @@ def store(kind: Trainable, trained: Trained, dataset: Dataset, storage: Storage,
     }
     place.write(name, trained.weights)
     try:
-        storage.write_if(place.uri, place.sealed(record, authority.signer), None)
+        place.storage.write_if(place.uri, place.sealed(record, authority.signer), None)
     except ConflictError:
-        theirs = _believed(place, config)
+        theirs = _believed(place, config.registry)
         assert theirs is not None
         record = theirs
         if record["weights"] != name:
-            storage.delete(join(place.folder, name))
+            place.storage.delete(join(place.folder, name))
     return _opened(kind, dataset, place, record)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import ray
 from ray import cloudpickle
 from ray.exceptions import RayError
@@ -37,7 +39,7 @@ class _Trainer(TorchTrainer):
 
 
 def make_trainer(
-    function: Callable[[dict[str, bytes]], None],
+    function: Callable[[worker.Call], None],
     given: object,
     cluster: ClusterConfig,
     name: str,
@@ -49,13 +51,15 @@ def make_trainer(
 
     Args:
         function: what a worker calls, one of those in `worker`.
-        given: to the function, as a pickle that Ray Train's controller need not load.
+        given: to the function, as a pickle that Ray Train's controller need not load; see `worker.given`.
         name: for Ray's dashboard.
         monitor: handle of the run's monitor, which is told why workers are started again; None for several runs.
     """
+    buffers: list[pickle.PickleBuffer] = []
+    pickled = cloudpickle.dumps(given, protocol=5, buffer_callback=buffers.append)
     return _Trainer(
         function,
-        train_loop_config={"pickled": cloudpickle.dumps(given)},
+        train_loop_config={"pickled": pickled, "buffers": [np.frombuffer(each.raw(), np.uint8) for each in buffers]},
         torch_config=torch_config(cluster),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,

@@ -7,17 +7,26 @@ the functions, and their arguments come as a pickle.
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 from pipelines.training import STARTED
 
+Call = dict[str, Any]
+"""What Ray Train passes to a worker: under "pickled" a pickle, under "buffers" the arrays that it leaves out."""
 
-def train(call: dict[str, bytes]) -> None:
+
+def given(call: Call) -> Any:
+    """Return what the driver has given, whose arrays lie in Ray's object store: once on a node, and read-only."""
+    return pickle.loads(call["pickled"], buffers=call["buffers"])
+
+
+def train(call: Call) -> None:
     """Train one rank's part of a run that has a Ray Train run of its own.
 
     Args:
-        call: under "pickled", the pickle of (job, handle of the run's monitor actor).
+        call: with (job, handle of the run's monitor actor).
     """
-    job, monitor = pickle.loads(call["pickled"])
+    job, monitor = given(call)
     from pipelines.training.loop.train import train_rank
     from pipelines.training.ray_train.shell import failed_for_good, open_rank
 
@@ -27,13 +36,13 @@ def train(call: dict[str, bytes]) -> None:
         train_rank(context, shell, STARTED)
 
 
-def train_one_after_another(call: dict[str, bytes]) -> None:
+def train_one_after_another(call: Call) -> None:
     """Train one rank's part of run after run, as a reusable worker.
 
     Args:
-        call: under "pickled", the pickle of the handle of the driver's job queue.
+        call: with the handle of the driver's job queue.
     """
-    queue = pickle.loads(call["pickled"])
+    queue = given(call)
     from pipelines.training.ray_train.reusable_workers import train_jobs
 
     train_jobs(queue)

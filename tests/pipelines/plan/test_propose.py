@@ -19,7 +19,7 @@ from pipelines.plan.choose import drawing_precision, methods
 from pipelines.plan.facts import Mirror, UserOverrides
 from pipelines.plan.lines import source_name
 from pipelines.plan.measure import trial_config
-from pipelines.plan.networks import candidates
+from pipelines.plan.networks import Candidate, candidates
 from pipelines.plan.propose import propose
 from tests.pipelines.plan.cases import DIGITS, GPU, LAPTOP, PHOTOS, PICTOGRAMS, SOURCES, UNLABELLED, machine
 
@@ -102,9 +102,9 @@ def test_captioned_pictures_are_conditioned_on_their_captions():
 
 
 def test_prompts_are_judged_by_a_network_that_is_trained_as_long_as_the_evaluator_when_scores_are_computed():
-    speed = LAPTOP.speeds["narrow@32"]
+    narrow = Candidate(32, "narrow")
     alone, both = (
-        clock.judging(PICTOGRAMS, LAPTOP, speed, 32, 4 * 3600.0, 30, texts, compared=False) for texts in (False, True)
+        clock.judging(PICTOGRAMS, LAPTOP, narrow, 4 * 3600.0, 30, texts, compared=False) for texts in (False, True)
     )
     assert both.passes == alone.passes
     assert both.seconds["evaluator"] == pytest.approx(alone.seconds["evaluator"])

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from pipelines.shards.audit.foreign import index_tars
 from pipelines.shards.index import Dataset, read_dataset
-from pipelines.shards.stream import ShardDataset, StreamSettings
+from pipelines.shards.stream import StreamSettings
+from pipelines.shards.torch_dataset import ShardDataset
 from pipelines.storage import Storage
 from tests.forked import FORKING
 

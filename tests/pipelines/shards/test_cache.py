@@ -21,7 +21,8 @@ from pipelines.shards.audit.foreign import index_tars
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
 from pipelines.shards.index import Member, ShardInfo, read_dataset
-from pipelines.shards.stream import ShardDataset, StreamSettings
+from pipelines.shards.stream import StreamSettings
+from pipelines.shards.torch_dataset import ShardDataset
 from pipelines.shards.working_set import WorkingSet
 from pipelines.storage import Storage, StorageError
 from tests.forked import FORKING

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pipelines.shards.index import Dataset, MixtureSource, ShardInfo
 from pipelines.shards.mixture import MixtureOrder, Schedule, shared_lanes
 from pipelines.shards.order import SampleOrder, span_of
-from pipelines.shards.stream import ShardDataset, StreamSettings
-from pipelines.shards.torch_dataset import StreamDataset
+from pipelines.shards.stream import StreamSettings
+from pipelines.shards.torch_dataset import ShardDataset, StreamDataset
 from pipelines.shards.working_set import NodePiece, WorkingSet, lanes_of, lanes_of_mixture, ranks_of_node, working_set
 from pipelines.storage import Storage
 

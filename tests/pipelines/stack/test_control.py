@@ -128,7 +128,7 @@ def test_a_service_whose_port_another_program_took_before_it_listened_is_started
             taken.append(socket.create_server(("127.0.0.1", port)))
         url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
-        return launch("s3", command, home, {}, url, url, (url,))
+        return StartedService.of(launch("s3", command, home, {}), url, (url,))
 
     monkeypatch.setattr(control, "STARTERS", {"s3": start})
     try:

@@ -1,3 +1,4 @@
+import psutil
 import pytest
 
 from pipelines.stack import StackError, services
@@ -12,7 +13,12 @@ def test_missing_weed_names_the_remedy(tmp_path, monkeypatch):
 
 def test_ray_offers_the_cores_that_a_container_leaves_and_not_those_of_the_machine(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(services, "launch", lambda *arguments: started.append(arguments))
+
+    def launch(*arguments):
+        started.append(arguments)
+        return psutil.Process()
+
+    monkeypatch.setattr(services, "launch", launch)
     monkeypatch.setattr(services, "whole_cores", lambda: 11)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     STARTERS["ray"](tmp_path, {})

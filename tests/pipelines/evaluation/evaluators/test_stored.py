@@ -34,16 +34,16 @@ def trained(dataset, seed, kind="classifier"):
     return Trained(weights, TrainShare(dataset.digest, total, total // 2), 0.5 if kind == "classifier" else None)
 
 
-def registry(*overrides):
-    return compose(["+experiment=digits", *overrides]).registry
+def config(*overrides):
+    return compose(["+experiment=digits", *overrides])
 
 
 def find(kind, dataset, *overrides):
-    return stored.find(kind, dataset, Storage(), registry(*overrides))
+    return stored.find(kind, dataset, config(*overrides))
 
 
 def store(kind, made, dataset):
-    return stored.store(kind, made, dataset, Storage(), registry())
+    return stored.store(kind, made, dataset, config())
 
 
 def record_of(dataset, kind="classifier"):

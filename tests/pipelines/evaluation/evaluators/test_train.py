@@ -75,10 +75,10 @@ def test_large_images_are_reduced_once_and_at_every_judgement(labelled, config, 
     trained = Training("classifier", labelled, config())()
     images = to_levels(split(labelled, "train", tmp_path).images)
     assert seen["images"][0].shape[1:] == (1, 6, 6)
-    found = stored.store("classifier", trained, labelled, Storage(), config().registry)
+    found = stored.store("classifier", trained, labelled, config())
     assert found.preparation.startswith("reduced to 6 pixels")
     assert torch.equal(found.encoder(images).features, found.encoder(seen["images"][0]).features)
-    again = stored.find("classifier", labelled, Storage(), config().registry)
+    again = stored.find("classifier", labelled, config())
     assert torch.equal(again.encoder(images).features, found.encoder(images).features)
 
 
