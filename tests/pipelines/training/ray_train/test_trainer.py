@@ -6,17 +6,29 @@ import gc
 import pickle
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import ray
 from ray import cloudpickle
 from ray.train.torch import TorchTrainer
 
 from pipelines.config import ClusterConfig, compose
+from pipelines.training.ray_train import worker
 from pipelines.training.ray_train.trainer import make_trainer, torch_config
 
 
 def cluster(*overrides: str) -> ClusterConfig:
     return compose(["+experiment=digits", *(f"cluster.{o}" for o in overrides)]).cluster
+
+
+def test_workers_have_the_arrays_of_what_they_are_given_where_ray_stores_them():
+    shards = np.arange(1000)
+    call = make_trainer(print, {"shards": shards, "name": "r"}, cluster(), "r").train_loop_config
+    assert len(call["pickled"]) < shards.nbytes  # it is a few bytes for each of the workers
+    found = worker.given(call)
+    assert found["name"] == "r"
+    np.testing.assert_array_equal(found["shards"], shards)
+    assert any(np.shares_memory(found["shards"], stored) for stored in call["buffers"])
 
 
 def failure_config(*overrides: str):
