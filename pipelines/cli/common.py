@@ -63,7 +63,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only errors and problems of the training.")]
 Folder = Annotated[str, typer.Argument(callback=check_address, help="s3://BUCKET/PATH or file:///PATH of the shards")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Shards to read at a time; default twice the cores, at most 32")
+    int | None,
+    typer.Option(
+        min=1, help="Shards that this process reads at a time; default twice the cores, at most 32, or Ray's tasks"
+    ),
 ]
 
 
@@ -115,11 +118,6 @@ def compose(overrides: Sequence[str] | None) -> Config:
 def compose_connected(overrides: list[str] | None) -> Config:
     """Return the configuration of these overrides, connected to S3, MLflow and Ray."""
     return connect(compose(overrides), SERVICES)
-
-
-def connect_to_folder(uri: str, overrides: list[str] | None) -> Config:
-    """Return the configuration of these overrides, connected to S3 if the folder is on S3."""
-    return connect(compose(overrides), ["s3"] if uri.startswith("s3://") else [])
 
 
 def connect_for_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,12 +20,13 @@ from pipelines.cli.common import (
     class_names,
     compose,
     connect,
-    connect_to_folder,
     terminal,
 )
 
 if TYPE_CHECKING:
     from pipelines.config import Config
+    from pipelines.shards.audit.recorded import TarReading
+    from pipelines.storage import Storage
 
 
 def ingest(
@@ -41,8 +43,7 @@ def ingest(
     check_source(source)
     config = _compose_ingest(source, to, overrides or [])
     check_there(config.data.source)
-    # With a cluster address Ray writes the shards; otherwise this process does, and nothing has to be started.
-    over_ray = bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+    over_ray = _names_cluster(config)
     config = connect(config, ["s3"] if any(end.startswith("s3://") for end in (source, to)) else [])
 
     from pipelines.flow.ingest import write_dataset
@@ -66,6 +67,31 @@ def ingest(
             "reused_shards": done.reused_shards,
         },
     )
+
+
+def _names_cluster(config: Config) -> bool:
+    """Return whether Ray does the work; without an address of a cluster this process does, and nothing is started."""
+    return bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+
+
+def _reading(verb: str, uri: str, overrides: list[str] | None, threads: int | None) -> tuple[TarReading, Storage]:
+    """Return where the tars of a dataset are read, and its storage: by Ray where a cluster is named and sees them."""
+    from pipelines.shards.audit.recorded import InThreads, Runner, TarReading
+    from pipelines.storage import Storage
+
+    config = compose(overrides)
+    over_ray = threads is None and _names_cluster(config)
+    config = connect(config, ["s3"] if uri.startswith("s3://") else [])
+    notice = partial(terminal.stage, verb)
+    runner: Runner = InThreads(threads)
+    if over_ray:
+        from pipelines.remote.spread import OverRay, obstacle_to_tasks
+        from pipelines.training.resources import connect_ray
+
+        connect_ray(config)
+        obstacle = obstacle_to_tasks([uri])
+        runner = OverRay("read tars", notice) if obstacle is None else InThreads(because=obstacle)
+    return TarReading(runner, terminal.counter(verb, "MiB"), notice), Storage.of(config)
 
 
 def _compose_ingest(source: str, to: str, overrides: list[str]) -> Config:
@@ -94,24 +120,22 @@ def index(
 ) -> None:
     """Index WebDataset tars written by other tools. Example: ddpm index s3://ddpm/datasets/birds --split train"""
     from pipelines.shards.audit.foreign import SplitRule, index_tars
-    from pipelines.storage import Storage
 
     try:
         rules = [SplitRule.parse(text) for text in split or []]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--split") from error
-    config = connect_to_folder(uri, overrides)
     with terminal.live():
+        reading, storage = _reading("index", uri, overrides, threads)
         done = index_tars(
             uri,
-            Storage.of(config),
+            storage,
             rules=rules,
             classes=class_names(classes) or (),
             image_size=image_size,
             replace=replace,
             quarantine=quarantine,
-            threads=threads,
-            progress=terminal.counter("index", "MiB"),
+            reading=reading,
         )
     for line in done.lines():
         terminal.stage("index", line)
@@ -129,14 +153,11 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Verify every byte and sample of a dataset. Example: ddpm check s3://ddpm/datasets/birds --quarantine"""
-    config = connect_to_folder(uri, overrides)
-
     from pipelines.shards.audit import check as checking
-    from pipelines.storage import Storage
 
-    storage = Storage.of(config)
     with terminal.live():
-        report = checking.check(uri, storage, threads=threads, progress=terminal.counter("check", "MiB"))
+        reading, storage = _reading("check", uri, overrides, threads)
+        report = checking.check(uri, storage, reading=reading)
     if quarantine:
         report = checking.write_quarantine(report, storage)
     checking.show(report, terminal.console, terminal.stage)

@@ -18,9 +18,9 @@ from pipelines.environment.loopback import is_loopback
 from pipelines.presentation.errors import PipelineError
 from pipelines.presentation.progress import StageNotice
 
-VERBS = ("ingest", "train", "evaluate", "register", "flow", "search")
+VERBS = ("ingest", "index", "check", "train", "evaluate", "register", "flow", "search")
 """Verbs that can run on a cluster: those that write to storage, not to the caller's disk."""
-FLAGS = ("--dry-run", "--json", "--quiet", "--resume")
+FLAGS = ("--dry-run", "--json", "--quarantine", "--quiet", "--replace", "--resume")
 """Options of these verbs that take no value."""
 BY_ENVIRONMENT = ("tracking.uri", "storage.endpoint_url", "storage.region", "cluster.address")
 """Settings that are passed to the processes of a cluster as environment variables, which all clients read."""

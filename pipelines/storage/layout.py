@@ -24,6 +24,8 @@ INGEST_PROGRESS = "ingest-progress"
 """Folder of the records of an ingest, from which it continues: of its shards, its sources and their fingerprints."""
 INGEST_SOURCES, FINGERPRINTS = f"{INGEST_PROGRESS}/sources", f"{INGEST_PROGRESS}/fingerprints"
 """Folders of the parts of the manifest, and of the fingerprints of its images."""
+INDEX_PROGRESS, CHECK_PROGRESS = "index-progress", "check-progress"
+"""Folders of the records from which an index and a check continue, one for each tar; deleted when they have ended."""
 INGEST_KEY = "ingest-key"
 """Digest of everything that an ingest of `ddpm flow` was made from."""
 EVALUATORS, FEATURES = "evaluator", "features"
@@ -95,7 +97,12 @@ def index_name(shard: str) -> str:
 
 def progress_name(shard: str) -> str:
     """Return the name of the record that a shard is finished, below its dataset."""
-    return f"{INGEST_PROGRESS}/{shard.removesuffix(SHARD_SUFFIX)}.json"
+    return f"{INGEST_PROGRESS}/{record_name(shard)}"
+
+
+def record_name(shard: str) -> str:
+    """Return the name of a record about a shard, below the folder of such records."""
+    return f"{shard.removesuffix(SHARD_SUFFIX)}.json"
 
 
 def trial_file(study: str, trial: str) -> str:

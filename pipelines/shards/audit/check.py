@@ -13,13 +13,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.presentation.progress import Progress, StageNotice, no_progress
-from pipelines.shards.audit.foreign import default_threads, tars
-from pipelines.shards.audit.scan import ByteCounter, ObjectStream, ShardScan, in_threads, scan_shard
+from pipelines.presentation.progress import StageNotice
+from pipelines.shards.audit.recorded import (
+    IN_THREADS,
+    Advance,
+    ByteCounter,
+    Recorded,
+    Tar,
+    TarReading,
+    can_record,
+    list_tars,
+    read_tars,
+)
+from pipelines.shards.audit.scan import ObjectStream, ShardScan, scan_shard
 from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, read_dataset
 from pipelines.shards.members import SampleFormat
 from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine, read_quarantine
-from pipelines.storage import Entry, NotFoundError, Storage, join, layout
+from pipelines.storage import NotFoundError, Storage, join, layout
 
 SHOWN = 100
 """Largest number of problems that are shown; `--json` has all."""
@@ -31,7 +41,7 @@ class CheckReport:
 
     Attributes:
         dataset: the dataset that was checked.
-        bytes: number of bytes read.
+        bytes: number of bytes read, those of an interrupted check that this one continued among them.
         problems: problems in order of shard, then sample.
         quarantine: quarantine of the dataset after the check; None if there is none.
     """
@@ -73,19 +83,17 @@ class CheckReport:
         return found
 
 
-def check(
-    uri: str,
-    storage: Storage,
-    *,
-    threads: int | None = None,
-    progress: Progress = no_progress,
-) -> CheckReport:
-    """Check a dataset; nothing is written.
+def check(uri: str, storage: Storage, *, reading: TarReading = IN_THREADS) -> CheckReport:
+    """Check a dataset; nothing of it is changed.
+
+    While the check runs, the problems of each shard are recorded below `check-progress/`: given again after an
+    interruption, the same call reads no shard again that has not changed since. The records are deleted when it has
+    ended. Where they cannot be written, it does without.
 
     Args:
         uri: folder of the dataset.
-        threads: number of shards read in parallel.
-        progress: called with (done, total) MiB.
+        storage: the store.
+        reading: where the shards are read, and who is told.
 
     Raises:
         DatasetError: there is no dataset, or dataset.json is damaged.
@@ -93,17 +101,26 @@ def check(
     """
     dataset = read_dataset(uri, storage)
     quarantine, found = _read_quarantine(dataset, storage)
-    stored = tars(uri, storage)
+    stored = list_tars(uri, storage)
     shards = sorted((s for split in dataset.splits.values() for s in split), key=lambda s: s.name)
-    counter = ByteCounter(sum(stored[s.name].size for s in shards if s.name in stored), progress)
-    work = partial(_check_shard, stored=stored, dataset=dataset, storage=storage, counter=counter)
-    found += [p for problems in in_threads(work, shards, threads or default_threads()) for p in problems]
+    folder = join(uri, layout.CHECK_PROGRESS)
+    kept = can_record(folder, storage)
+    if not kept:
+        reading.notice(f"{folder} cannot be written, so a check that is interrupted begins again")
+    form = SampleFormat(dataset.image_size, dataset.channels, bool(dataset.classes), len(dataset.classes))
+    recorded = Recorded(CheckTar(uri, storage, form), storage, folder if kept else None)
+    there = [replace(stored[shard.name], expected=shard) for shard in shards if shard.name in stored]
+    counter = ByteCounter(sum(tar.entry.size for tar in there), reading.progress)
+    of_shards = dict(read_tars(recorded, there, counter, reading))
+    found += [problem for place in sorted(of_shards) for problem in of_shards[place]]
+    found += [_missing(shard) for shard in shards if shard.name not in stored]
     found += [
         Problem(name, None, None, "extra", "is not in dataset.json, so it is never read: remove it, or index it")
         for name in stored.keys() - {s.name for s in shards}
     ]
     found += _listed_twice(shards)
     order = sorted(found, key=lambda p: (p.shard, p.index is not None or p.sample is not None, p.index or 0))
+    recorded.clear()
     return CheckReport(dataset, counter.done, tuple(order), quarantine)
 
 
@@ -146,18 +163,57 @@ def show(report: CheckReport, console: Console, notice: StageNotice) -> None:
         notice("check", line)
 
 
-def _check_shard(
-    info: ShardInfo, *, stored: dict[str, Entry], dataset: Dataset, storage: Storage, counter: ByteCounter
-) -> list[Problem]:
+@dataclass(frozen=True)
+class CheckTar:
+    """Compare a shard with what dataset.json and its sidecar say of it, and each sample with the dataset's format.
+
+    Attributes:
+        uri: folder of the dataset.
+        storage: the store.
+        form: the properties that every sample must have.
+    """
+
+    uri: str
+    storage: Storage
+    form: SampleFormat
+
+    def inputs(self, tar: Tar) -> Any:
+        """Return what decides the problems besides the tar."""
+        assert tar.expected is not None
+        expected = [tar.expected.samples, tar.expected.bytes, tar.expected.sha256]
+        return [asdict(self.form), expected, tar.sidecar and [tar.sidecar.size, tar.sidecar.tag]]
+
+    def __call__(self, tar: Tar, advance: Advance) -> list[Problem]:
+        """Return the problems of the shard."""
+        assert tar.expected is not None
+        try:
+            stream = ObjectStream(tar.entry.uri, tar.entry.size, self.storage, advance)
+            scan = scan_shard(tar.name, stream, self.form)
+        except NotFoundError:
+            return [Problem(tar.name, None, None, "missing", "disappeared while it was read: put it back")]
+        return _compare(tar.expected, scan, self.uri, self.storage)
+
+    def to_plain(self, result: list[Problem]) -> Any:
+        """Return problems as JSON types."""
+        return [asdict(problem) for problem in result]
+
+    def from_plain(self, plain: Any, tar: Tar) -> list[Problem]:
+        """Return the problems of a record.
+
+        Raises:
+            ValueError, KeyError or TypeError: it is damaged.
+        """
+        return [Problem(**problem) for problem in plain]
+
+
+def _missing(info: ShardInfo) -> Problem:
+    reason = f"is not there: put it back, {info.bytes:,} bytes with SHA-256 {info.sha256[:12]}…"
+    return Problem(info.name, None, None, "missing", reason)
+
+
+def _compare(info: ShardInfo, scan: ShardScan, uri: str, storage: Storage) -> list[Problem]:
+    """Compare what a tar holds with dataset.json and its sidecar; return its problems."""
     whole = partial(Problem, info.name, None, None)
-    entry = stored.get(info.name)
-    if entry is None:
-        return [whole("missing", f"is not there: put it back, {info.bytes:,} bytes with SHA-256 {info.sha256[:12]}…")]
-    form = SampleFormat(dataset.image_size, dataset.channels, bool(dataset.classes), len(dataset.classes))
-    try:
-        scan = scan_shard(info.name, ObjectStream(entry.uri, entry.size, storage, counter.add), form)
-    except NotFoundError:
-        return [whole("missing", "disappeared while it was read: put it back")]
     problems = []
     if scan.bytes != info.bytes:
         kind, word = ("truncated", "cut short") if scan.bytes < info.bytes else ("bytes", "too long")
@@ -174,18 +230,16 @@ def _check_shard(
         )
     damaged = bool(problems)
     problems += [p for p in scan.problems if p.index is None] + [p for p in scan.problems if p.index is not None]
-    return problems + _check_sidecar(info, scan, dataset, storage, damaged)
+    return problems + _check_sidecar(info, scan, uri, storage, damaged)
 
 
-def _check_sidecar(
-    info: ShardInfo, scan: ShardScan, dataset: Dataset, storage: Storage, damaged: bool
-) -> list[Problem]:
+def _check_sidecar(info: ShardInfo, scan: ShardScan, uri: str, storage: Storage, damaged: bool) -> list[Problem]:
     """Compare the sidecar with the tar; return its problem, or the lost samples where the tar is `damaged`."""
     name = layout.index_name(info.name)
-    again = f"write it again with `ddpm index {dataset.uri} --replace`"
+    again = f"write it again with `ddpm index {uri} --replace`"
     whole = partial(Problem, info.name, None, None, "sidecar")
     try:
-        index = ShardIndex.from_json(storage.read(join(dataset.uri, name)))
+        index = ShardIndex.from_json(storage.read(join(uri, name)))
     except NotFoundError:
         return [whole(f"has no {name}: {again}")]
     except DatasetError as error:

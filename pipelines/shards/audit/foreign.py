@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
-import numpy as np
-
-from pipelines.presentation.progress import Progress, no_progress
-from pipelines.shards.audit.scan import ByteCounter, ObjectStream, TarFaultError, in_threads, read_samples, scan_shard
+from pipelines.shards.audit.indexed import IndexedTar, IndexTar, Tally
+from pipelines.shards.audit.recorded import (
+    IN_THREADS,
+    ByteCounter,
+    Recorded,
+    Tar,
+    TarReading,
+    list_tars,
+    read_tars,
+)
+from pipelines.shards.audit.scan import ObjectStream, TarFaultError, read_samples
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, read_dataset
-from pipelines.shards.members import MAX_CLASSES, Examined, FlawError, SampleFormat, decode_image
+from pipelines.shards.members import MAX_CLASSES, FlawError, SampleFormat, decode_image
 from pipelines.shards.quarantine import Problem, Quarantine, kept_shards, make_quarantine
-from pipelines.storage import Entry, Storage, join, layout
+from pipelines.storage import Storage, join, layout
 
 SHOWN = 20
 """Largest number of problems in an error message."""
@@ -96,12 +101,6 @@ class Indexed:
         }
 
 
-def tars(uri: str, storage: Storage) -> dict[str, Entry]:
-    """Return every tar below a folder, by its path relative to the folder."""
-    start = len(uri.rstrip("/")) + 1
-    return {e.uri[start:]: e for e in storage.list(uri) if e.uri.endswith(".tar")}
-
-
 def assign_splits(names: Sequence[str], rules: Sequence[SplitRule] = ()) -> dict[str, list[str]]:
     """Return split -> tars sorted by name; the first matching rule decides.
 
@@ -131,65 +130,6 @@ def assign_splits(names: Sequence[str], rules: Sequence[SplitRule] = ()) -> dict
     return {"train": splits.pop("train"), **splits}
 
 
-class Tally:
-    """Counts over the flawless samples of a shard: pixels by value, and labels.
-
-    All counts are integers, so sums do not depend on the order of shards.
-    """
-
-    def __init__(self) -> None:
-        self.grey = np.zeros((1, 256), dtype=np.int64)
-        self.colour = np.zeros((3, 256), dtype=np.int64)
-        self.coloured = self.labelled = self.samples = 0
-        self.top_label = -1
-
-    def add(self, sample: Examined) -> None:
-        """Count one sample."""
-        assert sample.pixels is not None
-        channels = sample.pixels.shape[-1]
-        counts = self.grey if channels == 1 else self.colour
-        for c in range(channels):
-            counts[c] += np.bincount(sample.pixels[..., c].ravel(), minlength=256)
-        self.samples += 1
-        self.coloured += channels == 3
-        self.labelled += sample.label is not None
-        self.top_label = max(self.top_label, -1 if sample.label is None else sample.label)
-
-    @classmethod
-    def of(cls, parts: Sequence[Tally]) -> Tally:
-        """Return the sum of the counts of several shards."""
-        whole = cls()
-        for part in parts:
-            whole.grey += part.grey
-            whole.colour += part.colour
-            whole.coloured += part.coloured
-            whole.labelled += part.labelled
-            whole.samples += part.samples
-            whole.top_label = max(whole.top_label, part.top_label)
-        return whole
-
-    def statistics(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return mean and standard deviation of pixels in [-1, 1] per channel; a grey image counts in every channel."""
-        counts = self.grey if channels == 1 else self.colour + self.grey
-        values = np.arange(256)
-        mean, std = [], []
-        for n, s, q in zip(
-            counts.sum(1).tolist(), (counts @ values).tolist(), (counts @ values**2).tolist(), strict=True
-        ):
-            mean.append(round(s / n / 127.5 - 1, 6))
-            std.append(round((n * q - s * s) ** 0.5 / n / 127.5, 6))
-        return tuple(mean), tuple(std)
-
-
-@dataclass(frozen=True)
-class _Scanned:
-    """One shard, with its problems and counts."""
-
-    info: ShardInfo
-    problems: tuple[Problem, ...]
-    tally: Tally
-
-
 def index_tars(
     uri: str,
     storage: Storage,
@@ -199,10 +139,13 @@ def index_tars(
     image_size: int | None = None,
     replace: bool = False,
     quarantine: bool = False,
-    threads: int | None = None,
-    progress: Progress = no_progress,
+    reading: TarReading = IN_THREADS,
 ) -> Indexed:
     """Scan every tar below an address, write sidecars and, if there are no problems, `dataset.json`.
+
+    What is in each tar is recorded below `index-progress/` as soon as it is known: given again after an interruption,
+    or with `quarantine` after an `IndexRefusedError`, the same call reads no tar again that has not changed. The
+    records are deleted when `dataset.json` is written.
 
     Args:
         uri: the folder; tars in folders below it are included.
@@ -211,8 +154,7 @@ def index_tars(
         image_size: height and width in pixels; by default those of the first image.
         replace: replace an existing dataset.json.
         quarantine: write problems to `quarantine.json` instead of raising an error.
-        threads: number of shards read in parallel.
-        progress: called with (done, total) MiB.
+        reading: where the tars are read, and who is told.
 
     Raises:
         IndexRefusedError: a tar or a sample has a problem, and `quarantine` is false.
@@ -220,24 +162,20 @@ def index_tars(
             already.
     """
     described = _described(uri, storage, replace)
-    entries = tars(uri, storage)
-    if not entries:
+    stored = list_tars(uri, storage)
+    if not stored:
         raise DatasetError(f"no *.tar at {uri}: give the folder that holds the shards")
-    splits = assign_splits(list(entries), rules)
-    form = find_form([(name, entries[name]) for name in splits["train"]], storage, image_size, len(classes) or None)
-    counter = ByteCounter(sum(entry.size for entry in entries.values()), progress)
-    scan = partial(_scan, uri=uri, storage=storage, form=form, counter=counter)
-    order = [(name, entries[name]) for names in splits.values() for name in names]
-    done = dict(zip([name for name, _ in order], in_threads(scan, order, threads or default_threads()), strict=True))
-    problems = [problem for scanned in done.values() for problem in scanned.problems]
+    splits = assign_splits(list(stored), rules)
+    form = find_form([stored[name] for name in splits["train"]], storage, image_size, len(classes) or None)
+    recorded = Recorded(IndexTar(uri, storage, form), storage, join(uri, layout.INDEX_PROGRESS))
+    everything = _Everything.read(recorded, stored, splits, reading)
+    problems = everything.problems
     if problems and not quarantine:
         raise IndexRefusedError(uri, problems)
-    for split, names in splits.items():
-        if not any(done[name].tally.samples for name in names):
+    for split in splits:
+        if not everything.tallies[split].samples:
             raise IndexRefusedError(uri, problems) if problems else DatasetError(f"{uri}: {split} has no samples")
-    dataset = _describe(
-        uri, {split: [done[n] for n in names] for split, names in splits.items()}, form, classes, described
-    )
+    dataset = everything.describe(uri, form, classes, described)
     left_out = make_quarantine(dataset, problems) if problems else None
     for split in splits:
         kept_shards(dataset, split, left_out)  # raises where nothing is left of a split
@@ -246,12 +184,8 @@ def index_tars(
     else:
         storage.write(join(uri, layout.QUARANTINE), left_out.to_json().encode())
     storage.write(join(uri, layout.DATASET), dataset.to_json().encode())
+    recorded.clear()
     return Indexed(dataset, left_out)
-
-
-def default_threads() -> int:
-    """Return the number of shards read in parallel: two per core, because half of the time is spent waiting."""
-    return min(32, 2 * (os.cpu_count() or 1))
 
 
 def _described(uri: str, storage: Storage, replace: bool) -> Dataset | None:
@@ -272,9 +206,7 @@ def _described(uri: str, storage: Storage, replace: bool) -> Dataset | None:
         return None
 
 
-def find_form(
-    shards: Sequence[tuple[str, Entry]], storage: Storage, image_size: int | None, classes: int | None
-) -> SampleFormat:
+def find_form(shards: Sequence[Tar], storage: Storage, image_size: int | None, classes: int | None) -> SampleFormat:
     """Return the properties that every sample must have: those of the first sample whose image can be read.
 
     Raises:
@@ -282,9 +214,10 @@ def find_form(
         DatasetError: the image is not square, or there are no samples.
     """
     problems = []
-    for name, entry in shards:
+    for tar in shards:
+        name, stream = tar.name, ObjectStream(tar.entry.uri, tar.entry.size, storage)
         try:
-            for number, sample in enumerate(read_samples(ObjectStream(entry.uri, entry.size, storage))):
+            for number, sample in enumerate(read_samples(stream)):
                 try:
                     height, width, _ = decode_image(sample.contents).shape
                 except FlawError as error:
@@ -299,39 +232,71 @@ def find_form(
         except TarFaultError as error:
             problems.append(error.problem(name))
     raise (
-        IndexRefusedError(shards[0][1].uri.removesuffix("/" + shards[0][0]), problems)
+        IndexRefusedError(shards[0].entry.uri.removesuffix("/" + shards[0].name), problems)
         if problems
-        else DatasetError(f"{', '.join(name for name, _ in shards[:5])}: not one sample for the split train")
+        else DatasetError(f"{', '.join(tar.name for tar in shards[:5])}: not one sample for the split train")
     )
 
 
-def _scan(
-    named: tuple[str, Entry], *, uri: str, storage: Storage, form: SampleFormat, counter: ByteCounter
-) -> _Scanned:
-    """Scan one shard and write its index, so that only the shards being scanned are in memory."""
-    name, entry = named
-    tally = Tally()
-    found = scan_shard(name, ObjectStream(entry.uri, entry.size, storage, counter.add), form, tally.add)
-    storage.write(join(uri, layout.index_name(name)), found.index.to_json().encode())
-    return _Scanned(ShardInfo(name, len(found.index), found.bytes, found.sha256), found.problems, tally)
+@dataclass(frozen=True)
+class _Everything:
+    """What is in all tars.
 
+    Attributes:
+        shards: split -> its shards, sorted by name.
+        problems: in order of split, shard and sample.
+        tallies: split -> counts over its flawless samples.
+    """
 
-def _describe(
-    uri: str, splits: dict[str, list[_Scanned]], form: SampleFormat, classes: Sequence[str], described: Dataset | None
-) -> Dataset:
-    everything = Tally.of([scanned.tally for shards in splits.values() for scanned in shards])
-    channels = 3 if everything.coloured else 1
-    mean, std = Tally.of([scanned.tally for scanned in splits["train"]]).statistics(channels)
-    assert form.image_size is not None
-    return make_dataset(
-        uri,
-        splits={split: tuple(scanned.info for scanned in shards) for split, shards in splits.items()},
-        classes=_class_names(everything.top_label + 1, classes, described),
-        channels=channels,
-        image_size=form.image_size,
-        mean=mean,
-        std=std,
-    )
+    shards: dict[str, tuple[ShardInfo, ...]]
+    problems: tuple[Problem, ...]
+    tallies: dict[str, Tally]
+
+    @classmethod
+    def read(
+        cls, recorded: Recorded[IndexedTar], stored: dict[str, Tar], splits: dict[str, list[str]], reading: TarReading
+    ) -> _Everything:
+        """Read all tars that have no record."""
+        order = [(split, stored[name]) for split, names in splits.items() for name in names]
+        counter = ByteCounter(sum(tar.entry.size for _, tar in order), reading.progress)
+        infos, problems = dict[int, ShardInfo](), dict[int, tuple[Problem, ...]]()
+        tallies = {split: Tally() for split in splits}
+        for place, found in read_tars(recorded, [tar for _, tar in order], counter, reading):
+            infos[place], problems[place] = found.info, found.problems
+            tallies[order[place][0]].include(found.tally)
+        shards: dict[str, list[ShardInfo]] = {split: [] for split in splits}
+        for place, (split, _) in enumerate(order):
+            shards[split].append(infos[place])
+        return cls(
+            {split: tuple(infos) for split, infos in shards.items()},
+            tuple(problem for place in sorted(problems) for problem in problems[place]),
+            tallies,
+        )
+
+    def describe(self, uri: str, form: SampleFormat, classes: Sequence[str], described: Dataset | None) -> Dataset:
+        """Return the dataset.
+
+        Args:
+            uri: its folder.
+            form: the properties that every sample must have.
+            classes: names of the classes that were given.
+            described: the dataset that is replaced.
+        """
+        whole = Tally()
+        for part in self.tallies.values():
+            whole.include(part)
+        channels = 3 if whole.coloured else 1
+        mean, std = self.tallies["train"].statistics(channels)
+        assert form.image_size is not None
+        return make_dataset(
+            uri,
+            splits=self.shards,
+            classes=_class_names(whole.top_label + 1, classes, described),
+            channels=channels,
+            image_size=form.image_size,
+            mean=mean,
+            std=std,
+        )
 
 
 def _class_names(count: int, given: Sequence[str], described: Dataset | None) -> tuple[str, ...]:

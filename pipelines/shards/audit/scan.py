@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, TypeVar, cast
+from typing import IO, cast
 
 from pipelines.presentation.errors import PipelineError
-from pipelines.presentation.progress import Progress
 from pipelines.shards.index import Member, ShardIndex, split_name
 from pipelines.shards.members import KNOWN_MEMBERS, Examined, Flaw, SampleFormat, examine
 from pipelines.shards.quarantine import Problem
@@ -24,9 +21,6 @@ from pipelines.storage import Storage
 
 BLOCK_BYTES = 4 * 2**20
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class TarFaultError(PipelineError):
@@ -284,28 +278,3 @@ def scan_shard(
             members.append(error.pending.members)
     stream.drain()
     return ShardScan(ShardIndex.of(keys, members), stream.tell(), stream.sha256(), tuple(problems))
-
-
-def in_threads(work: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:
-    """Return work(item) for each item, in order; after an error no further item is started."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
-        try:
-            return list(pool.map(work, items))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-class ByteCounter:
-    """Counts bytes that several threads read, and reports them as progress in MiB."""
-
-    def __init__(self, total_bytes: int, progress: Progress) -> None:
-        self.total, self.done, self.progress = total_bytes, 0, progress
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        """Count further bytes, and report the progress."""
-        with self._lock:
-            self.done += count
-            whole = -(-self.total // 2**20)
-            self.progress(whole if self.done >= self.total else self.done // 2**20, whole)

@@ -23,7 +23,7 @@ from pipelines.shards.ingest.alike import Fingerprints, fingerprint_part, keep_t
 from pipelines.shards.ingest.collect import Filters
 from pipelines.shards.ingest.encode import CaptionEncoder, ImageFormat
 from pipelines.shards.ingest.manifest import SourceImage
-from pipelines.shards.ingest.places import address, shown
+from pipelines.shards.ingest.places import address
 from pipelines.shards.ingest.report import BadImage, IngestReport, ShardRecord
 from pipelines.shards.ingest.sources import NO_FILTERS, open_source, source_digest
 from pipelines.shards.ingest.spool import ahead
@@ -38,14 +38,12 @@ from pipelines.shards.ingest.tasks import (
 from pipelines.shards.ingest.tasks import identify as identify_encoder
 from pipelines.shards.ingest.written import MergedRecords
 from pipelines.shards.quarantine import drop_stale_quarantine
-from pipelines.storage import Storage, is_local, join, layout
+from pipelines.storage import Storage, join, layout
 
 __all__ = ["Ingested", "ingest", "source_digest"]
 
 ALONE_S = 20.0
 """Seconds of writing above which Ray tasks are worth starting."""
-STALLED_S = 1800.0
-"""Seconds without a finished Ray task, each of up to thousands of large images, after which none is waited for."""
 SHARD_FILES = (layout.SHARD_SUFFIX, layout.INDEX_SUFFIX)
 """Ends of the names of files that belong to a shard."""
 
@@ -196,11 +194,12 @@ def _fingerprint(prints: Fingerprints, threads: int, notice: Notice, *, over_ray
     if over_ray:
         import ray
 
+        from pipelines.remote.spread import STALLED_S, TASKS_PER_CPU, cluster_cpus
         from pipelines.remote.tasks import finished
 
         task, shared = ray.remote(num_cpus=1)(fingerprint_part), ray.put(images)
         calls = (task.remote(number, shared, prints.uri) for number in images.numbers)
-        at_once = 2 * _ray_cpus()
+        at_once = TASKS_PER_CPU * cluster_cpus()
         for _ in finished(calls, {"CPU": 1}, "compare images", at_once=at_once, stalled_s=STALLED_S, notice=notice):
             pass
         return
@@ -226,7 +225,9 @@ def _write_shards(
         The record of each shard, and whether it was finished before.
     """
     if obstacle is None:
-        notice(f"{meter.total:,} images as Ray tasks on {_ray_cpus():,} CPUs")
+        from pipelines.remote.spread import cluster_cpus
+
+        notice(f"{meter.total:,} images as Ray tasks on {cluster_cpus():,} CPUs")
         return _write_over_ray(jobs, settings, meter, notice)
     named = "1 thread" if threads == 1 else f"{threads} threads"
     notice(f"{meter.total:,} images by {named} of this process{obstacle and ': ' + obstacle}")
@@ -263,23 +264,9 @@ def _obstacle_to_ray(source: str, uri: str) -> str | None:
     """Return why Ray cannot write the shards; None if it can, "" if this process is not connected to Ray."""
     if "ray" not in sys.modules:
         return ""  # a connected process has imported ray
-    import ray
+    from pipelines.remote.spread import obstacle_to_tasks
 
-    if not ray.is_initialized():
-        return ""
-    if _ray_cpus() < 1:
-        return "the Ray cluster has no CPUs"
-    if sum(node["Alive"] for node in ray.nodes()) == 1:
-        return None
-    ends = [uri] if source == "digits" else [address(source), uri]
-    local = next((end for end in ends if is_local(end)), None)
-    return None if local is None else f"the Ray cluster's other nodes do not see {shown(local)}"
-
-
-def _ray_cpus() -> int:
-    import ray
-
-    return int(ray.cluster_resources().get("CPU", 0))
+    return obstacle_to_tasks([uri] if source == "digits" else [address(source), uri])
 
 
 def _write_over_ray(
@@ -292,6 +279,7 @@ def _write_over_ray(
     """
     import ray
 
+    from pipelines.remote.spread import STALLED_S, TASKS_PER_CPU, cluster_cpus
     from pipelines.remote.tasks import finished
 
     task = ray.remote(num_cpus=1)(write_shard)
@@ -302,7 +290,8 @@ def _write_over_ray(
             sizes[place] = len(job.images)
             yield task.remote(job, shared)
 
-    written = finished(calls(), {"CPU": 1}, "write shards", at_once=2 * _ray_cpus(), stalled_s=STALLED_S, notice=notice)
+    at_once = TASKS_PER_CPU * cluster_cpus()
+    written = finished(calls(), {"CPU": 1}, "write shards", at_once=at_once, stalled_s=STALLED_S, notice=notice)
     try:
         for place, record in written:
             yield record

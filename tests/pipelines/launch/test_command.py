@@ -110,7 +110,7 @@ def test_the_options_without_a_value_are_those_of_the_verbs():
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "'' cannot be launched on a cluster. Allowed: ingest, train"),
+        ([], "'' cannot be launched on a cluster. Allowed: ingest, index, check, train"),
         (["up"], "'up' cannot be launched"),
         (["sample", "models:/x/1"], "'sample' cannot be launched"),
         (["search", "status"], "write `search training` or `search guidance`"),

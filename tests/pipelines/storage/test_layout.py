@@ -93,7 +93,7 @@ def test_addresses_are_those_of_every_release() -> None:
         *("model.safetensors", "state.json", "training.safetensors", "power_ema.safetensors", "evidence.json"),
         *("probe.safetensors", "record.json", "study.json", "confirmation.json", "study.html", "steps.json"),
         *("best/sampling.json", "best/overrides.txt", "parts.json"),
-        *("ingest-progress/sources", "ingest-progress/fingerprints"),
+        *("ingest-progress/sources", "ingest-progress/fingerprints", "index-progress", "check-progress"),
     } == FILES
     assert {
         *("datasets", "runs", "studies", "evaluations", "registry", "plans", "evaluator", "features", "published"),

@@ -14,6 +14,7 @@ from rich.console import Console
 from pipelines.shards.audit import check as checking
 from pipelines.shards.audit.check import check, write_quarantine
 from pipelines.shards.audit.foreign import index_tars
+from pipelines.shards.audit.recorded import InThreads, TarReading
 from pipelines.shards.index import DatasetError, ShardIndex, make_dataset, read_dataset
 from pipelines.shards.quarantine import Quarantine, read_quarantine
 from pipelines.storage import Storage
@@ -359,7 +360,9 @@ def test_a_shard_in_two_splits_is_named(folder):
 
 def test_a_sound_set_is_clean_and_read_to_its_last_byte(folder):
     seen = []
-    report = check(address(folder), STORAGE, progress=lambda done, total: seen.append((done, total)))
+    report = check(
+        address(folder), STORAGE, reading=TarReading(progress=lambda done, total: seen.append((done, total)))
+    )
     assert report.problems == ()
     assert report.bytes == sum(p.stat().st_size for p in folder.glob("*.tar"))
     assert seen[-1][0] == seen[-1][1]
@@ -389,7 +392,8 @@ def test_any_cut_is_found(folder):
 def test_threads_do_not_change_the_findings(folder):
     cut(folder, 5000)
     (folder / "train-0.tar").unlink()
-    assert found(folder, threads=1) == found(folder, threads=8)
+    one, eight = (TarReading(InThreads(threads)) for threads in (1, 8))
+    assert found(folder, reading=one) == found(folder, reading=eight)
 
 
 def test_a_quarantine_is_written_again_the_same_and_goes_when_all_is_well(folder):

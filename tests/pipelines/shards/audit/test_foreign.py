@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.shards.audit import scan
-from pipelines.shards.audit.foreign import IndexRefusedError, SplitRule, assign_splits, index_tars, tars
+from pipelines.shards.audit.foreign import IndexRefusedError, SplitRule, assign_splits, index_tars
+from pipelines.shards.audit.recorded import InThreads, TarReading, list_tars
 from pipelines.shards.audit.scan import ObjectStream, TarFaultError, read_samples
 from pipelines.shards.cache import ShardCache
 from pipelines.shards.fetch import ShardFetcher
@@ -232,8 +233,8 @@ def test_tars_are_read_in_ranges_and_never_whole(tmp_path, monkeypatch):
 
 
 def test_any_number_of_threads_gives_the_same_description(by_webdataset, tmp_path):
-    one = index_tars(by_webdataset, STORAGE, threads=1).dataset
-    assert index_tars(by_webdataset, STORAGE, threads=8, replace=True).dataset == one
+    one = index_tars(by_webdataset, STORAGE, reading=TarReading(InThreads(1))).dataset
+    assert index_tars(by_webdataset, STORAGE, reading=TarReading(InThreads(8)), replace=True).dataset == one
 
 
 def test_splits_are_found_by_folder_or_name_and_else_named():
@@ -403,7 +404,7 @@ def test_a_description_that_is_written_again_keeps_class_names_and_drops_an_old_
     done = index_tars(uri, STORAGE, replace=True)
     assert done.dataset.classes == ("cat", "dog")
     assert read_quarantine(uri, STORAGE) is None
-    assert Counter(dict(tars(uri, STORAGE)).keys()) == Counter(["train-0.tar", "train-1.tar"])
+    assert Counter(list_tars(uri, STORAGE).keys()) == Counter(["train-0.tar", "train-1.tar"])
     (tmp_path / "s" / "dataset.json").write_text("{damaged")
     assert index_tars(uri, STORAGE, replace=True).dataset.classes == ("0", "1")
 
