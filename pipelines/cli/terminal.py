@@ -154,7 +154,7 @@ class Terminal:
         print_grid(self.console, lines, whole=1)
 
     def counter(self, description: str, unit: str) -> Progress:
-        """Return a callback that shows progress over a known number of items, and an estimate of the remaining time."""
+        """Return a callback that shows progress over a known number of items, its rate and the remaining time."""
         show = self._meter(description)
         began: list[tuple[float, int]] = []
 
@@ -163,9 +163,12 @@ class Terminal:
             if not began:
                 began.append((now, done))
             elapsed, since = now - began[0][0], done - began[0][1]
-            left = elapsed / since * (total - done) if since and elapsed > 1 else 0.0
             counted = f"{done:,} {unit.removesuffix('s') if done == 1 else unit}"
-            show(done, total, counted + (f", {left:,.0f} s left" if left and not self.bars else ""))
+            if since and elapsed > 1 and done < total:
+                rate = since / elapsed
+                counted += f", {rate:,.{int(rate < 10)}f}/s"
+                counted += "" if self.bars else f", {(total - done) / rate:,.0f} s left"
+            show(done, total, counted)
 
         return update
 

@@ -20,6 +20,8 @@ from pipelines.presentation.progress import StageNotice
 
 VERBS = ("ingest", "index", "check", "train", "evaluate", "register", "flow", "search")
 """Verbs that can run on a cluster: those that write to storage, not to the caller's disk."""
+OF_DATASETS = ("index", "check")
+"""Those about the dataset at an address."""
 FLAGS = ("--dry-run", "--json", "--quarantine", "--quiet", "--replace", "--resume")
 """Options of these verbs that take no value."""
 BY_ENVIRONMENT = ("tracking.uri", "storage.endpoint_url", "storage.region", "cluster.address")
@@ -49,9 +51,12 @@ class ClusterCommand:
 
     @property
     def name(self) -> str:
-        """Name of the job, always the same for the same command: the name of the run, and the verb unless it is
-        `train`."""
-        return self.config.name if self.verb == "train" else f"{self.config.name}-{self.verb.replace(' ', '-')}"
+        """Name of the job, always the same for the same command: the name of the run, or of the dataset that a verb is
+        about, and the verb unless it is `train`."""
+        about = self.config.name
+        if self.verb in OF_DATASETS and not any(_key(word) == "name" for word in self.arguments):
+            about = _last_part(self.arguments) or about
+        return about if self.verb == "train" else f"{about}-{self.verb.replace(' ', '-')}"
 
     @property
     def stop_variables(self) -> dict[str, str]:
@@ -249,6 +254,12 @@ def _key(word: str) -> str:
     """Return the field or group that an override sets; "" for other words."""
     match = re.fullmatch(r"(?:\+{0,2})([A-Za-z_][\w./@]*)=.*", word, re.DOTALL)
     return match[1] if match else ""
+
+
+def _last_part(words: Sequence[str]) -> str:
+    """Return the last part of the first address among words, in the characters of a name."""
+    address = next((word for word in words if re.match(r"[a-z][a-z0-9+.-]*://", word)), "")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", address.rstrip("/").rpartition("/")[2]).strip("._-")
 
 
 def _is_launch(word: str) -> bool:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from pipelines.presentation.progress import Notice, no_notice
-from pipelines.remote.tasks import finished
+from pipelines.remote.tasks import TaskError, finished
 from pipelines.storage import is_local
 
 TASKS_PER_CPU = 2
@@ -53,7 +53,7 @@ class OverRay:
             advance: called with what each task has counted, once the task has finished.
 
         Raises:
-            TaskError: no node can run a task, or none finishes any more.
+            TaskError: no node can run a task, none finishes any more, or one was lost with each node that ran it.
         """
         task, shared = ray.remote(num_cpus=1)(_counted), ray.put(work)
         calls = (task.remote(shared, item) for item in items)
@@ -65,6 +65,11 @@ class OverRay:
                 yield place, result
         except RayTaskError as error:
             raise error.cause from error
+        except RayError as error:
+            raise TaskError(
+                f"Ray has lost a task of those that {self.what} again and again ({type(error).__name__}): see with "
+                "`ray status` which nodes are there; the same command goes on with what has not finished"
+            ) from error
 
 
 def obstacle_to_tasks(addresses: Sequence[str]) -> str | None:

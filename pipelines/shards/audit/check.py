@@ -24,6 +24,7 @@ from pipelines.shards.audit.recorded import (
     can_record,
     list_tars,
     read_tars,
+    stamp,
 )
 from pipelines.shards.audit.scan import ObjectStream, ShardScan, scan_shard
 from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, read_dataset
@@ -181,7 +182,7 @@ class CheckTar:
         """Return what decides the problems besides the tar."""
         assert tar.expected is not None
         expected = [tar.expected.samples, tar.expected.bytes, tar.expected.sha256]
-        return [asdict(self.form), expected, tar.sidecar and [tar.sidecar.size, tar.sidecar.tag]]
+        return [asdict(self.form), expected, stamp(tar.sidecar)]
 
     def __call__(self, tar: Tar, advance: Advance) -> list[Problem]:
         """Return the problems of the shard."""

@@ -177,8 +177,8 @@ class Recorded(Generic[R]):
 
     def key(self, tar: Tar) -> str:
         """Return the digest of everything that decides the result."""
-        entry = [tar.name, tar.entry.size, tar.entry.tag]
-        return hashlib.sha256(json.dumps([RELEASE, PIL.__version__, entry, self.work.inputs(tar)]).encode()).hexdigest()
+        content = [RELEASE, PIL.__version__, tar.name, stamp(tar.entry), self.work.inputs(tar)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def find(self, tar: Tar) -> tuple[R] | None:
         """Return the recorded result; None where there is none that holds."""
@@ -201,6 +201,11 @@ class Recorded(Generic[R]):
             with ThreadPoolExecutor(LOOKUPS, thread_name_prefix="records") as pool:
                 list(pool.map(self.storage.delete, self.names()))
             self.storage.delete_folder(self.folder)
+
+
+def stamp(entry: Entry | None) -> list[Any] | None:
+    """Return what changes with the bytes of an object, as far as its store says: its tag, else its time."""
+    return None if entry is None else [entry.size, entry.tag or entry.modified]
 
 
 def list_tars(uri: str, storage: Storage) -> dict[str, Tar]:

@@ -33,7 +33,7 @@ def test_a_counter_prints_its_first_and_its_last_value(capsys):
     assert lines(capsys) == [["check", "0%", "0", "MiB"], ["check", "100%", "3", "MiB"]]
 
 
-def test_a_counter_says_how_long_the_rest_takes_once_it_can_tell(capsys, monkeypatch):
+def test_a_counter_says_the_rate_and_how_long_the_rest_takes_once_it_can_tell(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("pipelines.cli.terminal.time.monotonic", lambda: now[0])
     progress = Terminal().counter("sample", "steps")
@@ -42,7 +42,7 @@ def test_a_counter_says_how_long_the_rest_takes_once_it_can_tell(capsys, monkeyp
         progress(done, 51)
     assert [" ".join(line) for line in lines(capsys)] == [
         "sample 2% 1 step",
-        "sample 22% 11 steps, 40 s left",
+        "sample 22% 11 steps, 1.0/s, 40 s left",
         "sample 100% 51 steps",
     ]
 

@@ -45,6 +45,9 @@ def test_what_the_cluster_runs_composes_to_the_configuration_of_the_launch():
         (["evaluate", "models:/digits/1", "name=first"], "first-evaluate"),
         (["search", "guidance", "--model", "models:/digits/1", "name=first"], "first-search-guidance"),
         (["train"], "digits"),
+        (["index", "s3://bucket/datasets/birds/", "--split", "train"], "birds-index"),
+        (["check", "--quarantine", "s3://bucket/datasets/birds"], "birds-check"),
+        (["check", "s3://bucket/datasets/birds", "name=first"], "first-check"),
     ],
 )
 def test_a_job_is_named_after_its_run_and_verb(words, name):
@@ -71,6 +74,9 @@ def test_only_the_settings_of_the_configuration_are_composed():
     assert overrides_of(words) == ["+experiment=digits", "seed=1"]
     assert overrides_of(["ingest", "photos", "--to", "s3://b/x=1", "data.image_size=8"]) == ["data.image_size=8"]
     assert command("ray", *words).arguments == ("--resume", *words[2:])
+    index = ["index", "s3://b/d", "--split", "train=a*", "--replace", "seed=1", "--quarantine", "cluster=gpu"]
+    assert overrides_of(index) == ["seed=1", "cluster=gpu"]
+    assert command("ray", *index).arguments == tuple(index[1:])
 
 
 @pytest.mark.parametrize("kind", ["training", "guidance"])
