@@ -1,4 +1,4 @@
-"""An index and a check that lose their driver, and then a node, find what undisturbed ones find, and read little twice."""
+"""An index and a check that lose their driver, and then a node, find what undisturbed ones do and read little twice."""
 
 from __future__ import annotations
 

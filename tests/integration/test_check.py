@@ -99,11 +99,11 @@ def test_a_named_cluster_reads_the_tars_and_finds_what_threads_find(
 
 
 def test_an_index_and_a_check_are_launched_on_a_cluster(tars: str, shell: Shell, s3: Storage):
-    done = shell.ok("launch", "index", tars, *SPLITS, "--classes", "a,b,c,d", "--json")
+    done = shell.ok("launch", "--json", "index", tars, *SPLITS, "--classes", "a,b,c,d")
     name = tars.rpartition("/")[2]
     assert done.answer == {"id": f"{name}-index", "submitted": True, "status": "SUCCEEDED"}
     assert "as Ray tasks on" in done.err
     assert read_dataset(tars, s3).classes == ("a", "b", "c", "d")
-    checked = shell.ok("launch", "check", tars, "--json")
+    checked = shell.ok("launch", "--json", "check", tars)
     assert checked.answer == {"id": f"{name}-check", "submitted": True, "status": "SUCCEEDED"}
     assert "every byte and every sample is as recorded" in checked.err
