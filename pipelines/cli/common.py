@@ -64,9 +64,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only errors and
 Folder = Annotated[str, typer.Argument(callback=check_address, help="s3://BUCKET/PATH or file:///PATH of the shards")]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Shards that this process reads at a time; default twice the cores, at most 32, or Ray's tasks"
-    ),
+    typer.Option(min=1, help="Shards that this process reads at a time; default: Ray tasks, else twice the cores"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,8 +75,13 @@ def _names_cluster(config: Config) -> bool:
     return bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
-def _reading(verb: str, uri: str, overrides: list[str] | None, threads: int | None) -> tuple[TarReading, Storage]:
-    """Return where the tars of a dataset are read, and its storage: by Ray where a cluster is named and sees them."""
+def _open(
+    verb: str, uri: str, overrides: list[str] | None, threads: int | None
+) -> tuple[Callable[[], TarReading], Storage]:
+    """Return how the tars of a dataset are read, to be called where progress is shown, and its storage.
+
+    Ray reads them where a cluster is named that sees them, and no number of threads is given.
+    """
     from pipelines.shards.audit.recorded import InThreads, Runner, TarReading
     from pipelines.storage import Storage
 
@@ -91,7 +97,7 @@ def _reading(verb: str, uri: str, overrides: list[str] | None, threads: int | No
         connect_ray(config)
         obstacle = obstacle_to_tasks([uri])
         runner = OverRay("read tars", notice) if obstacle is None else InThreads(because=obstacle)
-    return TarReading(runner, terminal.counter(verb, "MiB"), notice), Storage.of(config)
+    return lambda: TarReading(runner, terminal.counter(verb, "MiB"), notice), Storage.of(config)
 
 
 def _compose_ingest(source: str, to: str, overrides: list[str]) -> Config:
@@ -125,8 +131,8 @@ def index(
         rules = [SplitRule.parse(text) for text in split or []]
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--split") from error
+    reading, storage = _open("index", uri, overrides, threads)
     with terminal.live():
-        reading, storage = _reading("index", uri, overrides, threads)
         done = index_tars(
             uri,
             storage,
@@ -135,7 +141,7 @@ def index(
             image_size=image_size,
             replace=replace,
             quarantine=quarantine,
-            reading=reading,
+            reading=reading(),
         )
     for line in done.lines():
         terminal.stage("index", line)
@@ -155,9 +161,9 @@ def check(
     """Verify every byte and sample of a dataset. Example: ddpm check s3://ddpm/datasets/birds --quarantine"""
     from pipelines.shards.audit import check as checking
 
+    reading, storage = _open("check", uri, overrides, threads)
     with terminal.live():
-        reading, storage = _reading("check", uri, overrides, threads)
-        report = checking.check(uri, storage, reading=reading)
+        report = checking.check(uri, storage, reading=reading())
     if quarantine:
         report = checking.write_quarantine(report, storage)
     checking.show(report, terminal.console, terminal.stage)
