@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.presentation.progress import no_notice
-from pipelines.shards.audit import recorded
+from pipelines.shards.audit import foreign, recorded
 from pipelines.shards.audit.check import CheckReport, check
 from pipelines.shards.audit.foreign import IndexRefusedError, index_tars
 from pipelines.shards.audit.recorded import InThreads, TarReading
@@ -137,13 +137,18 @@ def test_a_check_that_was_killed_reads_no_tar_twice_and_finds_the_same(folder, r
 
 def test_progress_begins_with_what_was_read_before(folder, reads, monkeypatch):
     killed_after(reads, 4, lambda: index(folder))
-    counted = []
-    monkeypatch.setattr(
-        recorded.ByteCounter, "add", lambda counter, count: counted.append(count) or setattr(counter, "done", 0)
-    )
-    index(folder)
-    sizes = [path.stat().st_size for path in folder.glob("*.tar")]
-    assert counted[0] == sum(counted[1:]) == 3 * sizes[0]
+    counted: list[int] = []
+
+    class Watched(recorded.ByteCounter):
+        def add(self, count: int) -> None:
+            counted.append(count)
+            super().add(count)
+
+    monkeypatch.setattr(foreign, "ByteCounter", Watched)
+    seen: list[tuple[int, int]] = []
+    index(folder, reading=one_by_one(progress=lambda done, total: seen.append((done, total))))
+    assert counted[0] == sum(counted[1:]) == 3 * (folder / "train-1.tar").stat().st_size
+    assert seen[-1] == (1, 1)
 
 
 def test_a_tar_that_has_changed_since_is_read_again(folder, reads):
