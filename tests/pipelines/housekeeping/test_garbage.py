@@ -169,6 +169,8 @@ PLANTED = {  # what lies there -> whether nothing names it
     f"datasets/d/features/{'6' * 16}-{'2' * 16}": False,
     f"datasets/d/features/{'5' * 16}-{'4' * 16}": False,  # young
     f"datasets/d/features/{'6' * 16}-{'1' * 16}": True,
+    "datasets/d/check-progress": False,  # a check that was interrupted goes on from it
+    "datasets/without-index/index-progress": False,
     "evaluations/run": False,
     "evaluations/version": False,
     "evaluations/unnamed": True,
