@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
+from uuid import uuid4
 
 import PIL
 
@@ -204,8 +205,11 @@ class Recorded(Generic[R]):
 
 
 def stamp(entry: Entry | None) -> list[Any] | None:
-    """Return what changes with the bytes of an object, as far as its store says: its tag, else its time."""
-    return None if entry is None else [entry.size, entry.tag or entry.modified]
+    """Return what changes with the bytes of an object: its tag, else its time.
+
+    Where the store says neither, what was found in the object holds for no second look.
+    """
+    return None if entry is None else [entry.size, entry.tag or entry.modified or uuid4().hex]
 
 
 def list_tars(uri: str, storage: Storage) -> dict[str, Tar]:

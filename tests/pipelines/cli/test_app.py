@@ -34,7 +34,7 @@ def test_every_verb_explains_itself_with_an_example(verb):
         (
             ["flow", "--from", "learn"],
             2,
-            "no such stage. Allowed: ingest, index, check, train, evaluator, evaluate, register, gate",
+            "no such stage. Allowed: ingest, train, evaluator, evaluate, register, gate",
         ),
         (["flow", "--from", "gate", "--until", "train"], 2, "train comes before gate"),
         (["flow", "--out", "x", "--until", "train"], 2, "--out draws from the registered model"),

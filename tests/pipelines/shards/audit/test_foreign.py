@@ -259,6 +259,7 @@ def test_folders_are_splits_and_sidecars_lie_beside_the_tars(tmp_path):
         write(tmp_path / split, **{"000": [*sample("a"), *sample("b", 9, 1)], "001": sample("c", 3, 2)})
     dataset = index_tars(f"file://{tmp_path}", STORAGE, classes=["x", "y", "z"]).dataset
     assert [s.name for s in dataset.shards("train")] == ["train/000.tar", "train/001.tar"]
+    assert {path.name for path in tmp_path.iterdir()} == {"train", "test", "dataset.json"}
     assert dataset.classes == ("x", "y", "z")
     assert ShardIndex.from_json((tmp_path / layout.index_name("train/000.tar")).read_text()).keys == ("a", "b")
     assert ours(dataset, "test", tmp_path / "cache") == foreign(paths(dataset, "test"))

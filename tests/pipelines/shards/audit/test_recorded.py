@@ -266,11 +266,11 @@ def test_a_check_without_leave_to_write_finds_the_same_and_says_that_it_keeps_no
     assert stored(folder) == there
 
 
-def test_the_key_of_a_record_has_everything_that_decides_it(folder):
-    """A store without tags says when an object was written."""
-    tar = recorded.list_tars(f"file://{folder}", Storage())["train-1.tar"]
-    same = replace(tar.entry, modified=0.0)
-    assert recorded.stamp(tar.entry) == recorded.stamp(same)
-    untagged = replace(tar.entry, tag="")
-    assert recorded.stamp(untagged) == [tar.entry.size, tar.entry.modified]
-    assert recorded.stamp(replace(tar.entry, size=1)) != recorded.stamp(tar.entry)
+def test_without_a_tag_the_time_says_whether_an_object_has_changed_and_without_either_it_may_have(folder):
+    entry = recorded.list_tars(f"file://{folder}", Storage())["train-1.tar"].entry
+    assert recorded.stamp(entry) == recorded.stamp(replace(entry, modified=1.0)) == [entry.size, entry.tag]
+    assert recorded.stamp(replace(entry, size=1)) != recorded.stamp(entry)
+    untagged = replace(entry, tag="")
+    assert recorded.stamp(untagged) == [entry.size, entry.modified]
+    unknown = replace(untagged, modified=None)
+    assert recorded.stamp(unknown) != recorded.stamp(unknown)
