@@ -1,6 +1,6 @@
 """The cost of a checkpoint of a sharded network: in parts, gathered on one rank, and by torch's own `async_save`.
 
-    python -m benchmarks.checkpoint [--quick] [--json]
+    python -m benchmarks.checkpoint [--quick] [--network 32M] [--ranks 2 4] [--json]
 
 Ranks of one process group, on this machine's cores and gloo, train a diffusion transformer sharded by FSDP2 and save
 its state while they train, by each way in turn:
@@ -9,258 +9,294 @@ its state while they train, by each way in turn:
 - gathered: rank 0 gathers the whole state and stores it, as this project did before;
 - dcp: `torch.distributed.checkpoint.async_save`.
 
-Measured are the seconds for which training stands still, images/s while the checkpoint is being stored relative to
-those of the same ranks undisturbed, the seconds until it is durable, the memory that saving takes on each rank, and the
-bytes that each rank stores.
+None of them waits until the disk has what it was given. Measured are the seconds for which training stands still,
+images/s while the checkpoint is being stored relative to those of the same ranks undisturbed, the seconds until it is
+stored, and the bytes that each rank stores. Memory is that of each rank beyond the same process before it has the
+network, when it has trained a tiny one and saved it by every way.
+
+The whole takes some twenty minutes and, for the network of 300 M parameters, 16 GiB of memory. A part of the cases may
+be measured alone: their rows take the place of the older ones in the file of results, and the others stay.
 """
 
 from __future__ import annotations
 
+import argparse
+import ctypes
+import gc
+import itertools
 import json
+import math
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 # Before torch is imported: spinning threads slow a step down as soon as another process needs a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict_saver import async_save
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.memory import Peak
-from benchmarks.results import Size, commit, make_parser, publish
+from benchmarks.checkpoint_ways import WAYS, Way
+from benchmarks.memory import SHAPES, Peak
+from benchmarks.results import Size, commit, make_parser, out_folder, publish
 from benchmarks.train_step import machine
-from pipelines.checkpoints import Checkpoint, save_checkpoint
-from pipelines.config import compose
-from pipelines.storage import Storage
-from pipelines.training.loop.checkpoint import Checkpointer
+from pipelines.config import Config, compose
+from pipelines.training.loop.collectives import local_part
 from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.speed import made_up, made_up_job
 from pipelines.training.loop.state import TrainingState, make_state
 from pipelines.training.loop.train import step
 
 MIB = 2**20
-WAYS = ("parts", "gathered", "dcp")
-BATCH = 16
-UNDISTURBED_STEPS = 4
-SMALL = ["model.width=128", "model.depth=4", "model.heads=4"]
-TINY = ["model.width=32", "model.depth=2", "model.heads=2"]
+NETWORKS = {
+    "tiny": SHAPES["tiny"],
+    "small": ("model.width=128", "model.depth=4", "model.heads=4"),
+    "32M": ("model.width=384", "model.depth=12", "model.heads=6"),
+    "300M": SHAPES["300M"],
+}
 
 
-def resident_bytes() -> int:
-    """Return the resident memory of this process."""
-    return int(psutil.Process().memory_info().rss)
+@dataclass(frozen=True)
+class SavedTraining:
+    """What is trained and saved in one process group.
+
+    Attributes:
+        network: its name in `NETWORKS`.
+        ranks: the number of processes.
+        rounds: how often it is saved by each way.
+        batch_size: images of a step of all ranks.
+        steps: of training without a checkpoint, which each checkpoint is compared with.
+    """
+
+    network: str
+    ranks: int
+    rounds: int
+    batch_size: int = 16
+    steps: int = 4
+
+    def config(self, folder: Path) -> Config:
+        """Return the configuration, with a store below a folder."""
+        model = ["+experiment=digits", "model=dit_digits", *NETWORKS[self.network]]
+        rest = ["cluster.parallel=fsdp", "optim.precision=fp32", f"batch_size={self.batch_size}", "data.lanes=1"]
+        return compose([*model, *rest, "storage=file", f"storage.root=file://{folder}/store"])
 
 
-class Parts:
-    """This project's way."""
-
-    def __init__(self, context: RunContext, folder: Path) -> None:
-        self.saver = Checkpointer(context, None)
-
-    def save(self, state: TrainingState) -> Callable[[], bool]:
-        """Begin to save, and return whether this rank's part is stored."""
-        self.saver.save(state, publish=False)
-        upload = self.saver._uploads[-1]
-        return upload.done
-
-    def finish(self) -> None:
-        """Wait until the checkpoint is durable."""
-        self.saver.finish()
+FULL = (
+    *(SavedTraining("32M", ranks, 5) for ranks in (2, 4, 8)),
+    *(SavedTraining("300M", ranks, 2, batch_size=4, steps=2) for ranks in (2, 4)),
+)
+QUICK, SMOKE = (SavedTraining("small", 2, 2),), (SavedTraining("tiny", 2, 1),)
 
 
-class Gathered:
-    """Rank 0 gathers whole tensors, one after the other, and stores them in whole files."""
-
-    def __init__(self, context: RunContext, folder: Path) -> None:
-        self.context, self.folder = context, folder / "gathered"
-        self.thread = ThreadPoolExecutor(1)
-        self.upload: Future[None] | None = None
-
-    def save(self, state: TrainingState) -> Callable[[], bool]:
-        """Begin to save, and return whether that is done."""
-        found = {name: _whole(tensor) for name, tensor in state.tensors().items()}
-        if self.context.rank != 0:
-            return lambda: True
-        tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
-        checkpoint = Checkpoint(self.context.spec, tensors, state.images_seen, {}, state.optimizer_steps)
-        self.upload = self.thread.submit(self._store, checkpoint)
-        return self.upload.done
-
-    def finish(self) -> None:
-        """Wait until the checkpoint is durable."""
-        if self.upload:
-            self.upload.result()
-
-    def _store(self, checkpoint: Checkpoint) -> None:
-        with tempfile.TemporaryDirectory(dir=self.folder.parent) as scratch:
-            state = save_checkpoint(Path(scratch), checkpoint)
-            for name in [*state.files, "state.json"]:
-                Storage().upload(Path(scratch, name), f"file://{self.folder}/{name}")
+def memory_bytes() -> int:
+    """Return the resident memory of this process that no file on a disk backs."""
+    found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return sum(int(found[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
 
 
-def _whole(tensor: Tensor) -> Tensor | None:
-    """Return a copy of a whole tensor on rank 0, None on the others."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().clone() if rank == 0 else None
-    rows, part = -(-tensor.shape[0] // ranks), tensor.to_local().detach()
-    part = torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
-    if rank != 0:
-        dist.gather(part, dst=0)
-        return None
-    whole = part.new_empty(rows * ranks, *part.shape[1:])
-    dist.gather(part, list(whole.split(rows)), dst=0)
-    return whole[: tensor.shape[0]]
-
-
-class Dcp:
-    """torch's distributed checkpoint, copied and written while training goes on."""
-
-    def __init__(self, context: RunContext, folder: Path) -> None:
-        self.folder, self.group = folder / "dcp", dist.new_group(backend="gloo")
-        self.upload: Any = None
-
-    def save(self, state: TrainingState) -> Callable[[], bool]:
-        """Begin to save, and return whether that is done."""
-        self.upload = async_save(state.tensors(), checkpoint_id=self.folder, process_group=self.group)
-        done: Callable[[], bool] = self.upload.done
-        return done
-
-    def finish(self) -> None:
-        """Wait until the checkpoint is durable."""
-        self.upload.result()
+def freed() -> None:
+    """Give back to the system what this process no longer uses."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure each number of ranks, and publish."""
+    """Measure each network on each number of ranks, and publish."""
     parser = make_parser("checkpoint", __doc__, quick="a small network, two ranks, two rounds")
+    parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="measure these alone")
+    parser.add_argument("--ranks", nargs="+", type=int, help="measure these numbers of ranks alone")
     options = parser.parse_args(arguments)
     size: Size = options.size
-    worlds, rounds = size.of((2, 4), (2,), (2,)), size.of(3, 2, 1)
-    model = ["model=dit_digits", *size.of(["model.width=384", "model.depth=12", "model.heads=6"], SMALL, TINY)]
-    rows = [row for world in worlds for row in measured(world, rounds, model)]
+    cases = size.of(FULL, QUICK, SMOKE)
+    chosen = [c for c in cases if c.network in options.network and c.ranks in (options.ranks or [c.ranks])]
+    if not chosen:
+        parser.error(f"there are {', '.join(f'--network {c.network} --ranks {c.ranks}' for c in cases)}")
+    found = [measured(case) for case in chosen]
+    kept = {"rows": [], "memory": []} if len(chosen) == len(cases) else earlier(options, chosen)
+    rows = in_order(cases, [*kept["rows"], *itertools.chain.from_iterable(rows for rows, _ in found)])
+    memory = in_order(cases, [*kept["memory"], *(each for _, each in found)])
     result: dict[str, Any] = {
         "benchmark": "checkpoint",
         "commit": commit(),
         "machine": machine(torch.device("cpu")),
         "torch": torch.__version__,
-        "batch_size": BATCH,
-        "rounds": rounds,
         "rows": rows,
+        "memory": memory,
+        "memory_exponent": {
+            name: {key: exponent(same, f"{key}_mib_by_rank") for key in ("held", "training")}
+            for name in NETWORKS
+            if len(same := [each for each in memory if each["network"] == name]) > 1
+        },
     }
-    stalls = {(row["way"], row["ranks"]): row["stall_s"] for row in rows}
-    for way in WAYS[1:]:
-        result[f"speedup_{way}"] = {str(world): stalls[way, world] / stalls["parts", world] for world in worlds}
+    stalls = {(row["network"], row["ranks"], row["way"]): row["stall_s"] for row in rows}
+    for way in sorted({*WAYS} - {"parts"}, reverse=True):
+        speedups: dict[str, dict[str, float]] = {}
+        for (network, ranks, of), stall_s in stalls.items():
+            if of == way:
+                speedups.setdefault(network, {})[str(ranks)] = stall_s / stalls[network, ranks, "parts"]
+        result[f"speedup_{way}"] = speedups
     publish(result, "checkpoint", options)
 
 
-def measured(world: int, rounds: int, model: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each way on so many ranks: medians over the rounds."""
+def earlier(options: argparse.Namespace, replaced: Sequence[SavedTraining]) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows in the file of results, but for those of the cases that are measured again."""
+    file = out_folder(options, "benchmarks/results") / "checkpoint.json"
+    there = json.loads(file.read_text()) if file.exists() else {"rows": [], "memory": []}
+    again = {(case.network, case.ranks) for case in replaced}
+    return {
+        name: [each for each in there[name] if (each["network"], each["ranks"]) not in again]
+        for name in ("rows", "memory")
+    }
+
+
+def in_order(cases: Sequence[SavedTraining], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows in the order of the cases."""
+    order = [(case.network, case.ranks) for case in cases]
+    return sorted(rows, key=lambda row: order.index((row["network"], row["ranks"])))
+
+
+def exponent(rows: Sequence[dict[str, Any]], key: str) -> float:
+    """Return the power of the number of ranks that a rank's memory follows, by least squares of logarithms."""
+    return statistics.linear_regression(
+        [math.log(row["ranks"]) for row in rows], [math.log(statistics.fmean(row[key])) for row in rows]
+    ).slope
+
+
+def measured(case: SavedTraining) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return a row for each way, of medians over the rounds, and one of the memory of training without saving."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        spawn(one_rank, (world, folder, rounds, model), nprocs=world)
-        ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
-    for way in WAYS:
-        of = [rank["ways"][way] for rank in ranks]
-        first = of[0]
-
-        def median(name: str, at: int = 0, of: list[dict[str, Any]] = of) -> float:
-            return statistics.median(of[at][name])
-
-        yield {
-            "way": way,
-            "ranks": world,
-            "parameters": ranks[0]["parameters"],
-            "stall_s": max(median("stall_s", rank) for rank in range(world)),
-            "durable_s": median("durable_s"),
-            "speed_while_storing": median("speed"),
-            "saving_mib_by_rank": [median("memory_mib", rank) for rank in range(world)],
-            "stored_mib_by_rank": [rank["stored_mib"] for rank in of],
-            "state_mib_by_rank": [rank["state_mib"] for rank in ranks],
-            "stalls_s": first["stall_s"],
-        }
+        spawn(one_rank, (case, folder), nprocs=case.ranks)
+        ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(case.ranks)]
+    what = {"network": case.network, "parameters": ranks[0]["parameters"], "ranks": case.ranks}
+    memory = {key: [rank[key] for rank in ranks] for key in ("parameters_held", "held_mib", "training_mib")}
+    memory_row = {
+        **what,
+        **{f"{key}_by_rank": each for key, each in memory.items()},
+        "first_to_mean": {key: each[0] / statistics.fmean(each) for key, each in memory.items()},
+    }
+    return [_row(case, what, way, [rank["ways"][way] for rank in ranks]) for way in WAYS], memory_row
 
 
-def one_rank(rank: int, world: int, folder: Path, rounds: int, model: list[str]) -> None:
+def _row(
+    case: SavedTraining, what: dict[str, Any], way: str, ranks: Sequence[dict[str, list[float]]]
+) -> dict[str, Any]:
+    """Return the row of a way, from what each rank has found in each round."""
+    by_rank = {key: [statistics.median(rank[key]) for rank in ranks] for key in ranks[0]}
+    memory = by_rank["memory_mib"]
+    # The next step waits for the last rank.
+    stalls_s = [max(of_ranks) for of_ranks in zip(*(rank["stall_s"] for rank in ranks), strict=True)]
+    return {
+        "way": way,
+        **what,
+        "commit": commit(),
+        "batch_size": case.batch_size,
+        "rounds": case.rounds,
+        "stall_s": statistics.median(stalls_s),
+        "durable_s": by_rank["durable_s"][0],
+        "speed_while_storing": by_rank["speed"][0],
+        "stalls_s": stalls_s,
+        "speeds": ranks[0]["speed"],
+        "stored_mib_by_rank": by_rank["stored_mib"],
+        "memory_mib_by_rank": memory,
+        "first_to_mean": memory[0] / statistics.fmean(memory),
+    }
+
+
+def one_rank(rank: int, case: SavedTraining, folder: Path) -> None:
     """Train and save on one rank, and write down what it took."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    settings = ["+experiment=digits", *model, "cluster.parallel=fsdp", "optim.precision=fp32", f"batch_size={BATCH}"]
-    config = compose([*settings, "storage=file", f"storage.root=file://{folder}/store", "data.lanes=1"])
-    before = resident_bytes()
-    context = RunContext.of(made_up_job(config), rank=rank, world_size=world, device=torch.device("cpu"))
-    state = make_state(config, context.device, context.precision)
-    trained(context, state, 2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=case.ranks)
+    # Threads, connections and buffers are made by the first training and the first checkpoint of each way.
+    train_and_save(replace(case, network="tiny", rounds=1, steps=1), rank, folder)
+    (folder / f"{rank}.json").write_text(json.dumps(train_and_save(case, rank, folder)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train_and_save(case: SavedTraining, rank: int, folder: Path) -> dict[str, Any]:
+    """Return what training takes of this rank, and what saving does, by the name of the way."""
+    freed()
+    dist.barrier()
+    before, config = memory_bytes(), case.config(folder)
+    context = RunContext.of(made_up_job(config), rank=rank, world_size=case.ranks, device=torch.device("cpu"))
+    with Peak(memory_bytes, every_s=0.02) as peak:
+        state = make_state(config, context.device, context.precision)
+        trained(context, state, 2)
+    freed()
     report: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in state.network.parameters()),
-        "state_mib": (resident_bytes() - before) / MIB,
-        "ways": {way: {"stall_s": [], "durable_s": [], "speed": [], "memory_mib": []} for way in WAYS},
+        "parameters_held": sum(local_part(parameter).numel() for parameter in state.network.parameters()),
+        "training_mib": peak.bytes / MIB,
+        "held_mib": (memory_bytes() - before) / MIB,
+        "ways": {way: {} for way in WAYS},
     }
-    makers = {"parts": Parts, "gathered": Gathered, "dcp": Dcp}
-    savers = {way: makers[way](context, folder) for way in WAYS}
-    for _ in range(1 + rounds):  # the first one is for what is made once, such as buffers and threads
+    savers = {way: make(context, folder) for way, make in WAYS.items()}
+    for _ in range(case.rounds):
         for way, saver in savers.items():
-            saved(context, state, saver, report["ways"][way])
-            stored = _stored_mib(folder, way, rank)
-            report["ways"][way]["stored_mib"] = stored
+            found = saved(context, state, saver, case.steps)
+            memory = found["memory_mib"] - before / MIB
+            found |= {"memory_mib": memory, "stored_mib": _stored_mib(folder, way, rank)}
+            for key, value in found.items():
+                report["ways"][way].setdefault(key, []).append(value)
             dist.barrier()
             if rank == 0:
                 for path in (folder / "gathered", folder / "dcp", folder / "store"):
                     shutil.rmtree(path, ignore_errors=True)
             dist.barrier()
-    for way in WAYS:
-        for values in report["ways"][way].values():
-            if isinstance(values, list):
-                del values[0]
-    (folder / f"{rank}.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
+    for saver in savers.values():
+        saver.close()
+    return report
 
 
-def saved(context: RunContext, state: TrainingState, saver: Any, found: dict[str, list[float]]) -> None:
-    """Train undisturbed, save, and train on until the checkpoint is durable; add what it took."""
+def saved(context: RunContext, state: TrainingState, saver: Way, steps: int) -> dict[str, float]:
+    """Train undisturbed, save, and train on until the checkpoint is durable; return what it took.
+
+    Args:
+        steps: to train undisturbed.
+    """
     dist.barrier()
-    undisturbed = trained(context, state, UNDISTURBED_STEPS)
+    undisturbed = trained(context, state, steps)
+    freed()
     dist.barrier()
-    with Peak(resident_bytes) as memory:
+    with Peak(memory_bytes, every_s=0.02) as memory:
         began = time.monotonic()
         done = saver.save(state)
-        found["stall_s"].append(time.monotonic() - began)
-        steps, training = 0, time.monotonic()
+        stall_s = time.monotonic() - began
+        count, training = 0, time.monotonic()
         over = False
         while not over:
             trained(context, state, 1)
-            steps += 1
+            count += 1
             flag = torch.tensor([0.0 if done() else 1.0])
             dist.all_reduce(flag)
             over = not flag.item()
-        speed = steps * BATCH / (time.monotonic() - training)
+        speed = count * context.config.batch_size / (time.monotonic() - training)
         saver.finish()
-        found["durable_s"].append(time.monotonic() - began)
-    found["speed"].append(speed / undisturbed)
-    found["memory_mib"].append(memory.bytes / MIB)
+        durable_s = time.monotonic() - began
+    return {
+        "stall_s": stall_s,
+        "durable_s": durable_s,
+        "speed": speed / undisturbed,
+        "memory_mib": memory.most / MIB,
+    }
 
 
 def trained(context: RunContext, state: TrainingState, steps: int) -> float:
     """Train some steps on random images, and return images/s."""
-    whole = made_up(context.config)
-    piece = whole[context.rank * BATCH // context.world_size : (context.rank + 1) * BATCH // context.world_size]
+    whole, size = made_up(context.config), context.config.batch_size
+    piece = whole[context.rank * size // context.world_size : (context.rank + 1) * size // context.world_size]
     began = time.monotonic()
     for _ in range(steps):
         step(context, state, replace(piece, ordinals=piece.ordinals + state.images_seen))
-    return steps * BATCH / (time.monotonic() - began)
+    return steps * size / (time.monotonic() - began)
 
 
 def _stored_mib(folder: Path, way: str, rank: int) -> float:

@@ -41,13 +41,17 @@ from pipelines.training.memory import Placement, estimate
 
 MIB = 2**20
 BATCH = 4
+"""Images of a step of all ranks, or one for each rank where there are more."""
 SHAPES = {
     "tiny": ("model.width=32", "model.depth=2", "model.heads=2"),
     "3M": ("model.width=128", "model.depth=8", "model.heads=4"),
     "30M": ("model.width=384", "model.depth=11", "model.heads=6"),
     "300M": ("model.width=960", "model.depth=18", "model.heads=15"),
 }
-CASES = (("ddp", 1), ("ddp", 2), ("fsdp", 2))
+CASES = {
+    "30M": (("ddp", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("fsdp", 8)),
+    "300M": (("ddp", 1), ("fsdp", 2), ("fsdp", 4)),
+}
 STEPS = 3
 NETWORKS = {"0.1 B": (768, 10), "0.7 B": (1152, 28), "2 B": (2048, 28), "8 B": (3584, 36)}
 """Width and depth of diffusion transformers of about so many parameters; heads have 64 channels."""
@@ -65,10 +69,11 @@ class Peak:
 
     Args:
         measure: returns the bytes that count.
+        every_s: seconds between looks.
     """
 
-    def __init__(self, measure: Callable[[], int]) -> None:
-        self.measure = measure
+    def __init__(self, measure: Callable[[], int], every_s: float = 0.002) -> None:
+        self.measure, self.every_s = measure, every_s
 
     def __enter__(self) -> Peak:
         self.over = threading.Event()
@@ -87,7 +92,7 @@ class Peak:
         return self.most - self.before
 
     def _watch(self) -> None:
-        while not self.over.wait(0.002):
+        while not self.over.wait(self.every_s):
             self.most = max(self.most, self.measure())
 
 
@@ -97,7 +102,7 @@ def anonymous_bytes() -> int:
     return int(text.partition("RssAnon:")[2].split()[0]) * 1024
 
 
-def settings(shape: str, parallel: str, folder: Path) -> Config:
+def settings(shape: str, parallel: str, world: int, folder: Path) -> Config:
     """Return the configuration of a measured training."""
     plain = [
         "+experiment=digits",
@@ -106,8 +111,9 @@ def settings(shape: str, parallel: str, folder: Path) -> Config:
         f"cluster.parallel={parallel}",
         "optim.precision=fp32",
     ]
+    batch_size = max(BATCH, world)
     return compose(
-        [*plain, f"batch_size={BATCH}", "data.lanes=1", "storage=file", f"storage.root=file://{folder}/store"]
+        [*plain, f"batch_size={batch_size}", "data.lanes=1", "storage=file", f"storage.root=file://{folder}/store"]
     )
 
 
@@ -116,7 +122,7 @@ def train(config: Config, rank: int, world: int, *, save: bool) -> None:
     context = RunContext.of(made_up_job(config), rank=rank, world_size=world, device=torch.device("cpu"))
     state, whole = make_state(config, context.device, context.precision), made_up(config)
     saver = Checkpointer(context, None)
-    piece = whole[rank * BATCH // world : (rank + 1) * BATCH // world]
+    piece = whole[rank * config.batch_size // world : (rank + 1) * config.batch_size // world]
     for at in range(STEPS):
         step(context, state, replace(piece, ordinals=piece.ordinals + state.images_seen))
         if save and at == 0:
@@ -129,14 +135,14 @@ def one_rank(rank: int, world: int, folder: Path, shape: str, parallel: str) -> 
     """Measure one rank, and write down what it took."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    train(settings("tiny", parallel, folder), rank, world, save=True)
+    train(settings("tiny", parallel, world, folder), rank, world, save=True)
     found = {}
     for save in (False, True):
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         dist.barrier()
         with Peak(anonymous_bytes) as peak:
-            train(settings(shape, parallel, folder), rank, world, save=save)
+            train(settings(shape, parallel, world, folder), rank, world, save=save)
         found["saving" if save else "training"] = peak.bytes
         found["process"] = peak.before
         if rank == 0:
@@ -150,13 +156,19 @@ def measured(shape: str, parallel: str, world: int) -> dict[str, Any]:
     """Return the estimate and the measurement of one case, of the rank that took most."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        config = settings(shape, parallel, folder)
+        config = settings(shape, parallel, world, folder)
         expected = estimate(config, Placement(world, world, "cpu", "fp32"))
         spawn(one_rank, (world, folder, shape, parallel), nprocs=world)
         ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
         with torch.device("meta"):
             parameters = sum(p.numel() for p in make_network(config).parameters())
-    row: dict[str, Any] = {"parameters": parameters, "parallel": parallel, "ranks": world}
+    row: dict[str, Any] = {
+        "network": shape,
+        "parameters": parameters,
+        "parallel": parallel,
+        "ranks": world,
+        "batch_size": config.batch_size,
+    }
     sizes = {"training": sum(expected.device.values())}
     sizes["saving"] = sizes["training"] + expected.host["staging"]
     for name, size in sizes.items():
@@ -202,14 +214,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser("memory", __doc__, quick="a network of 30 M parameters on one and two ranks")
     options = parser.parse_args(arguments)
     size: Size = options.size
-    full = [("30M", *case) for case in CASES] + [("300M", *case) for case in (CASES[0], CASES[2])]
+    full = [(shape, *case) for shape, cases in CASES.items() for case in cases]
     rows = [measured(*case) for case in size.of(full, full[:3], [("3M", "fsdp", 2)])]
     result: dict[str, Any] = {
         "benchmark": "memory",
         "commit": commit(),
         "machine": machine(torch.device("cpu")),
         "torch": torch.__version__,
-        "batch_size": BATCH,
         "rows": rows,
         "clusters": [
             worked_out(name, gpus)
