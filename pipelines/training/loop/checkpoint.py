@@ -14,7 +14,7 @@ import math
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -104,7 +104,7 @@ class Checkpointer:
         if self.copies:
             self.copies.keep(name, checkpoint, rows)
         if sharded:
-            self._uploads.append(self._thread.submit(self._run, self._store_part, name, checkpoint, rows, publish))
+            self._uploads.append(self._thread.submit(self._run, self._store_part, name, checkpoint, [*rows], publish))
         elif self.context.rank == 0:
             checkpoint = replace(checkpoint, tensors=copies_on_cpu(state.tensors()))
             self._uploads.append(self._thread.submit(self._run, self._store_whole, name, checkpoint, publish))
@@ -174,17 +174,23 @@ class Checkpointer:
                 self.context.job.storage.upload(folder / file, join(uri, file))
         return self._enter(name, state, publish)
 
-    def _store_part(self, name: str, checkpoint: Checkpoint, rows: Sequence[TensorRows], publish: bool) -> int:
-        """Upload what this rank holds as a part; on rank 0, enter the checkpoint when all parts are there."""
+    def _store_part(self, name: str, checkpoint: Checkpoint, rows: list[TensorRows], publish: bool) -> int:
+        """Upload what this rank holds as a part; on rank 0, enter the checkpoint when all parts are there.
+
+        Args:
+            rows: what is uploaded; the list is emptied then, so that rank 0 keeps no copy while it waits for others.
+        """
         rank, storage = self.context.rank, self.context.job.storage
         uri, file = join(self.context.job.run_uri, name), layout.part_file(rank)
         part = Part.of(rank, rows)
         storage.upload_stream(part.stream, join(uri, file))
-        record = json.dumps([part.sha256(), part.size, part.index.to_json().decode()])
+        size, record = part.size, json.dumps([part.sha256(), part.size, part.index.to_json().decode()])
+        del part
+        rows.clear()
         if rank != 0:
             assert self._store is not None
             self._store.set(f"{name}/{rank}", record)
-            return part.size
+            return size
         indices, files, sizes = [], {}, {}
         for other, stored in enumerate([record.encode(), *self._other_records(name)]):
             file = layout.part_file(other)

@@ -4,18 +4,24 @@ import hashlib
 import math
 import threading
 import time
+import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from pipelines import checkpoints
-from pipelines.checkpoints import load_checkpoint, save_checkpoint
+from pipelines.checkpoints import Checkpoint, checkpoint_name, load_checkpoint, save_checkpoint
+from pipelines.checkpoints.parts import TensorRows
 from pipelines.shards.read import Batch
 from pipelines.storage import Storage, StorageError
 from pipelines.training.loop import train as train_module
+from pipelines.training.loop.checkpoint import Checkpointer
+from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.losses import losses
+from pipelines.training.loop.speed import made_up_job
 from tests.pipelines.training.loop.ranks import NO_GRIDS, SMALL, FolderShell, last_checkpoint, tiny_config, train_here
 
 STEPS, BATCH = 6, 25
@@ -181,3 +187,22 @@ def test_a_checkpoint_of_a_release_that_kept_no_residuals_of_averages_resumes(di
     state, tensors = load_checkpoint(last_checkpoint(tmp_path / "r"))
     assert state.images_seen == STEPS * BATCH
     assert residuals <= tensors.keys()
+
+
+def test_rank_0_has_given_its_copy_back_when_it_waits_for_the_parts_of_others(tmp_path, monkeypatch):
+    context = RunContext.of(made_up_job(tiny_config(tmp_path, 10, 5)), rank=0, world_size=1, device=torch.device("cpu"))
+    saver, name, kept = Checkpointer(context, None), checkpoint_name(1, context.job.epoch), []
+    memory = np.ones(2, np.float32)
+    rows, copy = [TensorRows("network.a", (2,), 0, torch.from_numpy(memory))], weakref.ref(memory)
+    del memory
+    assert copy() is not None
+
+    def waiting(saver, name):
+        kept.append(copy() is not None)
+        return iter(())
+
+    monkeypatch.setattr(Checkpointer, "_other_records", waiting)
+    saver._run(saver._store_part, name, Checkpoint(context.spec, {}, 1, {}, 1), rows, False)
+    saver.close()
+    assert kept == [False]
+    assert len(checkpoints.complete_checkpoints(context.job.storage, context.job.run_uri)) == 1
