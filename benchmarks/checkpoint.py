@@ -89,7 +89,7 @@ class SavedTraining:
 
 
 FULL = (
-    *(SavedTraining("32M", ranks, 5) for ranks in (2, 4, 8)),
+    *(SavedTraining("32M", ranks, 3) for ranks in (2, 4, 8)),
     *(SavedTraining("300M", ranks, 2, batch_size=4, steps=2) for ranks in (2, 4)),
 )
 QUICK, SMOKE = (SavedTraining("small", 2, 2),), (SavedTraining("tiny", 2, 1),)
