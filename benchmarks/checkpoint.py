@@ -20,7 +20,6 @@ be measured alone: their rows take the place of the older ones in the file of re
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import itertools
@@ -45,7 +44,7 @@ from torch.multiprocessing.spawn import spawn
 
 from benchmarks.checkpoint_ways import WAYS, Way
 from benchmarks.memory import SHAPES, Peak
-from benchmarks.results import Size, commit, make_parser, out_folder, publish
+from benchmarks.results import Size, commit, make_parser, publish, with_earlier
 from benchmarks.train_step import machine
 from pipelines.config import Config, compose
 from pipelines.training.loop.collectives import local_part
@@ -118,10 +117,10 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = [c for c in cases if c.network in options.network and c.ranks in (options.ranks or [c.ranks])]
     if not chosen:
         parser.error(f"there are {', '.join(f'--network {c.network} --ranks {c.ranks}' for c in cases)}")
-    found = [measured(case) for case in chosen]
-    kept = {"rows": [], "memory": []} if len(chosen) == len(cases) else earlier(options, chosen)
-    rows = in_order(cases, [*kept["rows"], *itertools.chain.from_iterable(rows for rows, _ in found)])
-    memory = in_order(cases, [*kept["memory"], *(each for _, each in found)])
+    found, keys = [measured(case) for case in chosen], [{"network": c.network, "ranks": c.ranks} for c in cases]
+    rows = list(itertools.chain.from_iterable(rows for rows, _ in found))
+    rows = with_earlier(options, "checkpoint", "rows", rows, keys)
+    memory = with_earlier(options, "checkpoint", "memory", [each for _, each in found], keys)
     result: dict[str, Any] = {
         "benchmark": "checkpoint",
         "commit": commit(),
@@ -143,23 +142,6 @@ def main(arguments: list[str] | None = None) -> None:
                 speedups.setdefault(network, {})[str(ranks)] = stall_s / stalls[network, ranks, "parts"]
         result[f"speedup_{way}"] = speedups
     publish(result, "checkpoint", options)
-
-
-def earlier(options: argparse.Namespace, replaced: Sequence[SavedTraining]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows in the file of results, but for those of the cases that are measured again."""
-    file = out_folder(options, "benchmarks/results") / "checkpoint.json"
-    there = json.loads(file.read_text()) if file.exists() else {"rows": [], "memory": []}
-    again = {(case.network, case.ranks) for case in replaced}
-    return {
-        name: [each for each in there[name] if (each["network"], each["ranks"]) not in again]
-        for name in ("rows", "memory")
-    }
-
-
-def in_order(cases: Sequence[SavedTraining], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows in the order of the cases."""
-    order = [(case.network, case.ranks) for case in cases]
-    return sorted(rows, key=lambda row: order.index((row["network"], row["ranks"])))
 
 
 def exponent(rows: Sequence[dict[str, Any]], key: str) -> float:

@@ -1,10 +1,11 @@
 """Memory that a training takes, beside what `pipelines.training.memory` says beforehand.
 
-    python -m benchmarks.memory [--quick] [--json]
+    python -m benchmarks.memory [--quick] [--network 30M] [--ranks 4 8] [--json]
 
 Ranks train a diffusion transformer on this machine's cores and save checkpoints meanwhile. Measured is the peak of each
 rank's anonymous memory beyond that of the same process before it has the network, when it has trained a tiny one. What
-larger networks take on clusters of GPUs is worked out by the same estimate.
+larger networks take on clusters of GPUs is worked out by the same estimate. A part of the cases may be measured alone:
+their rows take the place of the older ones in the file of results, and the others stay.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.results import Size, commit, make_parser, publish
+from benchmarks.results import Rows, Size, commit, make_parser, publish, with_earlier
 from benchmarks.train_step import machine
 from pipelines.config import Config, compose
 from pipelines.training.loop.checkpoint import Checkpointer
@@ -168,6 +169,7 @@ def measured(shape: str, parallel: str, world: int) -> dict[str, Any]:
         "parallel": parallel,
         "ranks": world,
         "batch_size": config.batch_size,
+        "commit": commit(),
     }
     sizes = {"training": sum(expected.device.values())}
     sizes["saving"] = sizes["training"] + expected.host["staging"]
@@ -212,10 +214,15 @@ def worked_out(name: str, gpus: int) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Measure each case, and publish."""
     parser = make_parser("memory", __doc__, quick="a network of 30 M parameters on one and two ranks")
+    parser.add_argument("--network", nargs="+", choices=SHAPES, default=list(SHAPES), help="measure these alone")
+    parser.add_argument("--ranks", nargs="+", type=int, help="measure these numbers of ranks alone")
     options = parser.parse_args(arguments)
     size: Size = options.size
     full = [(shape, *case) for shape, cases in CASES.items() for case in cases]
-    rows = [measured(*case) for case in size.of(full, full[:3], [("3M", "fsdp", 2)])]
+    cases = size.of(full, full[:3], [("3M", "fsdp", 2)])
+    chosen = [c for c in cases if c[0] in options.network and c[2] in (options.ranks or [c[2]])]
+    keys: Rows = [dict(zip(("network", "parallel", "ranks"), case, strict=True)) for case in cases]
+    rows = with_earlier(options, "memory", "rows", [measured(*case) for case in chosen], keys)
     result: dict[str, Any] = {
         "benchmark": "memory",
         "commit": commit(),

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[1]
 T = TypeVar("T")
+Rows = list[dict[str, Any]]
 
 LINE, ROW = 120, 360
 """The longest line of a file of results, and the longest one that is a row of a table."""
@@ -80,6 +81,24 @@ def publish(result: dict[str, Any], name: str, options: argparse.Namespace) -> N
     result = rounded(result)
     (out_folder(options, "benchmarks/results") / f"{name}.json").write_text(to_text(result))
     print(json.dumps(result))
+
+
+def with_earlier(options: argparse.Namespace, name: str, table: str, rows: Rows, cases: Rows) -> Rows:
+    """Return new rows, and for cases that were not measured this time those that were published before, in their order.
+
+    Args:
+        name: of the file of results.
+        table: name of the table in it.
+        rows: what was measured; each has the keys of its case.
+        cases: all that there are, in the order of the table.
+    """
+    file = out_folder(options, "benchmarks/results") / f"{name}.json"
+    before = json.loads(file.read_text()).get(table, []) if file.exists() else []
+    found: Rows = []
+    for case in cases:
+        of = [[row for row in each if case.items() <= row.items()] for each in (rows, before)]
+        found += of[0] or of[1]
+    return found
 
 
 def rounded(value: Any) -> Any:

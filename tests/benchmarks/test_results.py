@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.results import LINE, ROW, rounded, to_text
+from benchmarks.results import LINE, ROW, make_parser, rounded, to_text, with_earlier
 from tests.benchmarks.programs import RESULTS
 
 
@@ -27,6 +27,18 @@ def test_a_row_of_a_table_is_a_line_and_what_is_too_long_for_one_is_divided():
         "}",
     ]
     assert json.loads(text) == {"commit": "abc", "machine": "z" * LINE, "rows": [row, wide]}
+
+
+def test_what_is_measured_in_parts_keeps_the_rows_of_other_cases_in_the_order_of_the_cases(tmp_path):
+    file, options = tmp_path / "benchmarks" / "results" / "some.json", make_parser("some", "Some.", "less").parse_args([])
+    options.out = tmp_path
+    cases = [{"ranks": ranks} for ranks in (2, 4, 8)]
+    four, two = {"way": "a", "ranks": 4, "s": 1.0}, [{"way": way, "ranks": 2, "s": 1.0} for way in "ab"]
+    assert with_earlier(options, "some", "rows", [four], cases) == [four]
+    file.write_text(json.dumps({"rows": [four]}))
+    assert with_earlier(options, "some", "rows", two, cases) == [*two, four]
+    file.write_text(json.dumps({"rows": [*two, four]}))
+    assert with_earlier(options, "some", "rows", [{**four, "s": 2.0}], cases) == [*two, {**four, "s": 2.0}]
 
 
 def test_floats_are_rounded_to_six_significant_digits_and_nothing_else_is():
