@@ -139,6 +139,7 @@ FILTERS = {
     **{each.__name__: each for each in (fixed, percent, interval, with_error, pick, where, drawn, difference_at)},
     "median": lambda rows, key: statistics.median(pick(rows, key)),
     "mean": lambda rows, key: statistics.mean(pick(rows, key)),
+    "first_and_mean": lambda values: fixed([values[0], statistics.fmean(values)], 0, ", "),
     "significant": lambda value: f"{float(f'{value:.3g}'):,g}",
     "cell": digits_page.cell,
     "by_method": lambda rows: digits_page.table("", rows).split("\n", 2)[2],
