@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import itertools
 import json
 import math
 import os
@@ -30,7 +29,6 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +42,7 @@ from torch.multiprocessing.spawn import spawn
 
 from benchmarks.checkpoint_ways import WAYS, Way
 from benchmarks.memory import SHAPES, Peak
-from benchmarks.results import Size, commit, make_parser, publish, with_earlier
+from benchmarks.results import Rows, Size, commit, make_parser, publish, with_earlier
 from benchmarks.train_step import machine
 from pipelines.config import Config, compose
 from pipelines.training.loop.collectives import local_part
@@ -118,23 +116,19 @@ def main(arguments: list[str] | None = None) -> None:
     if not chosen:
         parser.error(f"there are {', '.join(f'--network {c.network} --ranks {c.ranks}' for c in cases)}")
     found, keys = [measured(case) for case in chosen], [{"network": c.network, "ranks": c.ranks} for c in cases]
-    rows = list(itertools.chain.from_iterable(rows for rows, _ in found))
-    rows = with_earlier(options, "checkpoint", "rows", rows, keys)
-    memory = with_earlier(options, "checkpoint", "memory", [each for _, each in found], keys)
+    tables = {
+        name: with_earlier(options, "checkpoint", name, [row for each in found for row in each[name]], keys)
+        for name in ("rows", "memory", "shares")
+    }
     result: dict[str, Any] = {
         "benchmark": "checkpoint",
         "commit": commit(),
         "machine": machine(torch.device("cpu")),
         "torch": torch.__version__,
-        "rows": rows,
-        "memory": memory,
-        "memory_exponent": {
-            name: {key: exponent(same, f"{key}_mib_by_rank") for key in ("held", "training")}
-            for name in NETWORKS
-            if len(same := [each for each in memory if each["network"] == name]) > 1
-        },
+        **tables,
+        "memory_exponent": exponents(tables["memory"]),
     }
-    stalls = {(row["network"], row["ranks"], row["way"]): row["stall_s"] for row in rows}
+    stalls = {(row["network"], row["ranks"], row["way"]): row["stall_s"] for row in tables["rows"]}
     for way in sorted({*WAYS} - {"parts"}, reverse=True):
         speedups: dict[str, dict[str, float]] = {}
         for (network, ranks, of), stall_s in stalls.items():
@@ -144,51 +138,61 @@ def main(arguments: list[str] | None = None) -> None:
     publish(result, "checkpoint", options)
 
 
-def exponent(rows: Sequence[dict[str, Any]], key: str) -> float:
+def exponents(memory: Rows) -> dict[str, dict[str, float]]:
     """Return the power of the number of ranks that a rank's memory follows, by least squares of logarithms."""
-    return statistics.linear_regression(
-        [math.log(row["ranks"]) for row in rows], [math.log(statistics.fmean(row[key])) for row in rows]
-    ).slope
+    found: dict[str, dict[str, float]] = {}
+    for network, during in dict.fromkeys((row["network"], row["during"]) for row in memory):
+        same = [row for row in memory if (row["network"], row["during"]) == (network, during)]
+        if len(same) > 1:
+            ranks, sizes = [row["ranks"] for row in same], [statistics.fmean(row["mib_by_rank"]) for row in same]
+            line = statistics.linear_regression([*map(math.log, ranks)], [*map(math.log, sizes)])
+            found.setdefault(network, {})[during] = line.slope
+    return found
 
 
-def measured(case: SavedTraining) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return a row for each way, of medians over the rounds, and one of the memory of training without saving."""
+def measured(case: SavedTraining) -> dict[str, Rows]:
+    """Return rows of a case by the name of their table: of each way to save, of memory, and of parameters."""
+    of_code = commit()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         spawn(one_rank, (case, folder), nprocs=case.ranks)
         ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(case.ranks)]
-    what = {"network": case.network, "parameters": ranks[0]["parameters"], "ranks": case.ranks}
-    memory = {key: [rank[key] for rank in ranks] for key in ("parameters_held", "held_mib", "training_mib")}
-    memory_row = {
-        **what,
-        **{f"{key}_by_rank": each for key, each in memory.items()},
-        "first_to_mean": {key: each[0] / statistics.fmean(each) for key, each in memory.items()},
-    }
-    return [_row(case, what, way, [rank["ways"][way] for rank in ranks]) for way in WAYS], memory_row
-
-
-def _row(
-    case: SavedTraining, what: dict[str, Any], way: str, ranks: Sequence[dict[str, list[float]]]
-) -> dict[str, Any]:
-    """Return the row of a way, from what each rank has found in each round."""
-    by_rank = {key: [statistics.median(rank[key]) for rank in ranks] for key in ranks[0]}
-    memory = by_rank["memory_mib"]
-    # The next step waits for the last rank.
-    stalls_s = [max(of_ranks) for of_ranks in zip(*(rank["stall_s"] for rank in ranks), strict=True)]
+    what = {"network": case.network, "ranks": case.ranks}
+    rows: Rows = []
+    memory = {during: [rank[f"{during}_mib"] for rank in ranks] for during in ("idle", "training")}
+    for way in WAYS:
+        of = [rank["ways"][way] for rank in ranks]
+        memory[way] = [statistics.median(each["memory_mib"]) for each in of]
+        # The next step waits for the last rank.
+        stalls_s = [max(stalls) for stalls in zip(*(each["stall_s"] for each in of), strict=True)]
+        row = {
+            "way": way,
+            **what,
+            "commit": of_code,
+            "batch_size": case.batch_size,
+            "rounds": case.rounds,
+            "stall_s": statistics.median(stalls_s),
+            "durable_s": statistics.median(of[0]["durable_s"]),
+            "speed_while_storing": statistics.median(of[0]["speed"]),
+            "stalls_s": stalls_s,
+            "speeds": of[0]["speed"],
+            "stored_mib_by_rank": [round(statistics.median(each["stored_mib"]), 1) for each in of],
+        }
+        rows.append(row)
     return {
-        "way": way,
-        **what,
-        "commit": commit(),
-        "batch_size": case.batch_size,
-        "rounds": case.rounds,
-        "stall_s": statistics.median(stalls_s),
-        "durable_s": by_rank["durable_s"][0],
-        "speed_while_storing": by_rank["speed"][0],
-        "stalls_s": stalls_s,
-        "speeds": ranks[0]["speed"],
-        "stored_mib_by_rank": by_rank["stored_mib"],
-        "memory_mib_by_rank": memory,
-        "first_to_mean": memory[0] / statistics.fmean(memory),
+        "rows": rows,
+        "memory": [
+            {
+                **what,
+                "during": during,
+                "mib_by_rank": [round(each, 1) for each in sizes],
+                "first_to_mean": sizes[0] / statistics.fmean(sizes),
+            }
+            for during, sizes in memory.items()
+        ],
+        "shares": [
+            {**what, "parameters": ranks[0]["parameters"], "parameters_by_rank": [rank["share"] for rank in ranks]}
+        ],
     }
 
 
@@ -215,9 +219,9 @@ def train_and_save(case: SavedTraining, rank: int, folder: Path) -> dict[str, An
     freed()
     report: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in state.network.parameters()),
-        "parameters_held": sum(local_part(parameter).numel() for parameter in state.network.parameters()),
+        "share": sum(local_part(parameter).numel() for parameter in state.network.parameters()),
         "training_mib": peak.bytes / MIB,
-        "held_mib": (memory_bytes() - before) / MIB,
+        "idle_mib": (memory_bytes() - before) / MIB,
         "ways": {way: {} for way in WAYS},
     }
     savers = {way: make(context, folder) for way, make in WAYS.items()}
