@@ -30,7 +30,8 @@ def test_a_row_of_a_table_is_a_line_and_what_is_too_long_for_one_is_divided():
 
 
 def test_what_is_measured_in_parts_keeps_the_rows_of_other_cases_in_the_order_of_the_cases(tmp_path):
-    file, options = tmp_path / "benchmarks" / "results" / "some.json", make_parser("some", "Some.", "less").parse_args([])
+    file = tmp_path / "benchmarks" / "results" / "some.json"
+    options = make_parser("some", "Some.", "less").parse_args([])
     options.out = tmp_path
     cases = [{"ranks": ranks} for ranks in (2, 4, 8)]
     four, two = {"way": "a", "ranks": 4, "s": 1.0}, [{"way": way, "ranks": 2, "s": 1.0} for way in "ab"]
