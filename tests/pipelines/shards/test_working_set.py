@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipelines.shards.index import Dataset, MixtureSource, ShardInfo
@@ -34,7 +34,8 @@ def lanes_read(order: SampleOrder, start: int, size: int, span: slice) -> set[in
     size=st.integers(24, 100),
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=6),
 )
-def test_the_lanes_of_a_node_are_those_that_its_ranks_read_in_some_batch_and_nodes_share_edges_only(lanes, size, sizes):
+@example(lanes=16, size=24, sizes=[1, 1, 1, 1, 1])  # lane 7 of 4 to 10 is unread
+def test_the_lanes_of_a_node_reach_from_the_first_to_the_last_that_its_ranks_read_in_some_batch(lanes, size, sizes):
     order = SampleOrder([lanes * size] * lanes, lanes=lanes, window=1, seed=0, digest="d")
     world = sum(sizes)
     covered: set[int] = set()
@@ -46,7 +47,8 @@ def test_the_lanes_of_a_node_are_those_that_its_ranks_read_in_some_batch_and_nod
             assert set().union(*of_ranks) == lanes_read(order, start, size, piece.span)
             read = read.union(*of_ranks)
         found = lanes_of(size, lanes, piece.span)
-        assert set(found) == read
+        # One between them may stay unread, where batches begin at few of the lanes.
+        assert found == range(min(read), max(read) + 1)
         covered |= read
     assert covered == set(range(lanes))
 
