@@ -67,7 +67,8 @@ class FreeWorkers(ControllerCallback, WorkerGroupCallback):
 class TellCause(ControllerCallback, WorkerGroupCallback):
     """Tells the monitor of a run why its workers are started again, for the ledger.
 
-    It does so when the next ones start: until then Ray may not know of a node that it is lost with its workers.
+    It does so when the next ones start: until then Ray may not know of a node that it is lost with its workers. Nor do
+    the errors of these always say that the node was announced to go, so announcements are remembered.
 
     Args:
         monitor: handle of the actor.
@@ -77,6 +78,13 @@ class TellCause(ControllerCallback, WorkerGroupCallback):
         self.monitor = monitor
         self.cause: str | None = None
         self.nodes: set[str] = set()
+        self.announced: set[str] = set()
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Remember the nodes that Ray has announced to be about to be taken away."""
+        notice = worker_group_status.get_preemption_info()
+        if notice is not None:
+            self.announced.update(notice.preempted_node_ids)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Remember what has ended a group of workers, where a new state of Ray Train's controller says so."""
@@ -87,9 +95,10 @@ class TellCause(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Tell why the group before this one has ended."""
         if self.cause is not None:
-            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-            lost = self.cause in ("process", "error") and not self.nodes <= alive
-            self.monitor.lost.remote("node" if lost else self.cause)
+            lost = self.nodes - {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            if lost and self.cause in ("process", "error"):
+                self.cause = "preemption" if lost & self.announced else "node"
+            self.monitor.lost.remote(self.cause)
         self.cause, self.nodes = None, {worker.metadata.node_id for worker in worker_group.get_workers()}
 
 

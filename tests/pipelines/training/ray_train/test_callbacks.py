@@ -19,6 +19,8 @@ from ray.train.v2._internal.execution.controller.state import (
     RunningState,
     ShuttingDownState,
 )
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from pipelines.config import compose
 from pipelines.training.goodput import CAUSES
@@ -95,13 +97,18 @@ def test_the_monitor_is_told_why_workers_start_again_and_that_a_node_was_lost_wi
             "process",
         ),
         (("a", "c"), [RestartingState(lost_process)], "node"),
+        (("a", "b", "d"), [RestartingState(lost_process)], "preemption"),
         (("a", "c"), [ResizingState(None)], "resize"),
         (("a",), [RestartingState(WorkerGroupError("failed", {0: ValueError()}))], "error"),
         (("a",), [FinishedState()], None),
     ]
-    for number, (where, states, _) in enumerate(lives):
+    # Ray has announced that a node goes, and no error of a worker says so.
+    notice = PreemptionInfo(None, {"d": [2]})
+    status = WorkerGroupPollStatus({0: WorkerStatus(running=True, preemption_info=notice)})
+    for number, (where, states, cause) in enumerate(lives):
         callback.after_worker_group_start(on_nodes(*where))
         monitor.post(str(number), 1.0, Progress(64, 0, 1.0, {}))
+        callback.after_worker_group_poll_status(status if cause == "preemption" else WorkerGroupPollStatus({}))
         for state in states:
             callback.after_controller_state_update(RunningState(), state)
         monitor.post(str(number), 2.0, Progress(64, 0, 1.0, {}))
