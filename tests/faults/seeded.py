@@ -163,7 +163,7 @@ DATA = (
         '    last = int(np.searchsorted(most, span.stop - 1, side="right"))',
         (
             "tests/pipelines/shards/test_working_set.py"
-            "::test_the_lanes_of_a_node_are_those_that_its_ranks_read_in_some_batch_and_nodes_share_edges_only",
+            "::test_the_lanes_of_a_node_reach_from_the_first_to_the_last_that_its_ranks_read_in_some_batch",
         ),
     ),
     Fault(
