@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from io import FileIO
@@ -40,6 +40,7 @@ class ShardCache:
         self.folder = folder
         self.limit_bytes = limit_bytes
         self._guard, self._added, self._may_add = threading.Lock(), 0, 0
+        self._known: dict[Path, int] = {}  # sizes of complete shards and indexes, which do not change
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with self._alone():
@@ -193,26 +194,21 @@ class ShardCache:
     def _make_room(self, needed: int) -> int:
         """Delete the least recently used shards and indexes until so many bytes more are within the limit, and return
         how many are free then; 0 where that cannot be reached, and nothing is deleted."""
-        sizes = _sizes(self.folder, "*.part")
+        sizes = _sizes(self.folder, (".part",), {})
         if sum(sizes.values()) + needed > self.limit_bytes:
             self._remove_leftovers()
-            sizes = _sizes(self.folder, "*.part")
+            sizes = _sizes(self.folder, (".part",), {})
         if sum(sizes.values()) + needed > self.limit_bytes:
             return 0
-        shards = _sizes(self.folder, "*.tar")
+        self._known = _sizes(self.folder, (".tar", ".index"), self._known)
         # A shard that has become complete between the two looks is in both.
-        complete = {path.stem for _, path in shards}
-        fetched = sum(size for (_, path), size in sizes.items() if path.stem not in complete)
-        kept = shards | _sizes(self.folder, "*.index")
-        excess = fetched + sum(kept.values()) + needed - self.limit_bytes
-        for (_, path), size in sorted(kept.items()):
-            if excess <= 0:
-                break
-            file = held(path)
-            if file is not None:  # else it is being read
+        fetched = sum(size for path, size in sizes.items() if path.with_suffix(".tar") not in self._known)
+        excess = fetched + sum(self._known.values()) + needed - self.limit_bytes
+        for path in sorted(self._known, key=_last_use) if excess > 0 else ():
+            if excess > 0 and (file := held(path)) is not None:  # else it is being read
                 path.unlink()
                 file.close()
-                excess -= size
+                excess -= self._known[path]
         return needed - excess
 
     def _remove_leftovers(self) -> None:
@@ -223,14 +219,20 @@ class ShardCache:
                 file.close()
 
 
-def _sizes(folder: Path, pattern: str) -> dict[tuple[int, Path], int]:
-    """Return (time of the last use in ns, path) -> size in bytes of the files that match."""
+def _sizes(folder: Path, endings: tuple[str, ...], known: Mapping[Path, int]) -> dict[Path, int]:
+    """Return the sizes in bytes of the files with these endings; those that are known are not asked of the disk."""
     sizes = {}
-    for path in folder.glob(pattern):
+    for path in (folder / name for name in os.listdir(folder) if name.endswith(endings)):
         with contextlib.suppress(FileNotFoundError):  # renamed or deleted by another process
-            stat = path.stat()
-            sizes[stat.st_mtime_ns, path] = stat.st_size
+            sizes[path] = known[path] if path in known else path.stat().st_size
     return sizes
+
+
+def _last_use(path: Path) -> int:
+    """Return the time of the last use of a file in ns; 0 if it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime_ns
+    return 0
 
 
 def _try_lock(file: IO[Any]) -> bool:

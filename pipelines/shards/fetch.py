@@ -7,11 +7,10 @@ import threading
 import time
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 from pipelines.shards.cache import STALLED_S, PartialShard, ShardCache
 from pipelines.shards.index import Member, ShardIndex, ShardInfo
@@ -20,7 +19,6 @@ from pipelines.shards.source import ShardCorruptError, ShardSource
 from pipelines.shards.working_set import WorkingSet
 from pipelines.storage import Storage, StorageError
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 Wanted = Sequence[tuple[ShardInfo, Sequence[Member]]]
@@ -33,7 +31,7 @@ DOWNLOADS = 2
 FILL_BYTES = 8 << 20
 """Bytes of one background request that completes a shard in the cache."""
 YIELD_S = 0.5
-"""Seconds that a background request waits for readers' requests to finish first."""
+"""Seconds that a background request, or the check of a shard that is complete, waits for readers to have theirs."""
 FULL_S = 1.0
 """Seconds for which the cache is not used again after it had no room for a shard, or failed."""
 POLL_S = 0.02
@@ -75,7 +73,7 @@ class ShardFetcher:
         self._ranged = ThreadPoolExecutor(REQUESTS, thread_name_prefix="ranged")
         self._whole = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="whole")
         self._closed = threading.Event()
-        self._wanted = 0  # number of ranged requests that readers wait for
+        self._reads = 0  # number of reads that wait for bytes
         self._idle = threading.Condition()
         self._warned = False
         self._lock = threading.Lock()
@@ -103,7 +101,8 @@ class ShardFetcher:
             StorageError: the store cannot be reached, or has no such shard.
         """
         try:
-            return [finish() for finish in [self._begin(shard, members) for shard, members in wanted]]
+            with self._first():
+                return [finish() for finish in [self._begin(shard, members) for shard, members in wanted]]
         except ShardCorruptError:
             self.index.forget([shard for shard, _ in wanted])
             raise
@@ -212,6 +211,7 @@ class ShardFetcher:
                         future.result()
                 if len(partial.blocks) == partial.count:
                     break
+            self._let_readers_pass()
             if self._closed.is_set():
                 return
             if not partial.admit():
@@ -226,22 +226,22 @@ class ShardFetcher:
         except Exception as error:  # noqa: BLE001  it is raised in the readers of the shard
             partial.give_up(error)
 
-    def _submit(self, fetch: Callable[..., T], *arguments: object) -> Future[T]:
+    @contextmanager
+    def _first(self) -> Iterator[None]:
+        """Let background requests and checks wait for a read: a stream that begins has its first batch the sooner."""
         with self._idle:
-            self._wanted += 1
-        future = self._ranged.submit(fetch, *arguments)
-        future.add_done_callback(self._answered)
-        return future
-
-    def _answered(self, future: Future[T]) -> None:
-        with self._idle:
-            self._wanted -= 1
-            self._idle.notify_all()
+            self._reads += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._reads -= 1
+                self._idle.notify_all()
 
     def _let_readers_pass(self) -> None:
-        """Wait up to `YIELD_S` while readers wait for requests, because theirs are more urgent."""
+        """Wait up to `YIELD_S` while readers wait for bytes, because theirs are more urgent."""
         with self._idle:
-            self._idle.wait_for(lambda: self._wanted == 0, timeout=YIELD_S)
+            self._idle.wait_for(lambda: self._reads == 0, timeout=YIELD_S)
 
     # --- ranges ----------------------------------------------------------------------------------------------
 
@@ -263,7 +263,7 @@ class ShardFetcher:
         wanted = sorted({n for m in members for n in partial.numbers(m)})
         blocks, missing = partial.promise(wanted, JOIN_BYTES // self.block_bytes)
         for run in _runs(missing, max(FILL_BYTES // self.block_bytes, 1)):
-            self._submit(self._fetch_run, partial, run)
+            self._ranged.submit(self._fetch_run, partial, run)
         return lambda: self._from_partial(partial, members, blocks)
 
     def _from_partial(
@@ -286,7 +286,7 @@ class ShardFetcher:
     def _by_ranges(self, shard: ShardInfo, members: Sequence[Member]) -> Callable[[], list[memoryview]]:
         """Send the requests for members of a shard that is not in the cache; the returned function waits for them."""
         spans = coalesce(members)
-        futures = [self._submit(self.source.get, shard, start, stop) for start, stop in spans]
+        futures = [self._ranged.submit(self.source.get, shard, start, stop) for start, stop in spans]
         return lambda: self._from_spans(shard, members, spans, futures)
 
     def _from_spans(

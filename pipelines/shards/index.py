@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -270,8 +270,7 @@ def read_dataset(uri: str, storage: Storage) -> Dataset:
     return dataset
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """The position and size of a member's bytes in the tar, and their CRC-32 (`zlib.crc32`)."""
 
     offset: int

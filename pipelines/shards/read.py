@@ -143,8 +143,10 @@ class ShardReader:
                     **{name: bytes(data) for name, data in members.items()},
                 }
                 if group.shard.source is not None and "cls" in members:
-                    with self._named(group, i):
+                    try:
                         found[place]["cls"] = str(_label(group.shard, members)).encode()
+                    except FlawError as error:
+                        raise self._named(group, i, error) from error
         return found
 
     def batch(self, located: Located) -> Batch:
@@ -178,26 +180,24 @@ class ShardReader:
         embeddings: list[Embedding] = [(None, None)] * count
         for group, contents in self._read(located, self._needed):
             for place, i, members in zip(group.places, group.at, contents, strict=True):
-                with self._named(group, i):
+                try:
                     pixels[place] = decode_pixels(members, size, channels)
                     if self.dataset.classes:
                         labels[place] = _label(group.shard, members)
                     if self.text:
                         embeddings[place] = unpack_embedding(require_member(members, "emb.npy"))
+                except FlawError as error:
+                    raise self._named(group, i, error) from error
         # Channels are moved while a pixel is one byte, because that copies a quarter of the bytes.
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), labels, embeddings
 
-    @contextmanager
-    def _named(self, group: _Group, i: int) -> Iterator[None]:
-        """Name sample i of a shard in the error of a member that is wrong."""
-        try:
-            yield
-        except FlawError as error:
-            folder = group.shard.folder(self.dataset.uri)
-            raise ShardCorruptError(
-                f"{folder}: sample {group.index.keys[i]} of {group.shard.name} {error}; "
-                f"see all such samples with `ddpm check {folder}`"
-            ) from error
+    def _named(self, group: _Group, i: int, error: FlawError) -> ShardCorruptError:
+        """Return the error of a member that is wrong with the name of its sample, sample i of a shard."""
+        folder = group.shard.folder(self.dataset.uri)
+        return ShardCorruptError(
+            f"{folder}: sample {group.index.keys[i]} of {group.shard.name} {error}; "
+            f"see all such samples with `ddpm check {folder}`"
+        )
 
     def at(self, positions: NDArray[np.int64]) -> Batch:
         """Read and decode the samples at these positions in shard order, int64 [B]; ordinals are the positions."""
@@ -211,14 +211,13 @@ class ShardReader:
 
     def _needed(self, index: ShardIndex, at: list[int]) -> list[dict[str, Member]]:
         """Return the members of each sample that a batch needs: one image, the label, the embedding."""
-        names = [name for name in (*IMAGE_MEMBERS, "cls", "emb.npy") if name in index.columns]
-        rows = {name: index.rows(name, at) for name in names if name != "emb.npy" or self.text}
-        needed = []
-        for j in range(len(at)):
-            there = [name for name in rows if rows[name][j][0] >= 0]
-            image = next((name for name in there if name in IMAGE_MEMBERS), None)
-            kept = [name for name in there if name == image or name not in IMAGE_MEMBERS]
-            needed.append({name: Member(*rows[name][j]) for name in kept})
+        needed: list[dict[str, Member]] = [{} for _ in at]
+        for name in (*IMAGE_MEMBERS, "cls", *(("emb.npy",) if self.text else ())):
+            if name not in index.columns:
+                continue
+            for members, row in zip(needed, index.rows(name, at), strict=True):
+                if row[0] >= 0 and not (members and name in IMAGE_MEMBERS):
+                    members[name] = Member(*row)
         return needed
 
     def _kept(self, name: str, index: ShardIndex) -> ShardIndex:

@@ -263,7 +263,7 @@ def _check_sidecar(info: ShardInfo, scan: ShardScan, uri: str, storage: Storage,
 
 def _changed(recorded: Mapping[str, Member], there: Mapping[str, Member]) -> tuple[str, str]:
     """Return (kind, reason) for a sample that differs from its record in the sidecar."""
-    others = [name for name, m in there.items() if name in recorded and replace(recorded[name], crc32=m.crc32) == m]
+    others = [name for name, m in there.items() if name in recorded and recorded[name]._replace(crc32=m.crc32) == m]
     if len(others) == len(recorded) == len(there):
         changed = ", ".join(name for name in others if there[name] != recorded[name])
         return "changed", f"has other bytes than were indexed: {changed}"

@@ -188,9 +188,9 @@ def test_a_shard_that_is_completed_while_room_is_made_counts_once(tmp_path, monk
     partial = cache.claim(shards[0], 1000)
     partial.put(0, (tmp_path / "data" / shards[0].name).read_bytes())
 
-    def completed_meanwhile(folder: Path, pattern: str):
-        found = list_sizes(folder, pattern)
-        if pattern == "*.part" and cache.find(shards[0]) is None:
+    def completed_meanwhile(folder: Path, endings: tuple[str, ...], known: dict[Path, int]):
+        found = list_sizes(folder, endings, known)
+        if endings == (".part",) and cache.find(shards[0]) is None:
             assert partial.admit()
         return found
 

@@ -75,6 +75,17 @@ class Meanwhile(Storage):
         yield from super().stream(uri, start, stop, chunk)
 
 
+@dataclass(frozen=True)
+class Withholding(Storage):
+    """A store that answers for one shard only once it may."""
+
+    may: threading.Event = field(default_factory=threading.Event, compare=False)
+
+    def stream(self, uri, start, stop, chunk=1 << 20) -> Iterator[bytes]:
+        assert not uri.endswith("b.tar") or self.may.wait(20)
+        yield from super().stream(uri, start, stop, chunk)
+
+
 @pytest.fixture
 def uri(tmp_path):
     (tmp_path / "data").mkdir()
@@ -217,6 +228,25 @@ def test_a_shard_follows_into_the_cache_and_is_read_from_there(uri, tmp_path):
     assert fetcher.stats.whole_shards == 1
     (tmp_path / "data" / "a.tar").unlink()  # the store is not asked any more
     assert get(ShardFetcher(uri, Storage(), cache), (0, 9)) == [DATA[:9]]
+
+
+def test_a_shard_is_verified_and_completed_once_no_reader_waits_for_bytes(uri, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "YIELD_S", 60.0)
+    other = DATA[::-1]
+    (tmp_path / "data" / "b.tar").write_bytes(other)
+    later = ShardInfo("b.tar", 1, len(other), hashlib.sha256(other).hexdigest())
+    cache, store = ShardCache(tmp_path / "cache", 1 << 20), Withholding()
+    fetcher = ShardFetcher(uri, store, cache, block_bytes=len(DATA))
+    wanted = [(SHARD, [Member(5, 4, zlib.crc32(DATA[5:9]))]), (later, [Member(5, 4, zlib.crc32(other[5:9]))])]
+    reader = threading.Thread(target=fetcher.read, args=(wanted,))
+    reader.start()
+    eventually(lambda: SHARD.sha256 in fetcher._partial and 0 in fetcher._partial[SHARD.sha256].blocks)
+    fetcher._partial[SHARD.sha256].blocks[0].result(20)
+    time.sleep(0.1)
+    assert cache.find(SHARD) is None
+    store.may.set()
+    reader.join()
+    eventually(lambda: cache.find(SHARD) is not None and cache.find(later) is not None)
 
 
 def test_what_a_fetcher_keeps_of_a_shard_goes_when_it_is_in_the_cache(uri, tmp_path):
