@@ -85,7 +85,7 @@ def test_eight_workers_on_two_nodes_lose_a_process_and_a_node(two_nodes: Arena, 
     assert len(goes_on(arena, training, begun, "node")) >= (2 if copies else 0)
     goodput = training.answer(900)["goodput"]
     print(goodput)
-    assert goodput["losses"].keys() == {"process", "node"}
+    assert goodput["losses"].keys() == {"process", "node"}, "".join(training.said)
     alone = ["cluster.num_workers=1", "cluster.parallel=ddp", "cluster.shard_size=null", f"checkpoint.every={FAR}"]
     alone += ["cluster.cpus_per_worker=2", "cluster.threads_per_worker=2"]
     arena.train(*SETTINGS, "name=calm", *alone).answer(900)
