@@ -67,7 +67,7 @@ def losses(arena: Arena, name: str) -> dict[int, float]:
 @pytest.mark.parametrize("copies", [True, False], ids=["from local copies", "from the store"])
 def test_eight_workers_on_two_nodes_lose_a_process_and_a_node(two_nodes: Arena, tmp_path: Path, copies: bool):
     arena, often = two_nodes, f"{2 * BATCH}"
-    stored = [f"checkpoint.every={often}"]
+    stored = [f"checkpoint.every={4 * BATCH}"]  # each is 1 GB, which the local store keeps in memory for a while
     every = [f"checkpoint.local_every={often}", f"checkpoint.every={12 * BATCH}"] if copies else stored
     training = arena.train(*SETTINGS, *every, "name=lossy")
     training.gets_on(600)
