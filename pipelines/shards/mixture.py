@@ -255,6 +255,20 @@ class MixtureOrder:
             shards[at], indices[at] = own.shards + self._first[source], own.indices
         return Located(ordinals, shards, indices)
 
+    def occurrences(self, shards: Ints, indices: Ints, stop: int) -> tuple[Ints, Ints]:
+        """Return every time that samples come among the first `stop` of the stream; see `SampleOrder.occurrences`."""
+        seen = self.schedule.counts(stop)
+        source_of = np.searchsorted(self._first, shards, side="right") - 1
+        which, ordinals = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for source in np.unique(source_of):
+            chosen = np.flatnonzero(source_of == source)
+            own = shards[chosen] - self._first[source]
+            of_chosen, ranks = self.orders[source].occurrences(own, indices[chosen], int(seen[source]))
+            which.append(chosen[of_chosen])
+            ordinals.append(self.schedule.ordinals(int(source), ranks))
+        order = np.argsort(np.concatenate(ordinals))
+        return np.concatenate(which)[order], np.concatenate(ordinals)[order]
+
     def batch(self, start: int, size: int) -> Located:
         """Return samples start .. start + size - 1, sorted by (source, lane, ordinal)."""
         return self.part(start, size, slice(0, size))

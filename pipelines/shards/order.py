@@ -140,6 +140,24 @@ class SampleOrder:
         within = (round_ - plan.segment_round[segment]) * plan.segment_live[segment] + lane
         return epoch * self.total + plan.segment_start[segment] + within
 
+    def occurrences(self, shards: Ints, indices: Ints, stop: int) -> tuple[Ints, Ints]:
+        """Return every time that samples come among the first `stop` of the stream.
+
+        Args:
+            shards: of the samples, int64 [n].
+            indices: of the samples within their shards, int64 [n].
+
+        Returns:
+            (which of the samples, at which ordinal), int64 [m] each, in order of the ordinals.
+        """
+        epochs = -(-stop // self.total)
+        every = [self.ordinals(shards, indices, epoch) for epoch in range(epochs)]
+        ordinals = np.concatenate([np.zeros(0, np.int64), *every])
+        which = np.tile(np.arange(len(shards)), epochs)
+        order = np.argsort(ordinals)
+        order = order[ordinals[order] < stop]
+        return which[order], ordinals[order]
+
     def _piece_ordinals(self, start: int, size: int, span: slice) -> Ints | None:
         """Return the ordinals at positions `span` of a sorted batch, without locating the rest of the batch.
 

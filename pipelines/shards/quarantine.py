@@ -96,7 +96,33 @@ def read_quarantine(uri: str, storage: Storage) -> Quarantine | None:
     Raises:
         DatasetError: it is of an unknown version, or damaged.
     """
-    where = join(uri, layout.QUARANTINE)
+    return _read(join(uri, layout.QUARANTINE), uri, storage)
+
+
+def store_quarantine(quarantine: Quarantine, uri: str, storage: Storage) -> None:
+    """Write the quarantine of a dataset, and the copy of it that stays when another one takes its place."""
+    text = quarantine.to_json().encode()
+    storage.write(join(uri, layout.quarantine_file(quarantine.digest)), text)
+    storage.write(join(uri, layout.QUARANTINE), text)
+
+
+def quarantine_of(dataset: Dataset, digest: str, storage: Storage) -> tuple[Quarantine | None] | None:
+    """Return the quarantine under which the stream of a dataset has a digest, in a tuple; None where none of them has.
+
+    Raises:
+        DatasetError: a quarantine that is kept is damaged.
+    """
+    if stream_digest(dataset, None) == digest:
+        return (None,)
+    kept = (entry.uri for entry in storage.scan(join(dataset.uri, layout.QUARANTINES)))
+    for where in (join(dataset.uri, layout.QUARANTINE), *kept):
+        found = _read(where, dataset.uri, storage)
+        if found is not None and stream_digest(dataset, found) == digest:
+            return (found,)
+    return None
+
+
+def _read(where: str, uri: str, storage: Storage) -> Quarantine | None:
     try:
         plain = json.loads(storage.read(where))
         version, recorded = plain["schema_version"], plain["digest"]
@@ -171,6 +197,34 @@ def kept_counts(dataset: Dataset, split: str, quarantine: Quarantine | None) -> 
     if not (counts > 0).any():
         raise DatasetError(f"the quarantine leaves no sample of {dataset.uri}'s split {split!r}")
     return counts
+
+
+def kept_places(
+    dataset: Dataset, split: str, quarantine: Quarantine | None, shards: NDArray[np.int64], indices: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return where the samples of a split are for a reader that leaves out those in quarantine.
+
+    Args:
+        shards: numbers of their shards in dataset.json, int64 [n].
+        indices: of the samples in the shards, as the sidecars count them, int64 [n].
+
+    Returns:
+        (which of the samples are left, their shards among those of `kept_shards`, their indices there), int64 [m] each.
+
+    Raises:
+        DatasetError: the quarantine is of another dataset, or leaves no sample.
+    """
+    left, places = np.arange(len(shards)), indices.copy()
+    if quarantine is None:
+        return left, shards, places
+    counts, names = kept_counts(dataset, split, quarantine), dataset.shards(split).names
+    there = counts[shards] > 0
+    for number in np.unique(shards):
+        excluded = np.array(sorted(quarantine.by_shard.get(names[number]) or ()), dtype=np.int64)
+        chosen = shards == number
+        there[chosen] &= ~np.isin(indices[chosen], excluded)
+        places[chosen] -= np.searchsorted(excluded, indices[chosen])
+    return left[there], (np.cumsum(counts > 0) - 1)[shards[there]], places[there]
 
 
 def kept_samples(name: str, index: ShardIndex, quarantine: Quarantine | None) -> ShardIndex:

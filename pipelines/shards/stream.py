@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ from typing import TypeVar
 import torch
 
 from pipelines.shards.fetch import ShardFetcher
-from pipelines.shards.index import Dataset
+from pipelines.shards.index import Dataset, MixtureSource
 from pipelines.shards.mixture import MixtureOrder, Schedule, by_stretch, shared_lanes
 from pipelines.shards.order import Ints, Located, SampleOrder
-from pipelines.shards.quarantine import Quarantine, stream_digest
+from pipelines.shards.quarantine import Quarantine, kept_shards, stream_digest
 from pipelines.shards.read import Batch, ShardReader
 from pipelines.shards.working_set import NodePiece, working_set
 from pipelines.storage import Storage, Throttling
@@ -71,24 +71,51 @@ def open_stream(
         DatasetError: there is no such split, or the quarantine is of another dataset.
         ValueError: weights of a mixture are for so short a stretch that they cannot be met.
     """
-    of_sources = dataset.shards(split).sources
-    mixed = by_stretch([source.weights for source in dataset.sources]) if of_sources else {}
-    lanes = shared_lanes(settings.lanes, mixed) if mixed else [settings.lanes]
     used = working_set(dataset, split, settings.lanes, settings.window, piece)
     fetcher = ShardFetcher.opened(dataset.uri, storage, settings.cache_dir, settings.cache_bytes, used)
     reader = ShardReader(dataset, split, fetcher, quarantine, text=settings.text, memory_bytes=settings.memory_bytes)
+    return reader, sample_order(
+        dataset, split, quarantine, lanes=settings.lanes, window=settings.window, seed=settings.seed
+    )
 
-    def order(counts: Ints, lanes: int, digest: str) -> SampleOrder:
-        return SampleOrder(counts, lanes=lanes, window=settings.window, seed=settings.seed, digest=digest)
 
-    shards = reader.shards
-    if not mixed:
-        return reader, order(shards.samples, settings.lanes, stream_digest(dataset, quarantine))
+def sample_order(
+    dataset: Dataset, split: str, quarantine: Quarantine | None, *, lanes: int, window: int, seed: int
+) -> SampleOrder | MixtureOrder:
+    """Return the order of the samples of a split, whose shards are those of `kept_shards`.
+
+    Args:
+        quarantine: what is left out.
+        lanes, window, seed: see `StreamSettings`.
+
+    Raises:
+        DatasetError: there is no such split, or the quarantine is of another dataset.
+        ValueError: weights of a mixture are for so short a stretch that they cannot be met.
+    """
+    shards = kept_shards(dataset, split, quarantine)
+    if not dataset.shards(split).sources:
+        digest = stream_digest(dataset, quarantine)
+        return SampleOrder(shards.samples, lanes=lanes, window=window, seed=seed, digest=digest)
+    counts = [shards.samples[shards.of_source(source)] for source in dataset.sources]
+    return mixture_order(dataset.sources, counts, lanes=lanes, window=window, seed=seed)
+
+
+def mixture_order(
+    sources: Sequence[MixtureSource], counts: Sequence[Ints], *, lanes: int, window: int, seed: int
+) -> MixtureOrder:
+    """Return the order of the samples of a mixture.
+
+    Args:
+        sources: the datasets of the mixture.
+        counts: samples of each shard of each source.
+        lanes, window, seed: see `StreamSettings`.
+    """
+    mixed = by_stretch([source.weights for source in sources])
     orders = [
-        order(shards.samples[shards.of_source(source)], own, f"{source.name}/{source.digest}")
-        for source, own in zip(dataset.sources, lanes, strict=True)
+        SampleOrder(own, lanes=share, window=window, seed=seed, digest=f"{source.name}/{source.digest}")
+        for source, own, share in zip(sources, counts, shared_lanes(lanes, mixed), strict=True)
     ]
-    return reader, MixtureOrder(orders, Schedule(mixed))
+    return MixtureOrder(orders, Schedule(mixed))
 
 
 class TrainingStream:

@@ -104,6 +104,13 @@ class Signer:
             self.sign_folder(folder / SIGNED_TEXT, folder / "signature")
             return (folder / "signature").read_text()
 
+    def sign_bytes(self, data: bytes) -> bytes:
+        """Return the plain signature (ECDSA with SHA-256, DER) of bytes, as openssl verifies it with the public key."""
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives.asymmetric import ec
+
+        return load_private_key("registry.signing_key", self.key).sign(data, ec.ECDSA(hashes.SHA256()))
+
     def _config(self) -> signing.Config:
         from model_signing import signing
 

@@ -19,6 +19,11 @@ MLFLOW = "mlflow"
 
 # Below the address of a dataset.
 DATASET, QUARANTINE, INGEST_REPORT = "dataset.json", "quarantine.json", "ingest-report.json"
+PRINTS = "prints"
+"""Folder of what identifies the images of each shard, by which a picture is found."""
+QUARANTINES = "quarantines"
+"""Folder of every quarantine that the dataset has had, each named after its digest: the order of a training that began
+under an earlier one can be computed as long as it is there."""
 SHARD_SUFFIX, INDEX_SUFFIX = ".tar", ".index.json"
 INGEST_PROGRESS = "ingest-progress"
 """Folder of the records of an ingest, from which it continues: of its shards, its sources and their fingerprints."""
@@ -103,6 +108,11 @@ def progress_name(shard: str) -> str:
 def record_name(shard: str) -> str:
     """Return the name of a record about a shard, below the folder of such records."""
     return f"{shard.removesuffix(SHARD_SUFFIX)}.json"
+
+
+def quarantine_file(digest: str) -> str:
+    """Return the name of the copy of a quarantine that is kept, below its dataset."""
+    return f"{QUARANTINES}/{digest}.json"
 
 
 def trial_file(study: str, trial: str) -> str:

@@ -29,7 +29,7 @@ from pipelines.shards.audit.recorded import (
 from pipelines.shards.audit.scan import ObjectStream, ShardScan, scan_shard
 from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, read_dataset
 from pipelines.shards.members import SampleFormat
-from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine, read_quarantine
+from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine, read_quarantine, store_quarantine
 from pipelines.storage import NotFoundError, Storage, join, layout
 
 SHOWN = 100
@@ -133,12 +133,11 @@ def write_quarantine(report: CheckReport, storage: Storage) -> CheckReport:
     Returns:
         The result with the new quarantine.
     """
-    where = join(report.dataset.uri, layout.QUARANTINE)
     quarantine = make_quarantine(report.dataset, report.problems)
     if not quarantine.excluded:
-        storage.delete(where)
+        storage.delete(join(report.dataset.uri, layout.QUARANTINE))
         return CheckReport(report.dataset, report.bytes, report.problems, None)
-    storage.write(where, quarantine.to_json().encode())
+    store_quarantine(quarantine, report.dataset.uri, storage)
     return CheckReport(report.dataset, report.bytes, report.problems, quarantine)
 
 

@@ -21,7 +21,7 @@ from pipelines.shards.audit.recorded import (
 from pipelines.shards.audit.scan import ObjectStream, TarFaultError, read_samples
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, read_dataset
 from pipelines.shards.members import MAX_CLASSES, FlawError, SampleFormat, decode_image
-from pipelines.shards.quarantine import Problem, Quarantine, kept_shards, make_quarantine
+from pipelines.shards.quarantine import Problem, Quarantine, kept_shards, make_quarantine, store_quarantine
 from pipelines.storage import Storage, join, layout
 
 SHOWN = 20
@@ -182,7 +182,7 @@ def index_tars(
     if left_out is None:
         storage.delete(join(uri, layout.QUARANTINE))
     else:
-        storage.write(join(uri, layout.QUARANTINE), left_out.to_json().encode())
+        store_quarantine(left_out, uri, storage)
     storage.write(join(uri, layout.DATASET), dataset.to_json().encode())
     recorded.clear()
     return Indexed(dataset, left_out)

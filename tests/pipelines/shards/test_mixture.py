@@ -1,4 +1,5 @@
 from fractions import Fraction
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -192,3 +193,16 @@ def test_weights_that_a_stretch_is_too_short_for_are_refused():
 def test_more_ranks_than_images_are_refused():
     with pytest.raises(ValueError, match="9 ranks cannot share a batch of 8"):
         mixture([[10], [10]], {0: [1.0, 1.0]}).piece(0, 8, 0, 9)
+
+
+@given(weights=stretches(), stop=st.integers(0, 600), data=st.data())
+def test_every_time_that_a_sample_of_a_mixture_was_read_is_found_again(weights, stop, data):
+    own = data.draw(st.lists(shapes, min_size=len(weights[0]), max_size=len(weights[0])))
+    order = mixture(own, weights)
+    samples = [(shard, index) for shard, count in enumerate(chain.from_iterable(own)) for index in range(count)]
+    asked = data.draw(st.lists(st.sampled_from(samples), max_size=8, unique=True))
+    read = order.locate(np.arange(stop))
+    log = list(zip(read.shards.tolist(), read.indices.tolist(), strict=True))
+    which, ordinals = order.occurrences(*np.array(asked, dtype=np.int64).reshape(-1, 2).T, stop)
+    found = [(n, asked[i]) for i, n in zip(which.tolist(), ordinals.tolist(), strict=True)]
+    assert found == [(n, sample) for n, sample in enumerate(log) if sample in asked]

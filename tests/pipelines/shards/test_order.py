@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.shards.order import SampleOrder, feistel
@@ -109,3 +109,31 @@ def test_the_shuffle_mixes_as_a_permutation_does():
     shuffled = feistel(x, np.full(10_000, 10_000), key=7)
     assert abs(np.corrcoef(x, shuffled)[0, 1]) < 0.05
     assert abs(np.corrcoef(shuffled[:-1], shuffled[1:])[0, 1]) < 0.05
+
+
+@given(
+    shards=shapes,
+    lanes=st.integers(1, 12),
+    window=st.integers(1, 6),
+    seed=st.integers(0, 3),
+    stop=st.integers(1, 900),
+    data=st.data(),
+)
+def test_every_time_that_a_sample_was_read_is_found_again(shards, lanes, window, seed, stop, data):
+    order = make(shards, lanes, window, seed)
+    samples = [(shard, index) for shard, count in enumerate(shards) for index in range(count)]
+    asked = data.draw(st.lists(st.sampled_from(samples), max_size=8, unique=True))
+    read = order.locate(np.arange(stop))
+    log = list(zip(read.shards.tolist(), read.indices.tolist(), strict=True))
+    which, ordinals = order.occurrences(*np.array(asked, dtype=np.int64).reshape(-1, 2).T, stop)
+    found = [(n, asked[i]) for i, n in zip(which.tolist(), ordinals.tolist(), strict=True)]
+    assert found == [(n, sample) for n, sample in enumerate(log) if sample in asked]
+
+
+@given(n=st.lists(st.integers(0, 10**12), min_size=1, max_size=50), seed=st.integers(0, 2**40))
+@settings(deadline=None)
+def test_samples_of_very_large_datasets_are_found_again(n, seed):
+    order = make([10**6, 3 * 10**6, 999_999, 0, 10**5] * 40, lanes=16, window=8, seed=seed)
+    for ordinal in n:
+        found = order.locate(np.array([ordinal]))
+        assert order.ordinals(found.shards, found.indices, ordinal // order.total).tolist() == [ordinal]

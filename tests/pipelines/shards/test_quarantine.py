@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,10 +15,13 @@ from pipelines.shards.order import SampleOrder
 from pipelines.shards.quarantine import (
     Problem,
     Quarantine,
+    kept_places,
     kept_samples,
     kept_shards,
     make_quarantine,
+    quarantine_of,
     read_quarantine,
+    store_quarantine,
     stream_digest,
 )
 from pipelines.shards.read import read_split
@@ -152,3 +156,24 @@ def test_a_damaged_quarantine_is_refused(dataset, tmp_path, change, message):
     STORAGE.write(f"{uri}/quarantine.json", json.dumps(change(json.loads(quarantine.to_json()))).encode())
     with pytest.raises(DatasetError, match=message):
         read_quarantine(uri, STORAGE)
+
+
+@pytest.mark.parametrize("left_out", [[], [(1, 0), (1, 3)], [(0, None), (2, 2), (3, 4)]])
+def test_a_sample_is_found_where_a_reader_with_the_quarantine_has_it(dataset, tmp_path, left_out):
+    quarantine = make_quarantine(dataset, [gone(*pair) for pair in left_out])
+    numbers = np.arange(4 * PER_SHARD)
+    which, shards, indices = kept_places(dataset, "train", quarantine, numbers // PER_SHARD, numbers % PER_SHARD)
+    kept = reader(dataset, tmp_path, quarantine)
+    firsts = np.cumsum([0, *kept.shards.samples[:-1]])
+    assert which.tolist() == read_split(kept).labels.tolist()
+    assert kept.at(firsts[shards] + indices).labels.tolist() == which.tolist()
+
+
+def test_a_quarantine_that_another_took_the_place_of_is_found_by_the_digest_of_its_stream(dataset):
+    first, second = (make_quarantine(dataset, [gone(0, at)]) for at in (1, 2))
+    for quarantine in (first, second):
+        store_quarantine(quarantine, dataset.uri, STORAGE)
+    assert read_quarantine(dataset.uri, STORAGE) == second
+    for quarantine in (None, first, second):
+        assert quarantine_of(dataset, stream_digest(dataset, quarantine), STORAGE) == (quarantine,)
+    assert quarantine_of(dataset, "0" * 64, STORAGE) is None

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pipelines import checkpoints
 from pipelines.config import Config, compose
 from pipelines.shards.index import Dataset
+from pipelines.shards.quarantine import Quarantine
 from pipelines.storage import Storage
 from pipelines.training.loop.context import Job, RunContext
 from pipelines.training.loop.progress import Progress
@@ -124,6 +125,7 @@ def train_here(
     *,
     shell: FolderShell | None = None,
     lineage: dict[str, str] | None = None,
+    quarantine: Quarantine | None = None,
     **requests: int,
 ) -> tuple[FolderShell, MemoryTracker]:
     """Train one rank in this process, in its process group if there is one, and return its shell and tracker.
@@ -132,11 +134,12 @@ def train_here(
         folder: the storage root, whatever the configuration names.
         shell: shell of the rank; default is a new `FolderShell` with `requests`.
         lineage: what the driver records of the model's origin.
+        quarantine: samples that are left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = config.model_copy(update={"storage": config.storage.model_copy(update={"root": f"file://{folder}"})})
     shell, tracker = shell or FolderShell(folder, rank, **requests), MemoryTracker()
-    job = Job(config, dataset, tracker, lineage or {})
+    job = Job(config, dataset, tracker, lineage or {}, quarantine)
     context = RunContext.of(job, rank=rank, world_size=world, device=torch.device("cpu"))
     train_rank(context, shell)
     return shell, tracker
