@@ -72,10 +72,7 @@ def read(config: Config, command: Sequence[str]) -> dict[str, Any]:
         "command": f"ddpm search {' '.join(command)}",
         "wall_s": round(last - first, 1),
         "pareto_front": [record.trial for record in pareto_front(records, study.objectives)],
-        "trials": [
-            {"trial": r.trial, "params": r.params, "state": r.state, "scores": r.scores, "reports": len(r.history)}
-            for r in records
-        ],
+        "trials": [{"trial": r.trial, "params": r.params, "state": r.state, "scores": r.scores} for r in records],
         "confirmation": json.loads(store.storage.read(join(store.uri, "confirmation.json"))),
     }
 

@@ -25,6 +25,7 @@ from ddpm.tensor_files import files_of, read_weights
 from pipelines.checkpoints.errors import ModelError
 from pipelines.checkpoints.sharded import read_index, read_tensors
 from pipelines.config import FORMER_DEFAULTS, Config, override_value
+from pipelines.shards.forgotten import FORGOTTEN
 from pipelines.shards.index import Dataset
 from pipelines.shards.quarantine import Quarantine, stream_digest
 from pipelines.storage import Storage, file_sha256, layout
@@ -219,6 +220,13 @@ def check_resumable(
             f"dataset digest: {state.stream_digest[:12]} before, {digest[:12]} now (data or quarantine have changed; "
             "data.allow_changed=true goes on with them, and from there on which sample is which is another matter)"
         )
+        gone = [problem for problem in (quarantine.excluded if quarantine else ()) if problem.kind == FORGOTTEN]
+        if gone:
+            differing.append(
+                f"{len(gone)} of its samples must stay out, the newest as it {gone[-1].reason} (`ddpm forget`): the "
+                "checkpoints of this run may have been given them. `ddpm forget` says from which checkpoint a clean "
+                "training can go on; start it under another name with init_from=, or from the beginning"
+            )
     if differing:
         listed = "\n  ".join(differing)
         known = [f for f in named if f in state.identity and f != "data.sources"]  # which need addresses, too

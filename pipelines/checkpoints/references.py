@@ -184,11 +184,14 @@ class InitialModel:
         weights: by the names of that network, read when they are used.
         prediction: parameterization that they were trained for.
         digest: SHA-256 of the model's own weights.
+        origin: the checkpoint that it is, as runs:/ID/IMAGES, whatever an alias that named it says later; None for a
+            model that does not say so.
     """
 
     weights: dict[str, Tensor]
     prediction: Parameterization
     digest: str
+    origin: str | None
 
 
 def initial_model(config: Config, tracking_uri: str | None) -> InitialModel:
@@ -230,7 +233,9 @@ def initial_model(config: Config, tracking_uri: str | None) -> InitialModel:
             f"init_from = {config.init_from} is another network than the configuration's:\n  {listed}\n"
             "Set model.* to what it has, or start without init_from"
         )
-    return InitialModel(weights, spec.prediction, digest)
+    run_id, images = spec.lineage.get("run_id"), spec.lineage.get("images_seen")
+    origin = None if run_id is None or images is None else f"runs:/{run_id}/{images}"
+    return InitialModel(weights, spec.prediction, digest, origin)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ for verb in (
     *(runs.train, runs.runs, runs.logs, runs.rm, runs.gc),
     *(models.evaluate, models.register, models.promote, models.verify, models.report, models.guard),
     *(pictures.sample, pictures.inpaint, pictures.edit, pictures.likelihood),
-    provenance.seen,
+    *(provenance.seen, provenance.forget),
     serving.serve,
     exchange.export,
     plan.plan,

@@ -1,26 +1,44 @@
-"""`ddpm seen`: which models were trained on a picture."""
+"""`ddpm seen` and `forget`: which models were trained on a picture, and taking it out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipelines.cli.common import Json, Overrides, Threads, answer_json, check_address, compose_running, terminal
 
+if TYPE_CHECKING:
+    from pipelines.shards.audit.recorded import TarReading
+
+What = Annotated[
+    str,
+    typer.Argument(
+        metavar="PICTURE|KEY|DIGEST",
+        help="A picture (a path or s3://…), the key of a sample, or the SHA-256 of an image or of its pixels",
+    ),
+]
+Data = Annotated[list[str] | None, typer.Option(help="Folder of a further dataset to search; repeatable")]
+
+
+def _reading(verb: str, threads: int | None) -> Callable[[], TarReading]:
+    """Return how the tars of a dataset are read."""
+    from pipelines.shards.audit.recorded import InThreads, TarReading
+
+    return lambda: TarReading(InThreads(threads), terminal.counter(verb, "MiB"), partial(terminal.stage, verb))
+
+
+def _folders(data: Sequence[str] | None) -> list[str]:
+    return [check_address(uri) for uri in data or []]
+
 
 def seen(
-    what: Annotated[
-        str,
-        typer.Argument(
-            metavar="PICTURE|KEY|DIGEST",
-            help="A picture (a path or s3://…), the key of a sample, or the SHA-256 of an image or of its pixels",
-        ),
-    ],
+    what: What,
     overrides: Overrides = None,
-    data: Annotated[list[str] | None, typer.Option(help="Folder of a further dataset to search; repeatable")] = None,
+    data: Data = None,
     exact: Annotated[bool, typer.Option("--exact", help="Look for no near-duplicates")] = False,
     statement: Annotated[
         Path | None, typer.Option(help="Write a signed statement of the answer to this file, and FILE.sig")
@@ -29,27 +47,58 @@ def seen(
     as_json: Json = False,
 ) -> None:
     """Say which datasets hold a picture, and which models were trained on it. Example: ddpm seen photo.jpg"""
-    folders = [check_address(uri) for uri in data or []]
+    folders = _folders(data)
     config = compose_running(overrides, services=["s3"], optional=["mlflow"])
 
     from pipelines.provenance.find import Query
     from pipelines.provenance.seen import look, write_statement
-    from pipelines.shards.audit.recorded import InThreads, TarReading
     from pipelines.signing import Signer
     from pipelines.storage import Storage
 
     query = Query.parse(what, Storage.of(config))
     signer = Signer.of(config.registry) if statement is not None else None
-    notice = partial(terminal.stage, "seen")
-
-    def reading() -> TarReading:
-        return TarReading(InThreads(threads), terminal.counter("seen", "MiB"), notice)
-
     with terminal.live():
-        found = look(query, config, reading, data=folders, near=not exact)
+        found = look(query, config, _reading("seen", threads), data=folders, near=not exact)
     for line in found.lines():
-        notice(line)
+        terminal.stage("seen", line)
     if statement is not None and signer is not None:
-        paths = write_statement(found, statement, signer)
-        notice(f"statement: {paths[0]}, signed by {signer.key} in {paths[1]}")
+        path, signature = write_statement(found, statement, signer)
+        terminal.stage("seen", f"statement: {path}, signed by {signer.key} in {signature}")
     answer_json(as_json, found.to_dict())
+
+
+def forget(
+    what: What,
+    overrides: Overrides = None,
+    data: Data = None,
+    near: Annotated[bool, typer.Option("--near", help="Take near-duplicates out as well")] = False,
+    reason: Annotated[str, typer.Option(help="Why, to be recorded; name nobody")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Take a picture out of all datasets, and aliases away from models trained on it. Example: ddpm forget photo.jpg"""
+    folders = _folders(data)
+    config = compose_running(overrides, services=["s3", "mlflow"])
+
+    from pipelines.provenance.find import Query
+    from pipelines.provenance.forget import forget as forget_picture
+    from pipelines.provenance.seen import look
+    from pipelines.storage import Storage
+    from pipelines.training.resources import connect_ray
+
+    query = Query.parse(what, Storage.of(config))
+    with terminal.live():
+        found = look(query, config, _reading("forget", threads), data=folders, near=near)
+        done = forget_picture(
+            found,
+            config,
+            terminal,
+            lambda: connect_ray(config),
+            reason=reason,
+            dry_run=dry_run,
+            notice=partial(terminal.stage, "forget"),
+        )
+    for line in done.lines():
+        terminal.stage("forget", line)
+    answer_json(as_json, done.to_dict())

@@ -113,6 +113,10 @@ class RegistryConfig(ConfigSection):
     trusted_evaluators: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = Field(
         (), description="SHA-256 of evaluator records that are trusted without a trusted signature"
     )
+    forgotten: Literal["refuse", "warn"] = Field(
+        "refuse",
+        description="what the gate does with a version that had been given a picture which is to be forgotten",
+    )
 
     @field_validator("model")
     @classmethod

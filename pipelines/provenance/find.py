@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from pipelines.presentation.errors import ConfigError
 from pipelines.provenance.prints import as_image, file_digest, pixels_digest, read_images, read_prints, read_sidecar
 from pipelines.shards.audit.recorded import LOOKUPS, TarReading
+from pipelines.shards.forgotten import ForgottenImage
 from pipelines.shards.index import Dataset, ShardIndex, ShardInfo
 from pipelines.shards.ingest.alike import ALIKE, BITS, Fingerprint, fingerprint
 from pipelines.shards.ingest.encode import ImageFormat, encode_image
@@ -26,17 +27,17 @@ from pipelines.shards.ingest.spool import ahead
 from pipelines.shards.members import FlawError, decode_pixels
 from pipelines.storage import NotFoundError, Storage, join, layout
 
-How = Literal["key", "file", "ingested", "pixels", "near", "near, mirrored"]
+How = Literal["key", "file", "ingested", "pixels", "pixels, mirrored", "near", "near, mirrored"]
 """By what a picture was found, the surest first; see `EXPLAINED`."""
 EXPLAINED: dict[How, str] = {
     "key": "the sample of this key",
     "file": "the same file",
     "ingested": "the file that an ingest with the settings of this dataset makes of it",
     "pixels": "the same pixels",
+    "pixels, mirrored": "the same pixels, mirrored",
     "near": "nearly the same picture",
     "near, mirrored": "nearly the same picture, mirrored",
 }
-ORDER = list(EXPLAINED)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Match:
         key: of the sample.
         how: by what it was found.
         similarity: correlation of small grey copies; 1 where it is no near-duplicate.
-        sha256: of the stored image file; "" where it was not read.
+        sha256, size, crc32: of the stored image file.
     """
 
     uri: str
@@ -115,6 +116,8 @@ class Match:
     how: How
     similarity: float = 1.0
     sha256: str = ""
+    size: int = 0
+    crc32: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,12 @@ class _Target:
 
     Attributes:
         files: digest of a file -> by what a sample with this file is found.
-        pixels: digest of pixels.
+        pixels: digest of pixels -> by what a sample with these pixels is found.
         shown: fingerprint of the picture and of its mirror image -> by what a similar sample is found.
     """
 
     files: dict[bytes, How]
-    pixels: bytes | None
+    pixels: dict[bytes, How]
     shown: list[tuple[Fingerprint, How]]
 
 
@@ -149,11 +152,9 @@ def find(query: Query, dataset: Dataset, storage: Storage, reading: TarReading, 
     found: list[Match] = []
     for shard, prints in read_prints(dataset, storage, reading):
         hits: dict[int, How] = {}
-        for digest, how in target.files.items():
-            hits |= {i: how for i in prints.equal("file", digest).tolist() if i not in hits}
-        if target.pixels is not None:
-            pixels: How = "pixels"
-            hits = dict.fromkeys(prints.equal("pixels", target.pixels).tolist(), pixels) | hits
+        for field, digests in (("file", target.files), ("pixels", target.pixels)):
+            for digest, how in digests.items():
+                hits = dict.fromkeys(prints.equal(field, digest).tolist(), how) | hits
         others = {
             i for shown, _ in (target.shown if near else ()) for i in prints.near(shown.hash, BITS).tolist()
         } - hits.keys()
@@ -179,7 +180,7 @@ def form_of(dataset: Dataset, storage: Storage) -> ImageFormat:
 def _target(query: Query, dataset: Dataset, storage: Storage) -> _Target:
     if query.data is None:
         assert query.digest is not None
-        return _Target({query.digest: "file"}, query.digest, [])
+        return _Target({query.digest: "file"}, {query.digest: "pixels"}, [])
     files: dict[bytes, How] = {file_digest(query.data): "file"}
     form = form_of(dataset, storage)
     try:
@@ -191,7 +192,9 @@ def _target(query: Query, dataset: Dataset, storage: Storage) -> _Target:
     image = as_image(pixels)
     ways: list[tuple[Image.Image, How]] = [(image, "near"), (ImageOps.mirror(image), "near, mirrored")]
     prints = [(fingerprint(turned), how) for turned, how in ways]
-    return _Target(files, pixels_digest(pixels), [(found, how) for found, how in prints if found is not None])
+    shown = [(found, how) for found, how in prints if found is not None]
+    same: dict[bytes, How] = {pixels_digest(pixels[:, ::-1]): "pixels, mirrored", pixels_digest(pixels): "pixels"}
+    return _Target(files, same, shown)
 
 
 def _confirm(
@@ -208,13 +211,19 @@ def _confirm(
     some = index.select(sorted(hits.keys() | others))
     places = sorted(hits.keys() | others)
     for at, name, data in read_images(some, shard.address(dataset.uri), storage):
-        i, sha256 = places[at], hashlib.sha256(data).hexdigest()
+        i = places[at]
+        match = _match(dataset, split, shard, i, index.keys[i], hits.get(i, "near"), data)
         if i in hits:
-            yield Match(dataset.uri, split, shard.name, i, index.keys[i], hits[i], sha256=sha256)
+            yield match
             continue
         likeness, how = max(_likeness(name, data, dataset, target), default=(0.0, "near"))
         if likeness > ALIKE:
-            yield Match(dataset.uri, split, shard.name, i, index.keys[i], how, round(likeness, 4), sha256)
+            yield replace(match, how=how, similarity=round(likeness, 4))
+
+
+def _match(dataset: Dataset, split: str, shard: ShardInfo, index: int, key: str, how: How, data: memoryview) -> Match:
+    file = ForgottenImage.of(data)
+    return Match(dataset.uri, split, shard.name, index, key, how, 1.0, file.sha256, file.size, file.crc32)
 
 
 def _likeness(name: str, data: memoryview, dataset: Dataset, target: _Target) -> list[tuple[float, How]]:
@@ -237,13 +246,7 @@ def _by_key(key: str, dataset: Dataset, storage: Storage) -> Iterator[Match]:
     with ThreadPoolExecutor(LOOKUPS, thread_name_prefix="keys") as pool:
         for (split, shard), (index, at) in zip(shards, ahead(pool, look, shards, LOOKUPS), strict=True):
             for i, _, data in read_images(index.select(at), shard.address(dataset.uri), storage) if at else ():
-                sha256 = hashlib.sha256(data).hexdigest()
-                yield Match(dataset.uri, split, shard.name, at[i], index.keys[at[i]], "key", sha256=sha256)
-
-
-def surest(matches: Iterable[Match]) -> How | None:
-    """Return by what a picture was found most surely; None where it was not."""
-    return min((match.how for match in matches), key=ORDER.index, default=None)
+                yield _match(dataset, split, shard, at[i], index.keys[at[i]], "key", data)
 
 
 def plain(match: Match) -> dict[str, Any]:

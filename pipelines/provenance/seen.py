@@ -280,7 +280,7 @@ def _exposures(
 
 def _through(exposure: Exposure, by_run_id: Mapping[str, Exposure], versions: Sequence[ModelVersion]) -> Iterator[str]:
     """Yield the models that a training began from, over any number of steps, and that had been given the picture."""
-    todo, done = [str(exposure.training.lineage.get("init_from") or "")], set()
+    todo, done = [_began_from(exposure.training)], set()
     while todo:
         reference = todo.pop()
         for run_id, images in _origins(reference, versions):
@@ -294,7 +294,12 @@ def _through(exposure: Exposure, by_run_id: Mapping[str, Exposure], versions: Se
                     f"{reference}, which is run '{origin.training.run}' at {at:,} images and had been given it "
                     f"{times:,} time{'s' * (times != 1)}"
                 )
-            todo.append(str(origin.training.lineage.get("init_from") or ""))
+            todo.append(_began_from(origin.training))
+
+
+def _began_from(training: Training) -> str:
+    """Return the model that a training began from: its checkpoint, or the MODEL reference of an earlier release."""
+    return str(training.lineage.get("init_from_origin") or training.lineage.get("init_from") or "")
 
 
 def _origins(reference: str, versions: Sequence[ModelVersion]) -> Iterator[tuple[str, str | None]]:

@@ -19,6 +19,7 @@ from pipelines.registry.comparison import compare, gate_seed, open_data, request
 from pipelines.registry.contents import check_version, model_folder
 from pipelines.registry.decision import SAMPLES, absolute_bounds, comparable, decide
 from pipelines.registry.evidence import Evidence
+from pipelines.registry.forgotten import ForgetRecord, forgotten_row, read_records, record_of
 from pipelines.registry.package import RegistryError
 from pipelines.registry.verdict import Verdict, VerdictLog, VerdictRow, now, standing
 from pipelines.registry.verify import check_data
@@ -175,11 +176,15 @@ class Gate:
             check_signing(self.config.registry)
         number, verdicts = self.log.next_number(), self.log.read()
         held = [version for verdict in standing(verdicts) if (version := self._version(verdict)) is not None]
-        if len(held) < 2:
+        records = self._forget_records()
+        clean = [at for at, version in enumerate(held[:-1]) if record_of(version, version.tags, records) is None]
+        if not clean:
+            given = " that had not been given a picture which is to be forgotten" if len(held) > 1 else ""
             raise RegistryError(
-                f"{self.alias} of {self.model} has had no other version that is still there: nothing to go back to"
+                f"{self.alias} of {self.model} has had no other version that is still there{given}: nothing to go "
+                "back to"
             )
-        version = held[-2]
+        version = held[clean[-1]]
         with self._opened(version) as opened:
             if (wrong := opened.wrong) is not None:
                 raise RegistryError(
@@ -204,13 +209,23 @@ class Gate:
             if not self.log.add(verdict, Signer.of(self.config.registry), number):
                 return self.rollback()
             self._record(verdict, opened)
-        self._settle(version, held[-3] if len(held) > 2 else None)
+        self._settle(version, held[clean[-2]] if len(clean) > 1 else None)
         return verdict
 
     def _wrong(self, version: ModelVersion) -> VerdictRow | None:
         """Return the first line about the files and tags of a version that does not pass; None where all do."""
         with self._opened(version) as opened:
-            return opened.wrong
+            forgotten = self._forgotten(opened)
+            return opened.wrong or next((row for row in forgotten if not row.passed), None)
+
+    def _forgotten(self, opened: OpenedVersion) -> list[VerdictRow]:
+        """Return the line about a picture that is to be forgotten and that a version had been given; none otherwise."""
+        lineage = opened.version.tags if opened.evidence is None else opened.evidence.lineage
+        record = record_of(opened.version, lineage, self._forget_records())
+        return [] if record is None else [forgotten_row(record, refuse=self.config.registry.forgotten == "refuse")]
+
+    def _forget_records(self) -> list[ForgetRecord]:
+        return read_records(self.config.storage.root, self.storage, Trust.of(self.config.registry))
 
     def _champion(self, verdicts: Sequence[Verdict]) -> ModelVersion | None:
         """Return the version that the alias belongs to by the log, or by the alias where there is no log yet."""
@@ -271,7 +286,7 @@ class Gate:
                 champion=None if champion is None else champion.version,
                 at=now(),
             )
-            rows = list(candidate.rows)
+            rows = [*candidate.rows, *self._forgotten(candidate)]
             if evidence is not None:
                 rows += [*check_data(evidence, self.storage), *absolute_bounds(evidence.scores)]
             if not all(row.passed for row in rows):

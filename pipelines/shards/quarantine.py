@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.shards.index import Dataset, DatasetError, ShardIndex, ShardTable
-from pipelines.storage import NotFoundError, Storage, join, layout
+from pipelines.storage import Storage, join, layout
 
 SCHEMA_VERSION = 1
 
@@ -99,11 +99,16 @@ def read_quarantine(uri: str, storage: Storage) -> Quarantine | None:
     return _read(join(uri, layout.QUARANTINE), uri, storage)
 
 
-def store_quarantine(quarantine: Quarantine, uri: str, storage: Storage) -> None:
-    """Write the quarantine of a dataset, and the copy of it that stays when another one takes its place."""
+def store_quarantine(quarantine: Quarantine, uri: str, storage: Storage, *, only_copy: bool = False) -> None:
+    """Write the quarantine of a dataset, and the copy of it that stays when another one takes its place.
+
+    Args:
+        only_copy: write the copy alone.
+    """
     text = quarantine.to_json().encode()
     storage.write(join(uri, layout.quarantine_file(quarantine.digest)), text)
-    storage.write(join(uri, layout.QUARANTINE), text)
+    if not only_copy:
+        storage.write(join(uri, layout.QUARANTINE), text)
 
 
 def quarantine_of(dataset: Dataset, digest: str, storage: Storage) -> tuple[Quarantine | None] | None:
@@ -123,15 +128,27 @@ def quarantine_of(dataset: Dataset, digest: str, storage: Storage) -> tuple[Quar
 
 
 def _read(where: str, uri: str, storage: Storage) -> Quarantine | None:
+    text = storage.find(where)
+    return None if text is None else parse_quarantine(text, uri, where)
+
+
+def parse_quarantine(text: bytes, uri: str, where: str) -> Quarantine:
+    """Return the quarantine in the text of a `quarantine.json`.
+
+    Args:
+        uri: folder of the dataset.
+        where: address of the file, for messages.
+
+    Raises:
+        DatasetError: it is of an unknown version, or damaged.
+    """
     try:
-        plain = json.loads(storage.read(where))
+        plain = json.loads(text)
         version, recorded = plain["schema_version"], plain["digest"]
         if version == SCHEMA_VERSION:
             found = Quarantine(plain["dataset_digest"], tuple(Problem(**entry) for entry in plain["excluded"]))
             if found.digest == recorded:
                 return found
-    except NotFoundError:
-        return None
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(
             f"{where} is damaged: {error}; write it again with `ddpm check {uri} --quarantine`"

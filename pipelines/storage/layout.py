@@ -10,7 +10,9 @@ from pipelines.storage.store import join
 # Folders below `storage.root`.
 DATASETS, RUNS, STUDIES, EVALUATIONS = "datasets", "runs", "studies", "evaluations"
 REGISTRY, PLANS = "registry", "plans"
-FOLDERS = (DATASETS, RUNS, STUDIES, EVALUATIONS, REGISTRY, PLANS)
+FORGOTTEN = "forgotten"
+"""Folder of the requests to forget pictures: below a dataset, which images; below the root, which trainings."""
+FOLDERS = (DATASETS, RUNS, STUDIES, EVALUATIONS, REGISTRY, PLANS, FORGOTTEN)
 """Everything that is written below `storage.root`, apart from probes."""
 PROBE_PREFIX = ".ddpm-"
 """Start of the names of probes: objects that are written and deleted at once to see whether that is allowed."""

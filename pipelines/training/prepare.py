@@ -25,6 +25,9 @@ from pipelines.training.loop.context import Job
 from pipelines.training.resources import connect_ray, require_memory, require_resources
 from pipelines.training.run_id import find_training_run, open_training_run
 
+_INITIAL = ("first_weights", "init_from", "init_from_digest", "init_from_origin")
+"""What the lineage of a model says of the weights that its training began with."""
+
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -105,18 +108,20 @@ def initial_lineage(config: Config, *, new: bool) -> dict[str, Any]:
 
     Returns:
         `first_weights`, the version of the new weights (`ddpm.first_weights`), which runs of earlier releases lack; or
-        `init_from` and `init_from_digest`, the SHA-256 of the weights that it named when the run began.
+        `init_from` and `init_from_digest`, the SHA-256 of the weights that it named when the run began, and
+        `init_from_origin`, the checkpoint that they were, where the model says so.
 
     Raises:
         ModelError: there is no such model, or it does not fit the configuration.
     """
     if not new:
         stored = checkpoints.newest_lineage(config)
-        return {key: stored[key] for key in ("first_weights", "init_from", "init_from_digest") if key in stored}
+        return {key: stored[key] for key in _INITIAL if key in stored}
     if config.init_from is None:
         return {"first_weights": first_weights.VERSION}
     found = references.initial_model(config, config.tracking.uri)
-    return {"init_from": config.init_from, "init_from_digest": found.digest}
+    origin = {} if found.origin is None else {"init_from_origin": found.origin}
+    return {"init_from": config.init_from, "init_from_digest": found.digest, **origin}
 
 
 def encoder_lineage(config: Config) -> dict[str, Any]:

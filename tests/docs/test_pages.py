@@ -233,6 +233,7 @@ PAGES: dict[str, Page] = {
         refused=("ddpm flow",),
         elsewhere=INSTALLED,
     ),
+    "guides/a-picture-back.md": Page(champion=True),
     "guides/a-sampler.md": Page(
         champion=True,
         adds={"^ddpm evaluate": "evaluation.likelihood_images=4"},

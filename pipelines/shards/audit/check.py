@@ -27,6 +27,7 @@ from pipelines.shards.audit.recorded import (
     stamp,
 )
 from pipelines.shards.audit.scan import ObjectStream, ShardScan, scan_shard
+from pipelines.shards.forgotten import forgotten_samples
 from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo, read_dataset
 from pipelines.shards.members import SampleFormat
 from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine, read_quarantine, store_quarantine
@@ -128,12 +129,13 @@ def check(uri: str, storage: Storage, *, reading: TarReading = IN_THREADS) -> Ch
 def write_quarantine(report: CheckReport, storage: Storage) -> CheckReport:
     """Write the problems of a check to `quarantine.json`, so that readers leave those samples out.
 
-    Without problems an existing file is deleted.
+    What `ddpm forget` has put out stays out. Without any of it an existing file is deleted.
 
     Returns:
         The result with the new quarantine.
     """
-    quarantine = make_quarantine(report.dataset, report.problems)
+    forgotten = forgotten_samples(report.dataset, storage)
+    quarantine = make_quarantine(report.dataset, [*forgotten, *report.problems])
     if not quarantine.excluded:
         storage.delete(join(report.dataset.uri, layout.QUARANTINE))
         return CheckReport(report.dataset, report.bytes, report.problems, None)

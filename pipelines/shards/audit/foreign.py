@@ -19,6 +19,7 @@ from pipelines.shards.audit.recorded import (
     read_tars,
 )
 from pipelines.shards.audit.scan import ObjectStream, TarFaultError, read_samples
+from pipelines.shards.forgotten import forgotten_samples
 from pipelines.shards.index import Dataset, DatasetError, ShardInfo, make_dataset, read_dataset
 from pipelines.shards.members import MAX_CLASSES, FlawError, SampleFormat, decode_image
 from pipelines.shards.quarantine import Problem, Quarantine, kept_shards, make_quarantine, store_quarantine
@@ -176,7 +177,8 @@ def index_tars(
         if not everything.tallies[split].samples:
             raise IndexRefusedError(uri, problems) if problems else DatasetError(f"{uri}: {split} has no samples")
     dataset = everything.describe(uri, form, classes, described)
-    left_out = make_quarantine(dataset, problems) if problems else None
+    kept_out = (*forgotten_samples(dataset, storage), *problems)
+    left_out = make_quarantine(dataset, kept_out) if kept_out else None
     for split in splits:
         kept_shards(dataset, split, left_out)  # raises where nothing is left of a split
     if left_out is None:

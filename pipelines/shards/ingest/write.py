@@ -18,6 +18,7 @@ from typing import Any
 from pipelines.config.sections import Encoding, Geometry
 from pipelines.environment.scratch import temporary_folder
 from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
+from pipelines.shards.forgotten import quarantine_forgotten
 from pipelines.shards.index import Dataset, DatasetError, make_dataset
 from pipelines.shards.ingest.alike import Fingerprints, fingerprint_part, keep_together
 from pipelines.shards.ingest.collect import Filters
@@ -320,6 +321,7 @@ def _publish(source: str, written: MergedRecords) -> Ingested:
         std=written.pixels.std(),
     )
     drop_stale_quarantine(dataset, storage)
+    quarantine_forgotten(dataset, storage)
     storage.write(join(uri, layout.DATASET), dataset.to_json().encode())
     _remove_stale(uri, {s.name for shards in splits.values() for s in shards}, written, storage)
     return Ingested(dataset, report.bad, report.empty_classes, report, written.reused)

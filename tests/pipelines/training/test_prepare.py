@@ -26,10 +26,11 @@ from tests.pipelines.training.loop.ranks import last_checkpoint, tiny_config, tr
 def test_the_lineage_names_the_weights_that_a_run_started_from_and_keeps_them_when_it_goes_on(digits, tmp_path):
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     assert initial_lineage(tiny_config(base, 50, 25), new=True) == {"first_weights": 1}
-    train_here(base, digits, tiny_config(base, 50, 25))
+    train_here(base, digits, tiny_config(base, 50, 25), lineage={"run_id": "0abc"})
     model = last_checkpoint(base)
     config = tiny_config(tuned, 50, 25, f"init_from={model}")
     expected = {"init_from": str(model), "init_from_digest": tensors_digest(load_model(model).network.state_dict())}
+    expected["init_from_origin"] = "runs:/0abc/50"
     found = initial_lineage(config, new=True)
     assert found == expected
     train_here(tuned, digits, config, lineage=found)

@@ -1,0 +1,197 @@
+"""Take a picture out: of every dataset that has it, and of the aliases of versions that were given it.
+
+Each step is done by whoever comes to it first, and finds what was done before: a call that was killed, or two at once,
+end the same, and a second one changes nothing. Nothing is trained here, and no version is deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pipelines import registry, tracking
+from pipelines.config import CANDIDATE, PREVIOUS, Config
+from pipelines.presentation.progress import Display, Notice
+from pipelines.provenance.find import Match
+from pipelines.provenance.seen import Exposure, Seen, SeenVersion
+from pipelines.registry.forgotten import ForgetRecord, write_record
+from pipelines.shards.forgotten import Forgetting, ForgottenImage, quarantine_forgotten, record_forgetting
+from pipelines.shards.index import read_dataset
+from pipelines.shards.quarantine import read_quarantine
+from pipelines.signing import Authority
+from pipelines.storage import Storage
+
+TAG = "forgotten"
+"""Tag of a version that had been given a picture which is to be forgotten: the id of the request."""
+
+
+@dataclass(frozen=True)
+class CleanStart:
+    """From where a training without the picture could go on.
+
+    Attributes:
+        run: name of the run that had been given it.
+        address: of its newest checkpoint before that; None where only the beginning is left.
+        images_seen: at that checkpoint.
+        lost: images of its training that would have to be trained on again.
+    """
+
+    run: str
+    address: str | None
+    images_seen: int
+    lost: int
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What was done, or would be.
+
+    Attributes:
+        seen: where the picture is, and what has seen it.
+        record: the request; None where the picture is in no dataset.
+        quarantined: dataset -> number of samples that this call has put into its quarantine.
+        marked: versions that the gate refuses from now on.
+        moved: alias -> version that it went to, None where there is no clean one.
+        starts: from where clean trainings could go on.
+        dry_run: whether nothing was done.
+    """
+
+    seen: Seen
+    record: ForgetRecord | None
+    quarantined: dict[str, int]
+    marked: tuple[SeenVersion, ...]
+    moved: dict[str, str | None]
+    starts: tuple[CleanStart, ...]
+    dry_run: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was done as JSON types, for `--json`."""
+        return {
+            **self.seen.to_dict(),
+            "request": None if self.record is None else self.record.id,
+            "taken_out": [{"uri": match.uri, "shard": match.shard, "key": match.key} for match in self.seen.matches],
+            "quarantined": self.quarantined,
+            "marked": [version.version.uri for version in self.marked],
+            "aliases": self.moved,
+            "clean_starts": [vars(start) for start in self.starts],
+            "dry_run": self.dry_run,
+        }
+
+    def lines(self) -> list[str]:
+        """Return what was done, in words."""
+        would = "would be " if self.dry_run else ""
+        lines = list(self.seen.lines())
+        for uri, count in self.quarantined.items():
+            done = f"{count:,} sample{'s' * (count != 1)} {would}put into quarantine"
+            lines.append(f"{uri}: {done if count else 'what it has of the picture is in quarantine already'}")
+        lines += [f"{version.version.uri} {would}marked: the gate refuses it" for version in self.marked]
+        for alias, number in self.moved.items():
+            went = f"{would}given back to version {number}" if number else "stays: it has had no version without it"
+            lines.append(f"alias {alias} {went}")
+        for start in self.starts:
+            where = "the beginning" if start.address is None else f"{start.address} ({start.images_seen:,} images)"
+            lines.append(
+                f"run '{start.run}': a clean training can go on from {where}, and trains on {start.lost:,} images again"
+            )
+        if self.record is not None and not self.dry_run:
+            lines.append(f"request {self.record.id} is recorded, with digests and without the picture")
+        return lines
+
+
+def forget(
+    seen: Seen,
+    config: Config,
+    display: Display,
+    connect: Callable[[], None],
+    *,
+    reason: str = "",
+    dry_run: bool = False,
+    notice: Notice,
+) -> Forgotten:
+    """Take a picture out of every dataset that has it, and away from versions that were given it.
+
+    Args:
+        seen: where the picture is, and what has seen it, without near-duplicates unless these are to go, too.
+        config: of the root and the services.
+        display, connect: for the gate, which gives aliases back.
+        reason: recorded with the request.
+        dry_run: say what would be done.
+        notice: called with what is done, in words.
+
+    Raises:
+        StorageError, TrackingError: a service does not answer; the same call does the rest.
+    """
+    chosen, exposures, marked = seen.matches, seen.exposures, seen.versions or ()
+    if not chosen:
+        return Forgotten(seen, None, {}, (), {}, (), dry_run)
+    storage, at = Storage.of(config), datetime.now(UTC).isoformat(timespec="seconds")
+    trainings = {each.training.run_id: _first(each) for each in exposures if each.training.run_id}
+    record = ForgetRecord(seen.query.named, tuple(sorted({match.sha256 for match in chosen})), at, reason, trainings)
+    quarantined = {}
+    for uri in dict.fromkeys(match.uri for match in chosen):
+        before = _in_quarantine(uri, storage)
+        own = [match for match in chosen if match.uri == uri]
+        if not dry_run:
+            _take_out(own, uri, at, reason, storage)
+        quarantined[uri] = sum((match.shard, match.index) not in before for match in own)
+        notice(f"{uri}: {len(own):,} sample{'s' * (len(own) != 1)} of the picture")
+    if not dry_run:
+        record = write_record(record, config.storage.root, storage, Authority.of(config.registry))
+        for version in marked:
+            if version.version.tags.get(TAG) != record.id:
+                tracking.set_version_tags(
+                    config.tracking.server, version.version.name, version.version.version, {TAG: record.id}
+                )
+    moved = _give_back(marked, config, display, connect, dry_run=dry_run)
+    starts = tuple(_clean_start(exposure) for exposure in exposures)
+    return Forgotten(seen, record, quarantined, marked, moved, starts, dry_run)
+
+
+def _first(exposure: Exposure) -> int:
+    """Return the ordinal from which on a training had been given it; -1 where it began with it, or may have."""
+    if exposure.through or exposure.unknown is not None:
+        return -1
+    return exposure.occurrences[0].ordinal
+
+
+def _in_quarantine(uri: str, storage: Storage) -> set[tuple[str, int | None]]:
+    quarantine = read_quarantine(uri, storage)
+    return {(problem.shard, problem.index) for problem in (quarantine.excluded if quarantine else ())}
+
+
+def _take_out(matches: Sequence[Match], uri: str, at: str, reason: str, storage: Storage) -> None:
+    """Record the images of a dataset that must stay out, and put them into its quarantine."""
+    dataset = read_dataset(uri, storage)
+    images = {match.sha256: ForgottenImage(match.size, match.crc32, match.sha256) for match in matches}
+    record_forgetting(Forgetting(tuple(images[sha256] for sha256 in sorted(images)), at, reason), uri, storage)
+    quarantine_forgotten(dataset, storage)
+
+
+def _give_back(
+    marked: Sequence[SeenVersion], config: Config, display: Display, connect: Callable[[], None], *, dry_run: bool
+) -> dict[str, str | None]:
+    """Give the aliases of marked versions back to the newest clean version that had them; return where they went."""
+    moved: dict[str, str | None] = {}
+    for each in marked:
+        for alias in each.version.aliases:
+            if alias in (CANDIDATE, PREVIOUS):
+                continue
+            gate = registry.Gate(config, display, connect, each.version.name, alias)
+            name = f"{alias} of {each.version.name}"
+            try:
+                moved[name] = gate.rollback(dry_run=dry_run).version
+            except registry.RegistryError as error:
+                display.stage("forget", str(error))
+                moved[name] = None
+    return moved
+
+
+def _clean_start(exposure: Exposure) -> CleanStart:
+    """Return the newest checkpoint of a training from before it was given the picture."""
+    training, first = exposure.training, _first(exposure)
+    before = [kept for kept in training.kept if kept.images_seen <= first]
+    newest = max(before, key=lambda kept: (kept.images_seen, kept.published), default=None)
+    seen = 0 if newest is None else newest.images_seen
+    return CleanStart(training.run, None if newest is None else newest.address, seen, training.images_seen - seen)

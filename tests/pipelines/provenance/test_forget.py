@@ -1,0 +1,102 @@
+"""A picture is taken out: no training reads it again, and one that had begun refuses to go on."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pipelines.checkpoints import ModelError, check_resumable, newest_checkpoint
+from pipelines.config import compose
+from pipelines.presentation.progress import Silent
+from pipelines.provenance.find import Query
+from pipelines.provenance.forget import forget
+from pipelines.provenance.seen import look
+from pipelines.shards.audit.recorded import IN_THREADS
+from pipelines.shards.joined import read_data
+from pipelines.shards.quarantine import read_quarantine
+from pipelines.storage import Storage
+from tests.pipelines.provenance.logged import BATCH, config_of, given, train_logged
+from tests.pipelines.shards.tars import picture
+from tests.pipelines.shards.test_joined import write_source
+
+STORAGE = Storage()
+
+
+@pytest.fixture
+def root(tmp_path, home):
+    """Run "first" on 30 pictures, in 40 of 100 images."""
+    (tmp_path / "datasets").mkdir()
+    uri = write_source(tmp_path / "datasets/one", ["cat", "dog"], np.arange(30), splits=("train", "test"))
+    (tmp_path / "first").mkdir()
+    train_logged(tmp_path, run(tmp_path, uri, "first"), log=tmp_path / "first", stop_after=2)
+    return tmp_path
+
+
+def run(root, uri, name):
+    return config_of(root, 5, f"data.uri={uri}", f"name={name}")
+
+
+def forgotten(root, value, *, dry_run=False):
+    path = root / "sought.png"
+    path.write_bytes(picture(value, mode="L"))
+    config = compose(["+experiment=digits", "storage=file", f"storage.root=file://{root}", "tracking.uri=null"])
+    seen = look(Query.parse(str(path), STORAGE), config, lambda: IN_THREADS, near=False)
+    return forget(seen, config, Silent(), lambda: None, dry_run=dry_run, notice=lambda text: None)
+
+
+def everything_below(root, *, but=("cache", "sought.png")):
+    return {
+        str(path): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and not any(name in path.parts for name in but)
+    }
+
+
+def test_a_picture_that_was_forgotten_is_never_read_again_and_a_training_that_had_begun_does_not_go_on(root):
+    uri = f"file://{root}/datasets/one"
+    done = forgotten(root, 7)
+    assert done.quarantined == {uri: 2}
+    assert {problem.kind for problem in read_quarantine(uri, STORAGE).excluded} == {"forgotten"}
+    log = root / "second"
+    log.mkdir()
+    train_logged(root, run(root, uri, "second"), log=log)
+    read = given(log)
+    assert len(read) == 5 * BATCH
+    assert set(read.values()) == set(range(30)) - {7}
+    config = run(root, uri, "first")
+    config = config.model_copy(update={"storage": config.storage.model_copy(update={"root": f"file://{root}"})})
+    dataset, quarantine = read_data(config.data, STORAGE)
+    with pytest.raises(ModelError) as refused:
+        check_resumable(newest_checkpoint(config), config, dataset, quarantine)
+    assert "2 of its samples must stay out" in str(refused.value)
+    assert "ddpm forget` says from which checkpoint" in str(refused.value)
+
+
+def test_a_second_request_changes_nothing_and_a_dry_run_does_not_either(root):
+    before = everything_below(root)
+    told = forgotten(root, 7, dry_run=True)
+    assert everything_below(root, but=("cache", "sought.png", "prints")) == before
+    done = forgotten(root, 7)
+    assert (told.quarantined, told.record.trainings) == (done.quarantined, done.record.trainings)
+    after = everything_below(root)
+    again = forgotten(root, 7)
+    assert set(again.quarantined.values()) == {0}
+    assert everything_below(root) == after
+
+
+def test_the_record_names_what_was_given_the_picture_from_when_on_and_not_the_picture(root):
+    done = forgotten(root, 7)
+    log = given(root / "first")
+    (path,) = (root / "forgotten").glob("*.json")
+    said = json.loads(json.loads(path.read_text())["record"])
+    first = min((n for n, value in log.items() if value == 7), default=None)
+    assert list(said["trainings"].values()) == ([] if first is None else [first])
+    assert "sought" not in path.read_text()
+    (start,) = done.starts
+    assert (start.run, start.address, start.images_seen, start.lost) == ("first", None, 0, 2 * BATCH)
+
+
+def test_what_is_in_no_dataset_is_said_to_be_nowhere_and_nothing_is_recorded(root):
+    done = forgotten(root, 200)
+    assert (done.record, done.quarantined) == (None, {})
+    assert not (root / "forgotten").exists()
