@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = make_parser("near_duplicates", __doc__, quick="a tenth of the tiles").parse_args(arguments)
     tiles = all_tiles()
     random.Random(0).shuffle(tiles)
-    tiles = tiles[: options.size.of(len(tiles), len(tiles) // 10, 12)]
+    tiles = tiles[: options.size.of(len(tiles), len(tiles) // 10, 16)]
     known, strangers = tiles[: len(tiles) // 2], tiles[len(tiles) // 2 :]
     with tempfile.TemporaryDirectory() as scratch:
         folder, storage = Path(scratch), Storage()
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         for number, tile in enumerate(known):
             tile.save(folder / "photos" / f"{number:04d}.png")
         uri = f"file://{folder}/dataset"
-        ingest(str(folder / "photos"), uri, storage, image_size=SIZE, channels=3, shard_samples=50)
+        ingest(str(folder / "photos"), uri, storage, image_size=SIZE, channels=3, shard_samples=50, test_fraction=0.5)
         dataset, began = read_dataset(uri, storage), time.perf_counter()
 
         def is_found(picture: bytes) -> bool:

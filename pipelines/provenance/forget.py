@@ -23,7 +23,7 @@ from pipelines.shards.quarantine import read_quarantine
 from pipelines.signing import Authority
 from pipelines.storage import Storage
 
-TAG = "forgotten"
+TAG = "forget_request"
 """Tag of a version that had been given a picture which is to be forgotten: the id of the request."""
 
 

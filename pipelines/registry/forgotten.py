@@ -51,7 +51,7 @@ class ForgetRecord:
 
 def write_record(record: ForgetRecord, root: str, storage: Storage, authority: Authority) -> ForgetRecord:
     """Write a record below a root, signed, or add its trainings to the one that is there; return what is there then."""
-    place = _place(record.id)
+    place = layout.forget_file(record.id)
     written = [record]
 
     def change(stored: bytes | None) -> bytes:
@@ -82,7 +82,7 @@ def read_records(root: str, storage: Storage, trust: Trust) -> list[ForgetRecord
     for entry in storage.list(join(root, layout.FORGOTTEN)):
         name = entry.uri.rpartition("/")[2].removesuffix(".json")
         with suppress(SignatureError, NotFoundError, KeyError, TypeError, ValueError):
-            found.append(_of_plain(unseal(storage.read(entry.uri), _place(name), trust)))
+            found.append(_of_plain(unseal(storage.read(entry.uri), layout.forget_file(name), trust)))
     return sorted(found, key=lambda record: record.at)
 
 
@@ -105,10 +105,6 @@ def forgotten_row(record: ForgetRecord, *, refuse: bool) -> VerdictRow:
     figure = f"given one that was to be forgotten on {record.at} (request {record.id})"
     bound = "none" if refuse else "none, though registry.forgotten=warn lets it pass"
     return VerdictRow("pictures that are to be forgotten", figure, bound, passed=not refuse)
-
-
-def _place(name: str) -> str:
-    return f"{layout.FORGOTTEN}/{name}.json"
 
 
 def _of_plain(plain: Mapping[str, Any]) -> ForgetRecord:

@@ -20,7 +20,7 @@ from pipelines.shards.members import IMAGE_MEMBERS
 from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine, parse_quarantine, store_quarantine
 from pipelines.storage import NotFoundError, Storage, join, layout
 
-FORGOTTEN = "forgotten"
+FORGOTTEN = layout.FORGOTTEN
 """Kind of the problem with which a forgotten sample is in quarantine."""
 AT_ONCE = 32
 
@@ -65,7 +65,7 @@ def record_forgetting(forgetting: Forgetting, uri: str, storage: Storage) -> Non
     def change(stored: bytes | None) -> bytes:
         return stored or json.dumps(asdict(forgetting), indent=1).encode()
 
-    storage.update(join(uri, layout.FORGOTTEN, f"{forgetting.id}.json"), change)
+    storage.update(join(uri, layout.forget_file(forgetting.id)), change)
 
 
 def forgettings(uri: str, storage: Storage) -> list[Forgetting]:

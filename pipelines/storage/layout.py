@@ -117,6 +117,11 @@ def quarantine_file(digest: str) -> str:
     return f"{QUARANTINES}/{digest}.json"
 
 
+def forget_file(request: str) -> str:
+    """Return the name of the record of a request to forget a picture, below a dataset or the root."""
+    return f"{FORGOTTEN}/{request}.json"
+
+
 def trial_file(study: str, trial: str) -> str:
     """Return the address of the record of a trial, below the folder of its study."""
     return join(study, TRIALS, f"{trial}.json")

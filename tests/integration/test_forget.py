@@ -90,7 +90,7 @@ def test_it_is_taken_out_and_its_models_lose_the_alias(shell, picture, versions,
     print(done.err)
     assert told.answer["aliases"] == done.answer["aliases"] == {f"champion of {NAME}": aliases(client)["champion"]}
     assert aliases(client)["champion"] in versions["clean"]
-    assert client.get_model_version(NAME, given).tags["forgotten"] == done.answer["request"]
+    assert client.get_model_version(NAME, given).tags["forget_request"] == done.answer["request"]
     assert {start["run"] for start in done.answer["clean_starts"]} == {"given", "student"}
     refused = shell("promote", f"models:/{NAME}/{given}", "--alias", "champion", *SHORT, "--json")
     assert refused.code == 1

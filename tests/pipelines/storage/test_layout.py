@@ -96,7 +96,18 @@ def test_addresses_are_those_of_every_release() -> None:
         *("ingest-progress/sources", "ingest-progress/fingerprints", "index-progress", "check-progress"),
     } == FILES
     assert {
-        *("datasets", "runs", "studies", "evaluations", "registry", "plans", "evaluator", "features", "published"),
+        *(
+            "datasets",
+            "runs",
+            "studies",
+            "evaluations",
+            "registry",
+            "plans",
+            "forgotten",
+            "evaluator",
+            "features",
+            "published",
+        ),
         *("scores", "logs", "metrics", "goodput", "trials", "best", "evaluation", "bound", "checkpoints"),
         *("signatures", "figures"),
     } == FOLDERS
