@@ -24,8 +24,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 with contextlib.suppress(ImportError):
     from hypothesis import HealthCheck, settings
 
-    settings.register_profile("ddpm", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
-    settings.load_profile("ddpm")
+    quick = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("ddpm", quick)
+    # The same examples each time, so that what lands does not hang on luck; `thorough` is how new ones are looked for.
+    settings.register_profile("ci", quick, derandomize=True)
+    settings.register_profile("thorough", quick, max_examples=1000)
+    settings.load_profile("ci" if os.environ.get("CI") else "ddpm")
 
 
 @pytest.hookimpl(wrapper=True)

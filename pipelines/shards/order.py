@@ -276,9 +276,11 @@ def locate_all(asked: Sequence[tuple[SampleOrder, Ints]]) -> list[Located]:
     The windows of all of them are shuffled in one go, which takes hardly longer than for one order.
     """
     parts = [(number, part) for number, (order, ordinals) in enumerate(asked) for part in order.unshuffled(ordinals)]
+    found = [Located(ordinals, np.empty_like(ordinals), np.empty_like(ordinals)) for _, ordinals in asked]
+    if not parts:  # none was asked for
+        return found
     columns = (np.concatenate([getattr(part, name) for _, part in parts]) for name in ("within", "size", "key"))
     shuffled, at = feistel(*columns), 0
-    found = [Located(ordinals, np.empty_like(ordinals), np.empty_like(ordinals)) for _, ordinals in asked]
     for number, part in parts:
         plan, position = part.plan, part.begin + shuffled[at : at + len(part.begin)]
         slot = np.searchsorted(plan.ends, position, side="right") - 1

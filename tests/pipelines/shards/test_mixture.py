@@ -185,6 +185,10 @@ def test_a_mixture_of_one_is_in_the_order_of_that_source():
         assert np.array_equal(getattr(ours, name), getattr(theirs, name))
 
 
+def test_no_sample_of_a_mixture_may_be_asked_for():
+    assert len(mixture([[10], [5]], {0: [1.0, 1.0]}).locate(np.arange(0)).shards) == 0
+
+
 def test_weights_that_a_stretch_is_too_short_for_are_refused():
     with pytest.raises(ValueError, match=r"0\.123, 0\.877 are for samples 0 to 10 only, and take 1,000 samples"):
         Schedule({0: [0.123, 0.877], 10: [1.0, 1.0]})
