@@ -73,6 +73,7 @@ def forget(
     data: Data = None,
     near: Annotated[bool, typer.Option("--near", help="Take near-duplicates out as well")] = False,
     reason: Annotated[str, typer.Option(help="Why, to be recorded; name nobody")] = "",
+    erase: Annotated[bool, typer.Option("--erase", help="Overwrite its bytes in the shards as well")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing")] = False,
     threads: Threads = None,
     as_json: Json = False,
@@ -96,6 +97,7 @@ def forget(
             terminal,
             lambda: connect_ray(config),
             reason=reason,
+            erase_bytes=erase,
             dry_run=dry_run,
             notice=partial(terminal.stage, "forget"),
         )

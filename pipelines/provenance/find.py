@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipelines.presentation.errors import ConfigError
-from pipelines.provenance.prints import as_image, file_digest, pixels_digest, read_images, read_prints, read_sidecar
+from pipelines.provenance.prints import as_image, file_digest, read_images, read_prints, read_sidecar
 from pipelines.shards.audit.recorded import LOOKUPS, TarReading
-from pipelines.shards.forgotten import ForgottenImage
+from pipelines.shards.erased import ErasedSample, ImageFile, erased_samples, pixels_digest
 from pipelines.shards.index import Dataset, ShardIndex, ShardInfo
 from pipelines.shards.ingest.alike import ALIKE, BITS, Fingerprint, fingerprint
 from pipelines.shards.ingest.encode import ImageFormat, encode_image
@@ -105,7 +105,8 @@ class Match:
         key: of the sample.
         how: by what it was found.
         similarity: correlation of small grey copies; 1 where it is no near-duplicate.
-        sha256, size, crc32: of the stored image file.
+        sha256, size, crc32: of the image file, as it was before it was erased.
+        erased: whether a blank is there now.
     """
 
     uri: str
@@ -118,6 +119,7 @@ class Match:
     sha256: str = ""
     size: int = 0
     crc32: int = 0
+    erased: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,9 @@ def find(query: Query, dataset: Dataset, storage: Storage, reading: TarReading, 
         DatasetError: an index is gone or damaged.
         StorageError: the store does not answer.
     """
+    gone = erased_samples(dataset, storage)
     if query.key is not None:
-        return list(_by_key(query.key, dataset, storage))
+        return [_as_it_was(match, gone) for match in _by_key(query.key, dataset, storage)]
     target = _target(query, dataset, storage)
     splits = {shard.name: split for split in dataset.splits for shard in dataset.shards(split)}
     found: list[Match] = []
@@ -160,8 +163,27 @@ def find(query: Query, dataset: Dataset, storage: Storage, reading: TarReading, 
         } - hits.keys()
         if hits or others:
             found += _confirm(dataset, shard, splits[shard.name], hits, others, target, storage)
+    found = [match for match in found if (match.shard, match.index) not in gone]
+    found += _among_erased(gone.values(), target, dataset.uri, splits)
     names = {name: number for number, name in enumerate(splits)}
     return sorted(found, key=lambda match: (names[match.shard], match.index))
+
+
+def _as_it_was(match: Match, gone: Mapping[tuple[str, int], ErasedSample]) -> Match:
+    """Return a match with what its image was recognised by before it was erased."""
+    sample = gone.get((match.shard, match.index))
+    return match if sample is None else replace(match, **asdict(sample.image), erased=True)
+
+
+def _among_erased(
+    gone: Iterable[ErasedSample], target: _Target, uri: str, splits: Mapping[str, str]
+) -> Iterator[Match]:
+    """Yield the erased samples whose file or pixels were those that are looked for."""
+    for each in gone:
+        how = target.files.get(bytes.fromhex(each.image.sha256)) or target.pixels.get(bytes.fromhex(each.pixels))
+        if how is not None and each.shard in splits:
+            plain = Match(uri, splits[each.shard], each.shard, each.index, each.key, how)
+            yield replace(plain, **asdict(each.image), erased=True)
 
 
 def form_of(dataset: Dataset, storage: Storage) -> ImageFormat:
@@ -222,7 +244,7 @@ def _confirm(
 
 
 def _match(dataset: Dataset, split: str, shard: ShardInfo, index: int, key: str, how: How, data: memoryview) -> Match:
-    file = ForgottenImage.of(data)
+    file = ImageFile.of(data)
     return Match(dataset.uri, split, shard.name, index, key, how, 1.0, file.sha256, file.size, file.crc32)
 
 

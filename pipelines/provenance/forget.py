@@ -6,7 +6,7 @@ end the same, and a second one changes nothing. Nothing is trained here, and no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -17,7 +17,9 @@ from pipelines.presentation.progress import Display, Notice
 from pipelines.provenance.find import Match
 from pipelines.provenance.seen import Exposure, Seen, SeenVersion
 from pipelines.registry.forgotten import ForgetRecord, write_record
-from pipelines.shards.forgotten import Forgetting, ForgottenImage, quarantine_forgotten, record_forgetting
+from pipelines.shards.erase import erase
+from pipelines.shards.erased import ImageFile
+from pipelines.shards.forgotten import Forgetting, quarantine_forgotten, record_forgetting
 from pipelines.shards.index import read_dataset
 from pipelines.shards.quarantine import read_quarantine
 from pipelines.signing import Authority
@@ -25,6 +27,12 @@ from pipelines.storage import Storage
 
 TAG = "forget_request"
 """Tag of a version that had been given a picture which is to be forgotten: the id of the request."""
+
+
+_COPIES = (
+    "shard caches of nodes (data.cache_dir) may hold the shards as they were until they make room: delete their "
+    "folders. Grids, stored samples and pages that were drawn from a model are not the picture, and stay"
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,8 @@ class Forgotten:
         seen: where the picture is, and what has seen it.
         record: the request; None where the picture is in no dataset.
         quarantined: dataset -> number of samples that this call has put into its quarantine.
+        erased: dataset -> number of samples that this call has overwritten; empty where nothing was to be erased.
+        versioned: addresses of stores that keep, or may keep, what was overwritten, with how to delete it.
         marked: versions that the gate refuses from now on.
         moved: alias -> version that it went to, None where there is no clean one.
         starts: from where clean trainings could go on.
@@ -61,6 +71,8 @@ class Forgotten:
     seen: Seen
     record: ForgetRecord | None
     quarantined: dict[str, int]
+    erased: dict[str, int]
+    versioned: tuple[str, ...]
     marked: tuple[SeenVersion, ...]
     moved: dict[str, str | None]
     starts: tuple[CleanStart, ...]
@@ -73,6 +85,7 @@ class Forgotten:
             "request": None if self.record is None else self.record.id,
             "taken_out": [{"uri": match.uri, "shard": match.shard, "key": match.key} for match in self.seen.matches],
             "quarantined": self.quarantined,
+            "erased": self.erased,
             "marked": [version.version.uri for version in self.marked],
             "aliases": self.moved,
             "clean_starts": [vars(start) for start in self.starts],
@@ -86,6 +99,12 @@ class Forgotten:
         for uri, count in self.quarantined.items():
             done = f"{count:,} sample{'s' * (count != 1)} {would}put into quarantine"
             lines.append(f"{uri}: {done if count else 'what it has of the picture is in quarantine already'}")
+        for uri, count in self.erased.items():
+            done = f"{count:,} sample{'s' * (count != 1)} {would}erased"
+            lines.append(f"{uri}: {done if count else 'what it had of the picture is erased already'}")
+        lines += self.versioned
+        if self.erased and not self.dry_run:
+            lines.append(_COPIES)
         lines += [f"{version.version.uri} {would}marked: the gate refuses it" for version in self.marked]
         for alias, number in self.moved.items():
             went = f"{would}given back to version {number}" if number else "stays: it has had no version without it"
@@ -107,6 +126,7 @@ def forget(
     connect: Callable[[], None],
     *,
     reason: str = "",
+    erase_bytes: bool = False,
     dry_run: bool = False,
     notice: Notice,
 ) -> Forgotten:
@@ -117,6 +137,7 @@ def forget(
         config: of the root and the services.
         display, connect: for the gate, which gives aliases back.
         reason: recorded with the request.
+        erase_bytes: overwrite it in the shards as well.
         dry_run: say what would be done.
         notice: called with what is done, in words.
 
@@ -125,20 +146,27 @@ def forget(
     """
     chosen, exposures, marked = seen.matches, seen.exposures, seen.versions or ()
     if not chosen:
-        return Forgotten(seen, None, {}, (), {}, (), dry_run)
+        return Forgotten(seen, None, {}, {}, (), (), {}, (), dry_run)
     storage, at = Storage.of(config), datetime.now(UTC).isoformat(timespec="seconds")
     trainings = {each.training.run_id: _first(each) for each in exposures if each.training.run_id}
     record = ForgetRecord(seen.query.named, tuple(sorted({match.sha256 for match in chosen})), at, reason, trainings)
-    quarantined = {}
+    quarantined: dict[str, int] = {}
+    erased: dict[str, int] = {}
+    authority = None if dry_run else Authority.of(config.registry)
     for uri in dict.fromkeys(match.uri for match in chosen):
         before = _in_quarantine(uri, storage)
         own = [match for match in chosen if match.uri == uri]
-        if not dry_run:
+        if authority is not None:
             _take_out(own, uri, at, reason, storage)
         quarantined[uri] = sum((match.shard, match.index) not in before for match in own)
         notice(f"{uri}: {len(own):,} sample{'s' * (len(own) != 1)} of the picture")
-    if not dry_run:
-        record = write_record(record, config.storage.root, storage, Authority.of(config.registry))
+        if erase_bytes and authority is None:
+            erased[uri] = sum(not match.erased for match in own)
+        elif erase_bytes and authority is not None:
+            places = [(match.shard, match.index, match.key) for match in own]
+            erased[uri] = len(erase(uri, places, storage, authority, at=at, notice=notice))
+    if authority is not None:
+        record = write_record(record, config.storage.root, storage, authority)
         for version in marked:
             if version.version.tags.get(TAG) != record.id:
                 tracking.set_version_tags(
@@ -146,7 +174,25 @@ def forget(
                 )
     moved = _give_back(marked, config, display, connect, dry_run=dry_run)
     starts = tuple(_clean_start(exposure) for exposure in exposures)
-    return Forgotten(seen, record, quarantined, marked, moved, starts, dry_run)
+    versioned = tuple(line for uri in erased for line in _versioned(uri, storage))
+    return Forgotten(seen, record, quarantined, erased, versioned, marked, moved, starts, dry_run)
+
+
+def _versioned(uri: str, storage: Storage) -> Iterator[str]:
+    """Yield how to delete what a store keeps of overwritten objects, where it may keep any."""
+    kept = storage.keeps_versions(uri)
+    if kept is False:
+        return
+    says = "keeps the shards as they were, as earlier versions" if kept else "may keep the shards as they were"
+    if not uri.startswith("s3://"):
+        yield f"{uri} {says}: delete earlier versions of its .tar files, if the bucket has any"
+        return
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    yield (
+        f"{uri} {says}. List them with `aws s3api list-object-versions --bucket {bucket} --prefix {prefix}/ --query "
+        f"'Versions[?!IsLatest].[Key,VersionId]'`, and delete each with `aws s3api delete-object --bucket {bucket} "
+        "--key KEY --version-id VERSION`"
+    )
 
 
 def _first(exposure: Exposure) -> int:
@@ -163,10 +209,12 @@ def _in_quarantine(uri: str, storage: Storage) -> set[tuple[str, int | None]]:
 
 def _take_out(matches: Sequence[Match], uri: str, at: str, reason: str, storage: Storage) -> None:
     """Record the images of a dataset that must stay out, and put them into its quarantine."""
-    dataset = read_dataset(uri, storage)
-    images = {match.sha256: ForgottenImage(match.size, match.crc32, match.sha256) for match in matches}
+    images = {match.sha256: ImageFile(match.size, match.crc32, match.sha256) for match in matches}
     record_forgetting(Forgetting(tuple(images[sha256] for sha256 in sorted(images)), at, reason), uri, storage)
-    quarantine_forgotten(dataset, storage)
+    dataset = None
+    while dataset is None or read_dataset(uri, storage).digest != dataset.digest:  # others erase from it
+        dataset = read_dataset(uri, storage)
+        quarantine_forgotten(dataset, storage)
 
 
 def _give_back(

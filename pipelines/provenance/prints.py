@@ -27,6 +27,7 @@ from pipelines.shards.audit.recorded import (
     read_tars,
     stamp,
 )
+from pipelines.shards.erased import pixels_digest
 from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo
 from pipelines.shards.ingest.alike import fingerprint
 from pipelines.shards.members import IMAGE_MEMBERS, FlawError, decode_pixels
@@ -69,11 +70,6 @@ class Prints:
 def file_digest(data: bytes | memoryview) -> bytes:
     """Return the digest of an image file."""
     return hashlib.sha256(data).digest()
-
-
-def pixels_digest(pixels: NDArray[np.uint8]) -> bytes:
-    """Return the digest of decoded pixels [size, size, channels]."""
-    return hashlib.sha256(pixels.tobytes()).digest()
 
 
 def as_image(pixels: NDArray[np.uint8]) -> Image.Image:

@@ -157,7 +157,9 @@ class Seen:
             yield f"in none of {datasets}: {', '.join(self.searched) or 'there are none'}"
         for match in self.matches[:SHOWN]:
             sure = f" ({match.similarity:.1%})" if match.how.startswith("near") else ""
-            yield f"{match.uri}: sample {match.key} of {match.shard}, split {match.split}: {EXPLAINED[match.how]}{sure}"
+            gone = ", which was erased" if match.erased else ""
+            what = f"sample {match.key} of {match.shard}, split {match.split}"
+            yield f"{match.uri}: {what}: {EXPLAINED[match.how]}{sure}{gone}"
         if len(self.matches) > SHOWN:
             yield f"… and {len(self.matches) - SHOWN:,} more samples: --json has all"
         for exposure in self.exposures:

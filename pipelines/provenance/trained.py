@@ -20,6 +20,7 @@ from pipelines.checkpoints import ModelError, epoch_of
 from pipelines.checkpoints.files import CheckpointState
 from pipelines.presentation.errors import PipelineError
 from pipelines.provenance.find import Match
+from pipelines.shards.erased import datasets_before
 from pipelines.shards.index import Dataset, DatasetError, MixtureSource, read_dataset
 from pipelines.shards.joined import TRAIN
 from pipelines.shards.mixture import MixtureOrder
@@ -179,17 +180,17 @@ class Training:
 
     def _part(self, uri: str, digest: str, storage: Storage) -> tuple[Dataset, Quarantine | None]:
         try:
-            dataset = read_dataset(uri, storage)
-            found = quarantine_of(dataset, digest, storage)
+            for dataset in datasets_before(read_dataset(uri, storage), storage):
+                found = quarantine_of(dataset, digest, storage)
+                if found is not None:
+                    return dataset, found[0]
         except (DatasetError, NotFoundError) as error:
             raise UnknownOrderError(f"run '{self.run}' was trained on {uri}, which cannot be read: {error}") from error
-        if found is None:
-            raise UnknownOrderError(
-                f"run '{self.run}' was trained on data with the digest {digest[:12]}, and {uri} has another one now, "
-                f"with every quarantine that is kept in {layout.QUARANTINES}/: the dataset was written again, or a "
-                "release that kept no quarantine has changed it"
-            )
-        return dataset, found[0]
+        raise UnknownOrderError(
+            f"run '{self.run}' was trained on data with the digest {digest[:12]}, and {uri} has another one now, with "
+            f"every quarantine that is kept in {layout.QUARANTINES}/: the dataset was written again, or a release that "
+            "kept no quarantine has changed it"
+        )
 
     def _described(self, ordinals: Ints, samples: Sequence[int], source: str | None) -> list[Occurrence]:
         """Return with what samples were given: functions of the seed and the ordinal."""

@@ -288,7 +288,10 @@ class Gate:
             )
             rows = [*candidate.rows, *self._forgotten(candidate)]
             if evidence is not None:
-                rows += [*check_data(evidence, self.storage), *absolute_bounds(evidence.scores)]
+                rows += [
+                    *check_data(evidence, self.storage, Trust.of(self.config.registry)),
+                    *absolute_bounds(evidence.scores),
+                ]
             if not all(row.passed for row in rows):
                 return candidate, verdict.refused(rows)
             verdict = replace(verdict, rows=tuple(rows))

@@ -18,8 +18,9 @@ from pipelines.registry.evidence import Evidence
 from pipelines.registry.package import RegistryError
 from pipelines.registry.probe import ProbeError, redraw
 from pipelines.registry.verdict import VerdictRow
-from pipelines.shards.index import read_dataset
-from pipelines.shards.quarantine import read_quarantine, stream_digest
+from pipelines.shards.erased import datasets_before, erasures
+from pipelines.shards.index import Dataset, read_dataset
+from pipelines.shards.quarantine import Quarantine, quarantine_of, read_quarantine, stream_digest
 from pipelines.signing import Trust
 from pipelines.storage import Storage, StorageError, join, layout
 
@@ -77,7 +78,7 @@ def verify(
             told = "not looked at: nobody who is trusted says what it has to be"
             rows += [VerdictRow(name, told, "as in the evidence", False) for name in ("data", "pictures")]
         else:
-            rows += check_data(evidence, storage)
+            rows += check_data(evidence, storage, trust)
             sound = all(row.passed for row in rows if row.name in ("weights", "code"))
             told = "not drawn: weights or code are not those of the evidence"
             undrawn = VerdictRow("pictures", told, "as recorded", False)
@@ -85,10 +86,11 @@ def verify(
     return Verification(reference, tuple(rows))
 
 
-def check_data(evidence: Evidence, storage: Storage) -> list[VerdictRow]:
+def check_data(evidence: Evidence, storage: Storage, trust: Trust) -> list[VerdictRow]:
     """Return whether the data that a version was scored on is where it was, and the same, with its quarantine.
 
-    That compares the digests of the index; `ddpm check` reads every byte.
+    That compares the digests of the index; `ddpm check` reads every byte. Data from which samples were erased since
+    (`ddpm forget --erase`) are the same where somebody who is trusted has signed which.
     """
     uri, scores = evidence.dataset_uri, evidence.scores
     wanted = f"digest {scores.dataset_digest[:12]}"
@@ -98,18 +100,32 @@ def check_data(evidence: Evidence, storage: Storage) -> list[VerdictRow]:
         return [VerdictRow("data", f"cannot be reached: {error}", wanted, False)]
     try:
         dataset = read_dataset(uri, storage)
-        rows = [
-            VerdictRow(
-                "data", f"digest {dataset.digest[:12]} at {uri}", wanted, dataset.digest == scores.dataset_digest
-            )
-        ]
         quarantine = read_quarantine(uri, storage)
+        before = next((d for d in datasets_before(dataset, storage, trust) if d.digest == scores.dataset_digest), None)
+        changed = before is not None and before.digest != dataset.digest
+        gone = f", which is {scores.dataset_digest[:12]} without what was erased" if changed else ""
+        rows = [VerdictRow("data", f"digest {dataset.digest[:12]} at {uri}{gone}", wanted, before is not None)]
+        same = before is not None and _is_stream(scores.stream_digest, before, dataset, quarantine, storage, trust)
     except PipelineError as error:
         return [VerdictRow("data", str(error), wanted, False)]
     stream = stream_digest(dataset, quarantine)
     left_out = "no quarantine" if quarantine is None else f"{len(quarantine.excluded)} quarantined"
     figure = f"digest {stream[:12]}, {left_out}"
-    return [*rows, VerdictRow("stream", figure, f"digest {scores.stream_digest[:12]}", stream == scores.stream_digest)]
+    return [*rows, VerdictRow("stream", figure, f"digest {scores.stream_digest[:12]}", same)]
+
+
+def _is_stream(
+    digest: str, before: Dataset, now: Dataset, quarantine: Quarantine | None, storage: Storage, trust: Trust
+) -> bool:
+    """Return whether a dataset's stream is the one with a digest, apart from samples that were erased since."""
+    if before.digest == now.digest:
+        return stream_digest(now, quarantine) == digest
+    found = quarantine_of(before, digest, storage)
+    if found is None or quarantine is None:
+        return False
+    erased = {(each.shard, each.index) for one in erasures(now.uri, storage, trust) for each in one.samples}
+    then = {(each.shard, each.index) for each in (found[0].excluded if found[0] else ())}
+    return {(each.shard, each.index) for each in quarantine.excluded} - erased == then - erased
 
 
 def check_pictures(folder: Path, evidence: Evidence, notice: Notice = no_notice) -> VerdictRow:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from pipelines.shards.erased import ImageFile, erasures
 from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo
 from pipelines.shards.members import IMAGE_MEMBERS
 from pipelines.shards.quarantine import Problem, Quarantine, make_quarantine, parse_quarantine, store_quarantine
@@ -23,20 +23,6 @@ from pipelines.storage import NotFoundError, Storage, join, layout
 FORGOTTEN = layout.FORGOTTEN
 """Kind of the problem with which a forgotten sample is in quarantine."""
 AT_ONCE = 32
-
-
-@dataclass(frozen=True)
-class ForgottenImage:
-    """An image, by what its file is recognised by."""
-
-    size: int
-    crc32: int
-    sha256: str
-
-    @classmethod
-    def of(cls, data: bytes | memoryview) -> ForgottenImage:
-        """Return what the bytes of a file are recognised by."""
-        return cls(len(data), zlib.crc32(data), hashlib.sha256(data).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -49,7 +35,7 @@ class Forgetting:
         reason: as it was given.
     """
 
-    images: tuple[ForgottenImage, ...]
+    images: tuple[ImageFile, ...]
     at: str
     reason: str
 
@@ -78,7 +64,7 @@ def forgettings(uri: str, storage: Storage) -> list[Forgetting]:
     for entry in storage.list(join(uri, layout.FORGOTTEN)):
         try:
             plain = json.loads(storage.read(entry.uri))
-            images = tuple(ForgottenImage(**image) for image in plain["images"])
+            images = tuple(ImageFile(**image) for image in plain["images"])
             found.append(Forgetting(images, str(plain["at"]), str(plain["reason"])))
         except (ValueError, KeyError, TypeError) as error:
             raise DatasetError(
@@ -90,7 +76,8 @@ def forgettings(uri: str, storage: Storage) -> list[Forgetting]:
 def forgotten_samples(dataset: Dataset, storage: Storage) -> list[Problem]:
     """Return the samples of a dataset that must stay out, for its quarantine.
 
-    Where nothing was ever forgotten, it asks the store once; else it reads every sidecar.
+    Where nothing was ever forgotten, it asks the store once; else it reads every sidecar. What was erased is looked for
+    by the blank in its place.
 
     Raises:
         DatasetError: a record is damaged.
@@ -98,7 +85,9 @@ def forgotten_samples(dataset: Dataset, storage: Storage) -> list[Problem]:
     asked = forgettings(dataset.uri, storage)
     if not asked:
         return []
-    wanted = {(image.size, image.crc32): (image.sha256, each) for each in asked for image in each.images}
+    wanted = {(image.size, image.crc32): (image.sha256, each.at) for each in asked for image in each.images}
+    for erasure in erasures(dataset.uri, storage):
+        wanted |= {(each.blank.size, each.blank.crc32): (each.blank.sha256, erasure.at) for each in erasure.samples}
     shards = [shard for split in dataset.splits for shard in dataset.shards(split)]
 
     def look(shard: ShardInfo) -> list[Problem]:
@@ -109,12 +98,12 @@ def forgotten_samples(dataset: Dataset, storage: Storage) -> list[Problem]:
             return []
         found = []
         for i, member in _images_of(index, {size for size, _ in wanted}):
-            sha256, each = wanted.get((member.size, member.crc32), ("", None))
-            if each is None:
+            sha256, at = wanted.get((member.size, member.crc32), ("", ""))
+            if not sha256:
                 continue
             data = storage.read(address, member.offset, member.offset + member.size)
             if hashlib.sha256(data).hexdigest() == sha256:
-                found.append(Problem(shard.name, i, index.keys[i], FORGOTTEN, f"was forgotten on {each.at}"))
+                found.append(Problem(shard.name, i, index.keys[i], FORGOTTEN, f"was forgotten on {at}"))
         return found
 
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="forgotten") as pool:
@@ -131,9 +120,13 @@ def quarantine_forgotten(dataset: Dataset, storage: Storage) -> Quarantine | Non
     if not samples:
         return None
     made: list[Quarantine] = []
+    same = {dataset.digest}
+    for each in erasures(dataset.uri, storage):
+        if dataset.digest in (each.before, each.after):  # samples of these datasets lie where they lay
+            same |= {each.before, each.after}
 
     def change(stored: bytes | None) -> bytes:
-        present = None if stored is None else _of(dataset, stored)
+        present = None if stored is None else _of(dataset.uri, same, stored)
         made[:] = [make_quarantine(dataset, [*samples, *(() if present is None else present.excluded)])]
         return made[0].to_json().encode()
 
@@ -142,13 +135,13 @@ def quarantine_forgotten(dataset: Dataset, storage: Storage) -> Quarantine | Non
     return made[0]
 
 
-def _of(dataset: Dataset, stored: bytes) -> Quarantine | None:
-    """Return the quarantine in a text; None where it is damaged, or of an earlier dataset."""
+def _of(uri: str, digests: set[str], stored: bytes) -> Quarantine | None:
+    """Return the quarantine in a text; None where it is damaged, or of a dataset with none of these digests."""
     try:
-        found = parse_quarantine(stored, dataset.uri, layout.QUARANTINE)
+        found = parse_quarantine(stored, uri, layout.QUARANTINE)
     except DatasetError:
         return None
-    return found if found.dataset_digest == dataset.digest else None
+    return found if found.dataset_digest in digests else None
 
 
 def _images_of(index: ShardIndex, sizes: set[int]) -> Iterable[tuple[int, Member]]:

@@ -195,6 +195,14 @@ def _read_npy(data: bytes | memoryview) -> NDArray[Any]:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
+def npy_header(data: bytes | memoryview) -> bytes:
+    """Return the bytes of a `.npy` file that come before the numbers; none where it is no such file."""
+    try:
+        return bytes(data[: _npy_header(data).bytes])
+    except ValueError:
+        return b""
+
+
 class _NpyHeader(NamedTuple):
     """The header of a `.npy` file, and its length in bytes."""
 

@@ -26,6 +26,8 @@ PRINTS = "prints"
 QUARANTINES = "quarantines"
 """Folder of every quarantine that the dataset has had, each named after its digest: the order of a training that began
 under an earlier one can be computed as long as it is there."""
+ERASURES = "erasures"
+"""Folder of the records of erased samples, each named after the digest that the dataset had before."""
 SHARD_SUFFIX, INDEX_SUFFIX = ".tar", ".index.json"
 INGEST_PROGRESS = "ingest-progress"
 """Folder of the records of an ingest, from which it continues: of its shards, its sources and their fingerprints."""
@@ -120,6 +122,11 @@ def quarantine_file(digest: str) -> str:
 def forget_file(request: str) -> str:
     """Return the name of the record of a request to forget a picture, below a dataset or the root."""
     return f"{FORGOTTEN}/{request}.json"
+
+
+def erasure_file(digest: str) -> str:
+    """Return the name of the record of samples that were erased from a dataset of this digest, below the dataset."""
+    return f"{ERASURES}/{digest}.json"
 
 
 def trial_file(study: str, trial: str) -> str:

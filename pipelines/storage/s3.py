@@ -279,6 +279,15 @@ class S3Backend:
         with self._object(uri, "write") as (client, bucket, key):
             client.delete_object(Bucket=bucket, Key=key)
 
+    def keeps_versions(self, uri: str) -> bool | None:
+        """Return whether the bucket keeps what is overwritten, as versioned buckets do; None if it does not say."""
+        bucket, _ = split_s3(uri)
+        try:
+            with self.client.calls(uri, "read") as client:
+                return "Status" in client.get_bucket_versioning(Bucket=bucket)
+        except StorageError:
+            return None
+
     def remove_empty_folders(self, uri: str) -> None:
         """Do nothing: S3 stores no folders."""
 

@@ -249,6 +249,14 @@ class Storage(Connection):
         assert isinstance(backend, S3Backend)
         return backend.client.reads.throttling()
 
+    def keeps_versions(self, uri: str) -> bool | None:
+        """Return whether what is overwritten or deleted at an address can be brought back; None if that is unknown."""
+        kind = check_address(uri)
+        if kind is LocalBackend:
+            return False
+        backend = _connected(kind, self)
+        return backend.keeps_versions(uri) if isinstance(backend, S3Backend) else None
+
     def require(self, root: str) -> None:
         """Check, before anything starts, that a root can be listed and written; an unavailable store fails at once.
 

@@ -83,11 +83,18 @@ def test_all_that_has_seen_it_is_found_and_a_statement_says_so(shell, picture, v
 
 
 def test_it_is_taken_out_and_its_models_lose_the_alias(shell, picture, versions, client, s3):
+    found_before = shell.ok("seen", picture, *SHORT, "--exact", "--json").answer
     told = shell.ok("forget", picture, *SHORT, "--dry-run", "--json")
     (given,) = versions["given"]
     assert aliases(client)["champion"] == given
-    done = shell.ok("forget", picture, *SHORT, "--reason", "asked for", "--json")
+    match = found_before["matches"][0]
+    shard = next(shard for shard in read_dataset(DATA, s3).shards("train") if shard.name == match["shard"])
+    stored = {i: bytes(data) for i, _, data in read_images(read_sidecar(shard, DATA, s3), shard.address(DATA), s3)}
+    assert any(stored[match["index"]] in s3.read(entry.uri) for entry in s3.list("s3://ddpm"))
+    done = shell.ok("forget", picture, *SHORT, "--erase", "--reason", "asked for", "--json")
     print(done.err)
+    assert done.answer["erased"] == {DATA: 1}
+    assert not [entry.uri for entry in s3.list("s3://ddpm") if stored[match["index"]] in s3.read(entry.uri)]
     assert told.answer["aliases"] == done.answer["aliases"] == {f"champion of {NAME}": aliases(client)["champion"]}
     assert aliases(client)["champion"] in versions["clean"]
     assert client.get_model_version(NAME, given).tags["forget_request"] == done.answer["request"]
@@ -97,8 +104,9 @@ def test_it_is_taken_out_and_its_models_lose_the_alias(shell, picture, versions,
     assert "pictures that are to be forgotten" in refused.err
     assert aliases(client)["champion"] in versions["clean"]
 
-    again = shell.ok("forget", picture, *SHORT, "--json")
+    again = shell.ok("forget", picture, *SHORT, "--erase", "--json")
     assert again.answer["request"] == done.answer["request"]
+    assert again.answer["erased"] == {DATA: 0}
     assert set(again.answer["quarantined"].values()) == {0}
     assert again.answer["aliases"] == {}
 
@@ -109,5 +117,10 @@ def test_it_is_taken_out_and_its_models_lose_the_alias(shell, picture, versions,
     seen = shell.ok("seen", picture, *SHORT, "--exact", "--json")
     trainings = {each["run"]: each for each in seen.answer["trainings"]}
     assert trainings.keys() == {"given", "student"}
+    assert {run: each["occurrences"] for run, each in trainings.items()} == {
+        each["run"]: each["occurrences"] for each in found_before["trainings"]
+    }
     assert trainings["student"]["through"]  # though the alias that it began from is another version's now
     assert shell.ok("check", DATA, "--json").answer["clean"]
+    verified = shell.ok("verify", f"models:/{NAME}@champion", *SHORT, "--json")
+    assert verified.answer["passed"]  # though it was scored before the erasure

@@ -11,6 +11,7 @@ from pipelines.presentation.progress import Silent
 from pipelines.provenance.find import Query
 from pipelines.provenance.forget import forget
 from pipelines.provenance.seen import look
+from pipelines.shards.audit.check import check
 from pipelines.shards.audit.recorded import IN_THREADS
 from pipelines.shards.joined import read_data
 from pipelines.shards.quarantine import read_quarantine
@@ -36,12 +37,18 @@ def run(root, uri, name):
     return config_of(root, 5, f"data.uri={uri}", f"name={name}")
 
 
-def forgotten(root, value, *, dry_run=False):
+def seen(root, value):
     path = root / "sought.png"
     path.write_bytes(picture(value, mode="L"))
-    config = compose(["+experiment=digits", "storage=file", f"storage.root=file://{root}", "tracking.uri=null"])
-    seen = look(Query.parse(str(path), STORAGE), config, lambda: IN_THREADS, near=False)
-    return forget(seen, config, Silent(), lambda: None, dry_run=dry_run, notice=lambda text: None)
+    return look(Query.parse(str(path), STORAGE), configured(root), lambda: IN_THREADS, near=False)
+
+
+def configured(root):
+    return compose(["+experiment=digits", "storage=file", f"storage.root=file://{root}", "tracking.uri=null"])
+
+
+def forgotten(root, value, **options):
+    return forget(seen(root, value), configured(root), Silent(), lambda: None, notice=lambda text: None, **options)
 
 
 def everything_below(root, *, but=("cache", "sought.png")):
@@ -82,6 +89,31 @@ def test_a_second_request_changes_nothing_and_a_dry_run_does_not_either(root):
     again = forgotten(root, 7)
     assert set(again.quarantined.values()) == {0}
     assert everything_below(root) == after
+
+
+def test_a_picture_that_was_erased_is_in_no_object_and_what_was_trained_on_it_is_still_known(root):
+    uri, gone = f"file://{root}/datasets/one", picture(7, mode="L")
+    before = seen(root, 7)
+    shown = forgotten(root, 7, erase_bytes=True, dry_run=True)
+    assert any(gone in content for content in everything_below(root).values())
+    done = forgotten(root, 7, erase_bytes=True)
+    assert shown.erased == done.erased == {uri: 2}
+    assert not [name for name, content in everything_below(root).items() if gone in content]
+    assert any("shard caches of nodes" in line for line in done.lines())
+    assert check(uri, STORAGE).problems == ()
+    after = seen(root, 7)
+    assert [match.erased for match in after.matches] == [True, True]
+    assert [match.sha256 for match in after.matches] == [match.sha256 for match in before.matches]
+    assert [each.occurrences for each in after.exposures] == [each.occurrences for each in before.exposures]
+    assert ", which was erased" in "\n".join(after.lines())
+    kept = everything_below(root)
+    again = forgotten(root, 7, erase_bytes=True)
+    assert again.erased == {uri: 0}
+    assert everything_below(root) == kept
+    config = run(root, uri, "first")
+    config = config.model_copy(update={"storage": config.storage.model_copy(update={"root": f"file://{root}"})})
+    with pytest.raises(ModelError, match="must stay out"):
+        check_resumable(newest_checkpoint(config), config, *read_data(config.data, STORAGE))
 
 
 def test_the_record_names_what_was_given_the_picture_from_when_on_and_not_the_picture(root):

@@ -14,11 +14,17 @@ from pipelines.registry import probe as probe_module
 from pipelines.registry.evidence import Evidence, code_files
 from pipelines.registry.probe import ProbeError, compare, redraw
 from pipelines.registry.verify import check_data
-from pipelines.shards.index import make_dataset
-from pipelines.shards.quarantine import Problem, make_quarantine, stream_digest
+from pipelines.shards.audit.foreign import index_tars
+from pipelines.shards.erase import erase
+from pipelines.shards.erased import ImageFile
+from pipelines.shards.forgotten import Forgetting, quarantine_forgotten, record_forgetting
+from pipelines.shards.index import make_dataset, read_dataset
+from pipelines.shards.quarantine import Problem, make_quarantine, read_quarantine, store_quarantine, stream_digest
+from pipelines.signing import Authority
 from pipelines.storage import Storage
 from tests.pipelines.checkpoints.tiny import DATASET
 from tests.pipelines.registry.version import CONFIG, Version, a_model, a_version, scores
+from tests.pipelines.shards.tars import picture, write_shard
 
 CHECKS = ["signature", "evidence", "weights", "settings", "code", "data", "stream", "pictures"]
 HERE = {"device": "cpu", "torch": "2", "capability": "AVX2", "processor": "x", "threads": 1}
@@ -165,8 +171,8 @@ def test_a_version_that_a_weaker_model_guides_draws_its_pictures(home, tmp_path,
     assert failed(made)["weights"] == "weak/model.safetensors is another"
 
 
-def data(version: Version, storage: Storage | None = None) -> dict[str, tuple[str, bool]]:
-    rows = check_data(Evidence.read(version.inside), storage or Storage())
+def data(version: Version, storage: Storage | None = None, trust: Trust | None = None) -> dict[str, tuple[str, bool]]:
+    rows = check_data(Evidence.read(version.inside), storage or Storage(), trust or Trust.of(CONFIG))
     return {row.name: (row.figure, row.passed) for row in rows}
 
 
@@ -203,6 +209,30 @@ def test_another_quarantine_does_not_pass(complete, dataset, tmp_path):
     found = data(complete)
     assert found["data"][1]
     assert found["stream"] == (f"digest {stream_digest(dataset, quarantine)[:12]}, 1 quarantined", False)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_data_from_which_somebody_who_is_trusted_erased_samples_passes(version, home, tmp_path, trusted):
+    (tmp_path / "pictures").mkdir()
+    write_shard(tmp_path / "pictures/train-0.tar", [(f"{n}.png", picture(n)) for n in range(4)])
+    dataset = index_tars(f"file://{tmp_path}/pictures", Storage()).dataset
+    first = make_quarantine(dataset, [Problem("train-0.tar", 0, "0", "decode", "cut")])
+    store_quarantine(first, dataset.uri, Storage())
+    digests = {"dataset_digest": dataset.digest, "stream_digest": stream_digest(dataset, first)}
+    scored = version.sign(
+        lambda evidence: replace(evidence, dataset_uri=dataset.uri, scores=replace(evidence.scores, **digests))
+    )
+    assert all(passed for _, passed in data(scored).values())
+    record_forgetting(Forgetting((ImageFile.of(picture(2)),), "2026-01-01", ""), dataset.uri, Storage())
+    quarantine_forgotten(dataset, Storage())
+    erase(dataset.uri, [("train-0.tar", 2, "2")], Storage(), Authority.of(CONFIG), at="2026-01-01", notice=str)
+    found = data(scored, trust=Trust.of(CONFIG) if trusted else Trust())
+    assert {name: passed for name, (_, passed) in found.items()} == {"data": trusted, "stream": trusted}
+    assert (f"which is {dataset.digest[:12]} without what was erased" in found["data"][0]) is trusted
+    now = read_dataset(dataset.uri, Storage())
+    more = make_quarantine(now, [*read_quarantine(now.uri, Storage()).excluded, replace(first.excluded[0], index=1)])
+    store_quarantine(more, now.uri, Storage())
+    assert not data(scored)["stream"][1]  # that it stays out was not for what was erased
 
 
 def test_a_storage_that_is_away_says_so_and_does_not_pass(complete, tmp_path, monkeypatch, no_pauses_of_boto):

@@ -5,10 +5,10 @@ import pytest
 
 from pipelines.shards.audit.check import check, write_quarantine
 from pipelines.shards.audit.foreign import index_tars
+from pipelines.shards.erased import ImageFile
 from pipelines.shards.forgotten import (
     FORGOTTEN,
     Forgetting,
-    ForgottenImage,
     forgettings,
     forgotten_samples,
     quarantine_forgotten,
@@ -39,7 +39,7 @@ def dataset(tmp_path):
 
 
 def asked(*numbers, at="2026-01-01T00:00:00+00:00"):
-    return Forgetting(tuple(ForgottenImage.of(picture(n)) for n in numbers), at, "asked for")
+    return Forgetting(tuple(ImageFile.of(picture(n)) for n in numbers), at, "asked for")
 
 
 def labels(dataset, folder):
@@ -87,7 +87,7 @@ def test_it_stays_out_when_its_source_is_ingested_again(tmp_path):
     first = ingest(str(source), uri, STORAGE, **settings).dataset
     kept = reader(first, tmp_path)
     member = kept.samples(kept.located(np.array([4])))[0]["png"]
-    record_forgetting(Forgetting((ForgottenImage.of(member),), "2026-01-01", ""), uri, STORAGE)
+    record_forgetting(Forgetting((ImageFile.of(member),), "2026-01-01", ""), uri, STORAGE)
     write_files(tmp_path / "photos", {"more.png": photograph(99)})
     again = ingest(str(source), uri, STORAGE, **settings).dataset
     assert again.digest != first.digest

@@ -451,3 +451,19 @@ def test_other_errors_do_not_limit_the_reads(tmp_path, code, status):
         storage = storage_at(server.url, tmp_path)
         assert storage.read(URI) == DATA
         assert storage.throttling().limit is None
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kept"),
+    [
+        ("<VersioningConfiguration><Status>Enabled</Status></VersioningConfiguration>", 200, True),
+        ("<VersioningConfiguration><Status>Suspended</Status></VersioningConfiguration>", 200, True),
+        ("<VersioningConfiguration/>", 200, False),
+        ("<Error><Code>AccessDenied</Code><Message>no</Message></Error>", 403, None),
+        ("<Error><Code>NotImplemented</Code><Message>no</Message></Error>", 501, None),
+    ],
+)
+def test_a_bucket_is_asked_whether_it_keeps_what_is_overwritten(tmp_path, body, status, kept):
+    with serving(lambda request: Answer(status, f"<?xml version='1.0'?>{body}".encode())) as server:
+        assert storage_at(server.url, tmp_path).keeps_versions(URI) is kept
+    assert Storage().keeps_versions(f"file://{tmp_path}") is False
