@@ -7,7 +7,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from pipelines.cli.terminal import Terminal
 if TYPE_CHECKING:
     from pipelines.config import Config
     from pipelines.registry import Verdict
+    from pipelines.shards.audit.recorded import TarReading
 
 terminal = Terminal()
 SERVICES = ("s3", "mlflow", "ray")  # as in pipelines.stack, which `ddpm --help` does not import
@@ -111,6 +113,35 @@ def compose(overrides: Sequence[str] | None) -> Config:
     from pipelines.config import compose as compose_config
 
     return compose_config(overrides or [])
+
+
+def names_cluster(config: Config) -> bool:
+    """Return whether Ray does the work; without an address of a cluster this process does, and nothing is started."""
+    return bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
+
+
+def tar_reading(
+    verb: str, config: Config, addresses: Sequence[str], threads: int | None, *, over_ray: bool
+) -> Callable[[], TarReading]:
+    """Return how the tars of datasets are read, to be called where progress is shown.
+
+    Args:
+        addresses: of what is read and written.
+        threads: of this process, where that reads.
+        over_ray: let Ray read where its nodes see the addresses; it is connected to.
+    """
+    from pipelines.shards.audit.recorded import InThreads, Runner, TarReading
+
+    notice = partial(terminal.stage, verb)
+    runner: Runner = InThreads(threads)
+    if over_ray:
+        from pipelines.remote.spread import OverRay, obstacle_to_tasks
+        from pipelines.training.resources import connect_ray
+
+        connect_ray(config)
+        obstacle = obstacle_to_tasks(addresses)
+        runner = OverRay("read tars", notice) if obstacle is None else InThreads(because=obstacle)
+    return lambda: TarReading(runner, terminal.counter(verb, "MiB"), notice)
 
 
 def compose_connected(overrides: list[str] | None) -> Config:

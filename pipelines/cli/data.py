@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +19,8 @@ from pipelines.cli.common import (
     class_names,
     compose,
     connect,
+    names_cluster,
+    tar_reading,
     terminal,
 )
 
@@ -44,7 +44,7 @@ def ingest(
     check_source(source)
     config = _compose_ingest(source, to, overrides or [])
     check_there(config.data.source)
-    over_ray = _names_cluster(config)
+    over_ray = names_cluster(config)
     config = connect(config, ["s3"] if any(end.startswith("s3://") for end in (source, to)) else [])
 
     from pipelines.flow.ingest import write_dataset
@@ -70,11 +70,6 @@ def ingest(
     )
 
 
-def _names_cluster(config: Config) -> bool:
-    """Return whether Ray does the work; without an address of a cluster this process does, and nothing is started."""
-    return bool(config.cluster.address or os.environ.get("RAY_ADDRESS"))
-
-
 def _open(
     verb: str, uri: str, overrides: list[str] | None, threads: int | None
 ) -> tuple[Callable[[], TarReading], Storage]:
@@ -82,22 +77,12 @@ def _open(
 
     Ray reads them where a cluster is named that sees them, and no number of threads is given.
     """
-    from pipelines.shards.audit.recorded import InThreads, Runner, TarReading
     from pipelines.storage import Storage
 
     config = compose(overrides)
-    over_ray = threads is None and _names_cluster(config)
+    over_ray = threads is None and names_cluster(config)
     config = connect(config, ["s3"] if uri.startswith("s3://") else [])
-    notice = partial(terminal.stage, verb)
-    runner: Runner = InThreads(threads)
-    if over_ray:
-        from pipelines.remote.spread import OverRay, obstacle_to_tasks
-        from pipelines.training.resources import connect_ray
-
-        connect_ray(config)
-        obstacle = obstacle_to_tasks([uri])
-        runner = OverRay("read tars", notice) if obstacle is None else InThreads(because=obstacle)
-    return lambda: TarReading(runner, terminal.counter(verb, "MiB"), notice), Storage.of(config)
+    return tar_reading(verb, config, [uri], threads, over_ray=over_ray), Storage.of(config)
 
 
 def _compose_ingest(source: str, to: str, overrides: list[str]) -> Config:

@@ -9,30 +9,41 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.common import Json, Overrides, Threads, answer_json, check_address, compose_running, terminal
+from pipelines.cli.common import (
+    Json,
+    Overrides,
+    Threads,
+    answer_json,
+    check_address,
+    compose_running,
+    names_cluster,
+    tar_reading,
+    terminal,
+)
 
 if TYPE_CHECKING:
+    from pipelines.config import Config
     from pipelines.shards.audit.recorded import TarReading
 
 What = Annotated[
     str,
     typer.Argument(
-        metavar="PICTURE|KEY|DIGEST",
-        help="A picture (a path or s3://…), the key of a sample, or the SHA-256 of an image or of its pixels",
+        metavar="PICTURE|KEY|DIGEST|LIST",
+        help="A picture (a path or s3://…), the key of a sample, the SHA-256 of an image or of its pixels, or a .txt "
+        "file with one of these in each line",
     ),
 ]
 Data = Annotated[list[str] | None, typer.Option(help="Folder of a further dataset to search; repeatable")]
 
 
-def _reading(verb: str, threads: int | None) -> Callable[[], TarReading]:
-    """Return how the tars of a dataset are read."""
-    from pipelines.shards.audit.recorded import InThreads, TarReading
-
-    return lambda: TarReading(InThreads(threads), terminal.counter(verb, "MiB"), partial(terminal.stage, verb))
-
-
 def _folders(data: Sequence[str] | None) -> list[str]:
     return [check_address(uri) for uri in data or []]
+
+
+def _reading(verb: str, config: Config, threads: int | None) -> Callable[[], TarReading]:
+    """Return how tars are read: as Ray tasks where a cluster is named and no number of threads is given."""
+    over_ray = threads is None and names_cluster(config)
+    return tar_reading(verb, config, [config.storage.root], threads, over_ray=over_ray)
 
 
 def seen(
@@ -58,7 +69,8 @@ def seen(
     query = Query.parse(what, Storage.of(config))
     signer = Signer.of(config.registry) if statement is not None else None
     with terminal.live():
-        found = look(query, config, _reading("seen", threads), data=folders, near=not exact)
+        reading = _reading("seen", config, threads)
+        found = look(query, config, reading, data=folders, near=not exact)
     for line in found.lines():
         terminal.stage("seen", line)
     if statement is not None and signer is not None:
@@ -90,7 +102,7 @@ def forget(
 
     query = Query.parse(what, Storage.of(config))
     with terminal.live():
-        found = look(query, config, _reading("forget", threads), data=folders, near=near)
+        found = look(query, config, _reading("forget", config, threads), data=folders, near=near)
         done = forget_picture(
             found,
             config,

@@ -7,6 +7,7 @@ from pipelines.config.build import (
     sampling,
     sampling_overrides,
     timestep_sampler,
+    timesteps_of,
     training_objective,
 )
 from pipelines.config.compose import (
@@ -73,5 +74,6 @@ __all__ = [
     "sampling_overrides",
     "suggest",
     "timestep_sampler",
+    "timesteps_of",
     "training_objective",
 ]

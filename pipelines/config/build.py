@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from ddpm.consistency import ConsistencyTuning, refusal
 from ddpm.generate import Sampling
@@ -17,7 +21,7 @@ from ddpm.settings import settings_of
 from ddpm.timesteps import TIMESTEPS, TimestepSampler
 from ddpm.weights import WEIGHTS
 from pipelines.config.choices import FROM_DATA, chosen
-from pipelines.config.schema import Config
+from pipelines.config.schema import Config, ObjectiveConfig, ScheduleConfig
 from pipelines.presentation.errors import ConfigError
 
 
@@ -67,9 +71,36 @@ def training_objective(config: Config) -> Objective | ConsistencyTuning:
 
 def timestep_sampler(config: Config) -> TimestepSampler:
     """Return the timestep sampler of a run, with an empty history."""
-    objective = config.objective
+    return _timesteps(config.objective, config.schedule, config.batch_size, config.seed)
+
+
+def timesteps_of(identity: Mapping[str, Any]) -> TimestepSampler | None:
+    """Return the timestep sampler that a run began with, by its identity; None where it trained on no timesteps.
+
+    Args:
+        identity: `Config.identity()` of the run, which leaves out later fields that had their defaults.
+
+    Raises:
+        ConfigError: this release has no such settings.
+    """
+    sections: dict[str, dict[str, Any]] = {"objective": {}, "schedule": {}}
+    for key, value in identity.items():
+        section, _, field = key.partition(".")
+        if section in sections:
+            sections[section][field] = value
+    try:
+        objective = ObjectiveConfig.model_validate(sections["objective"])
+        schedule = TypeAdapter(ScheduleConfig).validate_python(sections["schedule"])
+    except ValidationError as error:
+        raise ConfigError(f"the settings of an earlier release cannot be read: {error}") from error
+    if objective.loss == "consistency":
+        return None
+    return _timesteps(objective, schedule, int(identity["batch_size"]), int(identity["seed"]))
+
+
+def _timesteps(objective: ObjectiveConfig, schedule: ScheduleConfig, batch_size: int, seed: int) -> TimestepSampler:
     timesteps = chosen(objective, TIMESTEPS[objective.timesteps], f"{objective.timesteps}_")
-    return timesteps.make(noise_schedule(config), config.batch_size, config.seed)
+    return timesteps.make(_noise_schedule(schedule), batch_size, seed)
 
 
 def learned_weight(config: Config) -> LearnedWeight | None:
@@ -107,7 +138,11 @@ def noise_schedule(config: Config) -> NoiseSchedule:
     Raises:
         ConfigError: a parameter is not valid for the kind of schedule.
     """
+    return _noise_schedule(config.schedule)
+
+
+def _noise_schedule(schedule: ScheduleConfig) -> NoiseSchedule:
     try:
-        return make_schedule(**config.schedule.model_dump())
+        return make_schedule(**schedule.model_dump())
     except ValueError as error:
         raise ConfigError(f"schedule: {error}") from error

@@ -16,6 +16,7 @@ from pipelines.config import CANDIDATE, PREVIOUS, Config
 from pipelines.presentation.progress import Display, Notice
 from pipelines.provenance.find import Match
 from pipelines.provenance.seen import Exposure, Seen, SeenVersion
+from pipelines.provenance.trained import Kept, Training
 from pipelines.registry.forgotten import ForgetRecord, write_record
 from pipelines.shards.erase import erase
 from pipelines.shards.erased import ImageFile
@@ -23,7 +24,7 @@ from pipelines.shards.forgotten import Forgetting, quarantine_forgotten, record_
 from pipelines.shards.index import read_dataset
 from pipelines.shards.quarantine import read_quarantine
 from pipelines.signing import Authority
-from pipelines.storage import Storage
+from pipelines.storage import Storage, is_local, local_path
 
 TAG = "forget_request"
 """Tag of a version that had been given a picture which is to be forgotten: the id of the request."""
@@ -31,7 +32,9 @@ TAG = "forget_request"
 
 _COPIES = (
     "shard caches of nodes (data.cache_dir) may hold the shards as they were until they make room: delete their "
-    "folders. Grids, stored samples and pages that were drawn from a model are not the picture, and stay"
+    "folders. Among the pictures of evaluations and reports in MLflow, those of nearest training images and of "
+    "inpainted test images show pictures of the dataset: look at them. What was drawn from a model is not the picture, "
+    "and stays"
 )
 
 
@@ -40,14 +43,14 @@ class CleanStart:
     """From where a training without the picture could go on.
 
     Attributes:
-        run: name of the run that had been given it.
-        address: of its newest checkpoint before that; None where only the beginning is left.
-        images_seen: at that checkpoint.
-        lost: images of its training that would have to be trained on again.
+        run: of the training that was given it.
+        model: the newest checkpoint from before that which `init_from` can name; None: from the beginning.
+        images_seen: by that checkpoint.
+        lost: images that would have to be trained on again.
     """
 
     run: str
-    address: str | None
+    model: str | None
     images_seen: int
     lost: int
 
@@ -110,7 +113,9 @@ class Forgotten:
             went = f"{would}given back to version {number}" if number else "stays: it has had no version without it"
             lines.append(f"alias {alias} {went}")
         for start in self.starts:
-            where = "the beginning" if start.address is None else f"{start.address} ({start.images_seen:,} images)"
+            where = (
+                "the beginning" if start.model is None else f"init_from={start.model} ({start.images_seen:,} images)"
+            )
             lines.append(
                 f"run '{start.run}': a clean training can go on from {where}, and trains on {start.lost:,} images again"
             )
@@ -239,7 +244,15 @@ def _give_back(
 def _clean_start(exposure: Exposure) -> CleanStart:
     """Return the newest checkpoint of a training from before it was given the picture."""
     training, first = exposure.training, _first(exposure)
-    before = [kept for kept in training.kept if kept.images_seen <= first]
+    before = [kept for kept in training.kept if kept.images_seen <= first and _reference(training, kept) is not None]
     newest = max(before, key=lambda kept: (kept.images_seen, kept.published), default=None)
     seen = 0 if newest is None else newest.images_seen
-    return CleanStart(training.run, None if newest is None else newest.address, seen, training.images_seen - seen)
+    model = None if newest is None else _reference(training, newest)
+    return CleanStart(training.run, model, seen, training.images_seen - seen)
+
+
+def _reference(training: Training, kept: Kept) -> str | None:
+    """Return the MODEL reference of a checkpoint; None where it has none."""
+    if kept.published and training.run_id:
+        return f"runs:/{training.run_id}/{kept.images_seen}"
+    return str(local_path(kept.address)) if is_local(kept.address) else None

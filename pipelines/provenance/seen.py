@@ -137,10 +137,17 @@ class Seen:
     judges: tuple[Judge, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def nowhere(self) -> list[str]:
+        """What was looked for, and is in no dataset, as it is named."""
+        found = {name for match in self.matches for name in match.asked}
+        return [one.named for one in self.query.each if one.named not in found]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON types, for `--json`."""
         return {
             "query": self.query.named,
+            "nowhere": self.nowhere,
             "root": self.root,
             "searched": dict(self.searched),
             "matches": [plain(match) for match in self.matches],
@@ -153,8 +160,9 @@ class Seen:
     def lines(self) -> Iterator[str]:
         """Yield what was found, in words."""
         datasets = f"{len(self.searched):,} dataset{'s' * (len(self.searched) != 1)}"
-        if not self.matches:
-            yield f"in none of {datasets}: {', '.join(self.searched) or 'there are none'}"
+        for name in self.nowhere:
+            what = f"{name}: " if self.query.listed else ""
+            yield f"{what}in none of {datasets}: {', '.join(self.searched) or 'there are none'}"
         for match in self.matches[:SHOWN]:
             sure = f" ({match.similarity:.1%})" if match.how.startswith("near") else ""
             gone = ", which was erased" if match.erased else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 from ddpm.noise import Purpose, uniform
 from pipelines.checkpoints import ModelError, epoch_of
 from pipelines.checkpoints.files import CheckpointState
-from pipelines.presentation.errors import PipelineError
+from pipelines.config import timesteps_of
+from pipelines.presentation.errors import ConfigError, PipelineError
 from pipelines.provenance.find import Match
 from pipelines.shards.erased import datasets_before
 from pipelines.shards.index import Dataset, DatasetError, MixtureSource, read_dataset
@@ -43,6 +45,8 @@ class Occurrence:
         sample: index of the match.
         mirrored: whether it was given mirrored.
         label_dropped: whether its label and caption were left out.
+        timestep: at which it was trained on, of 1..T; None where that depended on the losses before, or where the
+            training draws no timesteps.
         source: of a mixture, the name of the source.
     """
 
@@ -50,6 +54,7 @@ class Occurrence:
     sample: int
     mirrored: bool
     label_dropped: bool
+    timestep: int | None = None
     source: str | None = None
 
 
@@ -197,10 +202,15 @@ class Training:
         n, seed = torch.from_numpy(ordinals), int(self.identity["seed"])
         flips = uniform(seed, n, Purpose.FLIP)[:, 0] < 0.5
         drops = uniform(seed, n, Purpose.LABEL_DROP)[:, 0] < float(self.identity["objective.label_drop"])
-        mirrors = bool(self.identity["data.flip"])
+        mirrored = flips if self.identity["data.flip"] else torch.zeros_like(flips)
+        timesteps = None
+        with suppress(ConfigError):  # settings that this release does not have
+            sampler = timesteps_of(self.identity)
+            timesteps = None if sampler is None or sampler.learns else sampler.sample(n)[0].tolist()
+        each = zip(ordinals, samples, mirrored, drops, timesteps or [None] * len(n), strict=True)
         return [
-            Occurrence(int(ordinal), int(sample), mirrors and bool(flip), bool(drop), source)
-            for ordinal, sample, flip, drop in zip(ordinals, samples, flips, drops, strict=True)
+            Occurrence(int(ordinal), int(sample), bool(flip), bool(drop), timestep, source)
+            for ordinal, sample, flip, drop, timestep in each
         ]
 
 

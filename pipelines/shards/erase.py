@@ -103,6 +103,8 @@ def finish_erasure(uri: str, storage: Storage, trust: Trust, notice: Notice) -> 
     for name in erasure.shards:
         notice(f"{uri}: {name} is written without them")
         _overwrite(shards[name], erasure, uri, storage)
+    for folder in (layout.FEATURES, layout.FINGERPRINTS):  # small copies of the images, made anew when they are needed
+        storage.delete_folder(join(uri, folder))
     after = with_digests(dataset, {name: sha256 for name, (_, sha256) in erasure.shards.items()})
     _update(join(uri, layout.DATASET), lambda stored: _replaced(stored, dataset, after), storage)
     return finish_erasure(uri, storage, trust, notice)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,21 @@ from pipelines.shards.joined import read_data
 from pipelines.storage import Storage
 from pipelines.training.loop import train
 from pipelines.training.loop.losses import losses as compute
+from tests.forked import FORKING
 from tests.pipelines.training.loop.ranks import NO_GRIDS, SMALL, process_group, tiny_config, train_here
 
 BATCH = 20
 
 
 def logging_losses(path: Path):
-    """The loss of a batch, which first writes (ordinal, value of the first pixel) of each of its samples to a file."""
+    """The loss of a batch, which first writes (ordinal, first pixel, timestep) of each of its samples to a file."""
 
-    def losses(context, network, batch, *others):
+    def losses(context, network, batch, t, *others):
         values = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().long().tolist()
-        with path.open("a") as file:
-            file.writelines(json.dumps(pair) + "\n" for pair in zip(batch.ordinals.tolist(), values, strict=True))
-        return compute(context, network, batch, *others)
+        rows = zip(batch.ordinals.tolist(), values, t.tolist(), strict=True)
+        with path.open("ab", buffering=0) as file:  # in one write: a kill leaves no half of a line
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        return compute(context, network, batch, t, *others)
 
     return losses
 
@@ -69,11 +72,34 @@ def id_of(run: str) -> str:
     return hashlib.sha256(run.encode()).hexdigest()[:32]
 
 
+def until_killed(world: int, rendezvous: Path, root: Path, config: Config, steps: int) -> None:
+    """Train on a group of ranks, all of which are killed once they have been given so many batches."""
+    group = [
+        FORKING.Process(target=a_rank, args=(rank, world, rendezvous, root, config, None)) for rank in range(world)
+    ]
+    for process in group:
+        process.start()
+    deadline = time.monotonic() + 120
+    while len(given(root)) < steps * BATCH:
+        assert time.monotonic() < deadline
+        assert all(process.is_alive() for process in group)
+        time.sleep(0.002)
+    for process in group:
+        process.kill()
+    for process in group:
+        process.join()
+
+
 def given(root: Path) -> dict[int, int]:
     """What the training below a root was given: ordinal -> value of the picture."""
-    found: dict[int, int] = {}
+    return {ordinal: value for ordinal, (value, _) in given_at(root).items()}
+
+
+def given_at(root: Path) -> dict[int, tuple[int, int]]:
+    """What the training below a root was given, and when: ordinal -> (value of the picture, timestep)."""
+    found: dict[int, tuple[int, int]] = {}
     for path in root.glob("given-*.jsonl"):
         for line in path.read_text().splitlines():
-            ordinal, value = json.loads(line)
-            assert found.setdefault(ordinal, value) == value
+            ordinal, value, t = json.loads(line)
+            assert found.setdefault(ordinal, (value, t)) == (value, t)
     return found

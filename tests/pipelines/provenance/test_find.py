@@ -148,3 +148,40 @@ def test_what_is_no_picture_is_refused(tmp_path, monkeypatch, text, says):
 def test_words_are_keys_and_64_digits_are_a_digest():
     assert Query.parse("train-00000012", STORAGE).key == "train-00000012"
     assert Query.parse("AB" * 32, STORAGE).digest == b"\xab" * 32
+
+
+def listed(folder, *lines) -> Query:
+    (folder / "list.txt").write_text("\n".join(str(line) for line in lines))
+    return Query.parse(str(folder / "list.txt"), STORAGE)
+
+
+def test_a_list_finds_what_each_of_its_lines_finds_and_says_which_line_it_was(ingested, tmp_path):
+    pictures = [tmp_path / f"{n}.png" for n in range(3)]
+    for path, number in zip(pictures, (4, 9, 900), strict=True):
+        path.write_bytes(encoded(photograph(number)))
+    (tmp_path / "again.jpg").write_bytes(encoded(photograph(9), "JPEG", quality=100))
+    (nine,) = found(encoded(photograph(9)), ingested)
+    query = listed(tmp_path, *pictures, "", tmp_path / "again.jpg", nine.key, nine.sha256, "no-such-key")
+    together = find(query, ingested, STORAGE, IN_THREADS)
+    one_by_one = {
+        (match.shard, match.index) for one in query.each for match in find(one, ingested, STORAGE, IN_THREADS)
+    }
+    assert [(match.shard, match.index) for match in together] == sorted(one_by_one)
+    assert len(together) == 2
+    names = {one.named for one in query.each}
+    assert {name for match in together for name in match.asked} == names - {query.each[2].named, "no-such-key"}
+    assert (
+        query.named
+        == listed(tmp_path, "no-such-key", nine.sha256, nine.key, *reversed(pictures), tmp_path / "again.jpg").named
+    )
+
+
+def test_a_list_that_cannot_be_used_says_where(tmp_path):
+    for lines, told in ((["", " "], "is empty"), (["key", "gone.png"], r"line 2 of .*gone.png: there is no such file")):
+        with pytest.raises(ConfigError, match=told):
+            listed(tmp_path, *lines)
+    (tmp_path / "other.txt").write_text("key")
+    with pytest.raises(ConfigError, match=r"line 1 of .* is a list again"):
+        listed(tmp_path, tmp_path / "other.txt")
+    with pytest.raises(ConfigError, match="there is no such list"):
+        Query.parse(f"file://{tmp_path}/gone.txt", STORAGE)

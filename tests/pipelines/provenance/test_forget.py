@@ -1,16 +1,20 @@
 """A picture is taken out: no training reads it again, and one that had begun refuses to go on."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from pipelines.checkpoints import ModelError, check_resumable, newest_checkpoint
+from pipelines.checkpoints import ModelError, check_resumable, load_checkpoint, newest_checkpoint
 from pipelines.config import compose
 from pipelines.presentation.progress import Silent
 from pipelines.provenance.find import Query
 from pipelines.provenance.forget import forget
 from pipelines.provenance.seen import look
+from pipelines.provenance.trained import read_trainings
 from pipelines.shards.audit.check import check
 from pipelines.shards.audit.recorded import IN_THREADS
 from pipelines.shards.joined import read_data
@@ -33,8 +37,8 @@ def root(tmp_path, home):
     return tmp_path
 
 
-def run(root, uri, name):
-    return config_of(root, 5, f"data.uri={uri}", f"name={name}")
+def run(root, uri, name, *overrides):
+    return config_of(root, 5, f"data.uri={uri}", f"name={name}", *overrides)
 
 
 def seen(root, value):
@@ -125,10 +129,42 @@ def test_the_record_names_what_was_given_the_picture_from_when_on_and_not_the_pi
     assert list(said["trainings"].values()) == ([] if first is None else [first])
     assert "sought" not in path.read_text()
     (start,) = done.starts
-    assert (start.run, start.address, start.images_seen, start.lost) == ("first", None, 0, 2 * BATCH)
+    assert (start.run, start.model, start.images_seen, start.lost) == ("first", None, 0, 2 * BATCH)
 
 
 def test_what_is_in_no_dataset_is_said_to_be_nowhere_and_nothing_is_recorded(root):
     done = forgotten(root, 200)
     assert (done.record, done.quarantined) == (None, {})
     assert not (root / "forgotten").exists()
+
+
+@pytest.mark.parametrize("erase_bytes", [False, True])
+def test_two_who_forget_it_and_train_on_from_the_checkpoint_that_is_named_have_the_same_weights(
+    tmp_path, home, erase_bytes
+):
+    def cleaned(name: str) -> tuple[str, dict[str, Tensor]]:
+        root = tmp_path / name
+        (root / "datasets").mkdir(parents=True)
+        uri = write_source(root / "datasets/one", ["cat", "dog"], np.arange(30), splits=("train", "test"))
+        (root / "first").mkdir()
+        often = run(root, uri, "first", f"checkpoint.every={BATCH}", "checkpoint.keep=9")
+        train_logged(root, often, log=root / "first", stop_after=3)
+        values = list(given(root / "first").values())
+        late = next(value for value in values if value not in values[:BATCH])
+        (start,) = forgotten(root, late, erase_bytes=erase_bytes).starts
+        assert (start.images_seen, start.lost) == (BATCH, 2 * BATCH)
+        (root / "clean").mkdir()
+        train_logged(root, run(root, uri, "clean", f"init_from={start.model}"), log=root / "clean")
+        assert late not in given(root / "clean").values()
+        (last,) = (kept for kept in trainings(root)["clean"].kept if not kept.published)
+        assert last.images_seen == 5 * BATCH
+        return start.run, load_checkpoint(Path(last.address.removeprefix("file://")))[1]
+
+    (run_of_one, one), (run_of_two, two) = cleaned("one"), cleaned("two")
+    assert run_of_one == run_of_two == "first"
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def trainings(root):
+    return {training.run: training for training in read_trainings(f"file://{root}", STORAGE)}

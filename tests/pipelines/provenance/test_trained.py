@@ -10,7 +10,7 @@ from pipelines.shards.index import read_dataset
 from pipelines.shards.quarantine import Problem, make_quarantine, store_quarantine
 from pipelines.storage import Storage
 from tests.forked import start_ranks
-from tests.pipelines.provenance.logged import BATCH, a_rank, config_of, given, train_logged
+from tests.pipelines.provenance.logged import BATCH, a_rank, config_of, given, given_at, train_logged, until_killed
 from tests.pipelines.shards.test_joined import write_source
 
 STORAGE = Storage()
@@ -44,18 +44,19 @@ def as_logged(log, value):
     return sorted(ordinal for ordinal, there in log.items() if there == value)
 
 
-def test_every_time_that_three_workers_that_were_stopped_twice_were_given_a_sample_is_known(tmp_path):
+def test_every_time_that_three_workers_that_were_killed_twice_were_given_a_sample_is_known(tmp_path):
     uri = source(tmp_path / "data", 46)
     quarantined(uri, 5, 6, 17)
     root = tmp_path / "root"
-    config = config_of(root, 9, f"data.uri={uri}", f"checkpoint.every={2 * BATCH}")
+    config = config_of(root, 40, f"data.uri={uri}", f"checkpoint.every={2 * BATCH}")
     root.mkdir()
-    for at, steps in enumerate((3, 4, None)):
-        start_ranks(a_rank, (3, tmp_path / f"rendezvous-{at}", root, config, steps), 3)
+    for at, steps in enumerate((9, 20)):
+        until_killed(3, tmp_path / f"rendezvous-{at}", root, config, steps)
+    start_ranks(a_rank, (3, tmp_path / "rendezvous", root, config, None), 3)
     log = given(root)
-    assert sorted(log) == list(range(9 * BATCH))
+    assert sorted(log) == list(range(40 * BATCH))
     (training,) = read_trainings(f"file://{root}", STORAGE)
-    assert training.images_seen == 9 * BATCH
+    assert training.images_seen == 40 * BATCH
     matches = [match(uri, number) for number in range(46)]
     assert ordinals_of(training, matches) == [as_logged(log, number) for number in range(46)]
     assert ordinals_of(training, [match(uri, 5), match(uri, 6, "test")]) == [[], []]
@@ -98,6 +99,25 @@ def test_flips_and_dropped_labels_are_those_that_the_training_drew(tmp_path, mon
     for each in training.occurrences([match(uri, number) for number in range(20)], STORAGE):
         assert each.mirrored == (drawn["FLIP"][each.ordinal] < 0.5)
         assert each.label_dropped == (drawn["LABEL_DROP"][each.ordinal] < 0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "known"),
+    [
+        (["objective.timesteps=uniform"], True),
+        (["objective.timesteps=stratified", "schedule=cosine"], True),
+        (["objective.timesteps=log_normal", "objective.log_normal_p_mean=-0.5"], True),
+        (["objective.timesteps=importance"], False),
+    ],
+)
+def test_the_timestep_is_that_of_the_training_where_it_does_not_depend_on_losses(tmp_path, settings, known):
+    uri, root = source(tmp_path / "data", 20), tmp_path / "root"
+    root.mkdir()
+    train_logged(root, config_of(root, 6, f"data.uri={uri}", *settings))
+    (training,) = read_trainings(f"file://{root}", STORAGE)
+    found = training.occurrences([match(uri, number) for number in range(20)], STORAGE)
+    logged = {ordinal: t if known else None for ordinal, (_, t) in given_at(root).items()}
+    assert {each.ordinal: each.timestep for each in found} == logged
 
 
 def test_an_earlier_quarantine_is_still_known_and_a_dataset_that_was_written_again_is_said_to_be_another(tmp_path):

@@ -90,6 +90,8 @@ def read(dataset, folder):
 def test_the_bytes_are_in_no_object_and_every_other_sample_is_as_it_was(dataset, authority, tmp_path):
     taken_out(dataset, 3, 7)
     before = read(dataset, tmp_path / "before")
+    for folder in (layout.FEATURES, layout.FINGERPRINTS):  # which have small copies of pictures
+        STORAGE.write(f"{dataset.uri}/{folder}/copies", encoded(3))
     erased(dataset, authority, 3, 7)
     for name, content in files(tmp_path / "data").items():
         for gone in (encoded(3)[-64:], encoded(7)[-64:], b"number 003", b"number 007", b"picture-003", b"picture-007"):
