@@ -184,14 +184,14 @@ class InitialModel:
         weights: by the names of that network, read when they are used.
         prediction: parameterization that they were trained for.
         digest: SHA-256 of the model's own weights.
-        origin: the checkpoint that it is, as runs:/ID/IMAGES, whatever an alias that named it says later; None for a
-            model that does not say so.
+        origins: the checkpoint that it is, as runs:/ID/IMAGES, whatever an alias that named it says later, and those
+            that its own training began from, the last one first; none for a model that does not say so.
     """
 
     weights: dict[str, Tensor]
     prediction: Parameterization
     digest: str
-    origin: str | None
+    origins: tuple[str, ...]
 
 
 def initial_model(config: Config, tracking_uri: str | None) -> InitialModel:
@@ -234,8 +234,8 @@ def initial_model(config: Config, tracking_uri: str | None) -> InitialModel:
             "Set model.* to what it has, or start without init_from"
         )
     run_id, images = spec.lineage.get("run_id"), spec.lineage.get("images_seen")
-    origin = None if run_id is None or images is None else f"runs:/{run_id}/{images}"
-    return InitialModel(weights, spec.prediction, digest, origin)
+    itself = () if run_id is None or images is None else (f"runs:/{run_id}/{images}",)
+    return InitialModel(weights, spec.prediction, digest, (*itself, *spec.lineage.get("init_from_origins", "").split()))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pipelines.presentation.progress import Display, Notice
 from pipelines.provenance.find import Match
 from pipelines.provenance.seen import Exposure, Seen, SeenVersion
 from pipelines.provenance.trained import Kept, Training
-from pipelines.registry.forgotten import ForgetRecord, write_record
+from pipelines.registry.forgotten import FORGET_TAG, ForgetRecord, write_record
 from pipelines.shards.erase import erase
 from pipelines.shards.erased import ImageFile
 from pipelines.shards.forgotten import Forgetting, quarantine_forgotten, record_forgetting
@@ -25,10 +25,6 @@ from pipelines.shards.index import read_dataset
 from pipelines.shards.quarantine import read_quarantine
 from pipelines.signing import Authority
 from pipelines.storage import Storage, is_local, local_path
-
-TAG = "forget_request"
-"""Tag of a version that had been given a picture which is to be forgotten: the id of the request."""
-
 
 _COPIES = (
     "shard caches of nodes (data.cache_dir) may hold the shards as they were until they make room: delete their "
@@ -173,9 +169,9 @@ def forget(
     if authority is not None:
         record = write_record(record, config.storage.root, storage, authority)
         for version in marked:
-            if version.version.tags.get(TAG) != record.id:
+            if version.version.tags.get(FORGET_TAG) != record.id:
                 tracking.set_version_tags(
-                    config.tracking.server, version.version.name, version.version.version, {TAG: record.id}
+                    config.tracking.server, version.version.name, version.version.version, {FORGET_TAG: record.id}
                 )
     moved = _give_back(marked, config, display, connect, dry_run=dry_run)
     starts = tuple(_clean_start(exposure) for exposure in exposures)

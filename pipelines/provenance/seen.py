@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pipelines.provenance.trained import (
     read_trainings,
     times_before,
 )
+from pipelines.search.study import StudyError, StudyStore
 from pipelines.shards.audit.recorded import TarReading
 from pipelines.shards.index import DatasetError, read_dataset
 from pipelines.shards.joined import TRAIN
@@ -107,7 +109,7 @@ class SeenVersion:
 
 @dataclass(frozen=True)
 class Judge:
-    """Something that judges models and was made from a split with the picture in it."""
+    """Something that judges models, and what the picture is in it."""
 
     address: str
     role: str
@@ -124,7 +126,7 @@ class Seen:
         matches: samples that are the picture.
         exposures: trainings that were given it.
         versions: registered versions that were; None where no MLflow server could be asked.
-        judges: evaluators and features of real images that were made with it.
+        judges: what judges models with it: evaluators, features of real images, scores of versions, and studies.
         notes: what could not be looked at.
     """
 
@@ -229,9 +231,10 @@ def look(
     """
     storage, root = Storage.of(config), config.storage.root
     trainings, notes = read_trainings(root, storage), []
+    below = _folders(join(root, layout.DATASETS), layout.DATASET, storage)
     searched: dict[str, str] = {}
     matches: list[Match] = []
-    for uri in dict.fromkeys([*data, *_below(root, storage), *(uri for each in trainings for uri in each.data)]):
+    for uri in dict.fromkeys([*data, *below, *(uri for each in trainings for uri in each.data)]):
         try:
             dataset = read_dataset(uri, storage)
         except DatasetError as error:
@@ -245,15 +248,15 @@ def look(
     studies = {} if versions is None else _studies(config)
     exposures = _exposures(trainings, matches, storage, versions or (), studies)
     seen = None if versions is None else tuple(_versions(versions, exposures))
-    judges = tuple(judge for uri in searched for judge in _judges(uri, matches, storage))
+    judges = tuple(judge for uri in searched for judge in _judges(uri, matches, root, storage, versions or ()))
     concerned = tuple(exposure for exposure in exposures if exposure.concerned)
     return Seen(query, root, searched, tuple(matches), concerned, seen, judges, tuple(notes))
 
 
-def _below(root: str, storage: Storage) -> list[str]:
-    end = f"/{layout.DATASET}"
-    entries = storage.scan(join(root, layout.DATASETS))
-    return sorted(entry.uri.removesuffix(end) for entry in entries if entry.uri.endswith(end))
+def _folders(below: str, file: str, storage: Storage) -> list[str]:
+    """Return the addresses of the folders below an address that have a file of this name."""
+    end = f"/{file}"
+    return sorted(entry.uri.removesuffix(end) for entry in storage.scan(below) if entry.uri.endswith(end))
 
 
 def _studies(config: Config) -> dict[str, str]:
@@ -301,15 +304,15 @@ def _through(exposure: Exposure, by_run_id: Mapping[str, Exposure], versions: Se
             at = origin.training.images_seen if images is None else int(images)
             if times := origin.times(at):
                 yield (
-                    f"{reference}, which is run '{origin.training.run}' at {at:,} images and had been given it "
+                    f"runs:/{run_id}/{at}, which is run '{origin.training.run}' and had been given it "
                     f"{times:,} time{'s' * (times != 1)}"
                 )
             todo.append(_began_from(origin.training))
 
 
 def _began_from(training: Training) -> str:
-    """Return the model that a training began from: its checkpoint, or the MODEL reference of an earlier release."""
-    return str(training.lineage.get("init_from_origin") or training.lineage.get("init_from") or "")
+    """Return the models that a training began from: their checkpoints, or the reference of an earlier release."""
+    return str(training.lineage.get("init_from_origins") or training.lineage.get("init_from") or "")
 
 
 def _origins(reference: str, versions: Sequence[ModelVersion]) -> Iterator[tuple[str, str | None]]:
@@ -340,22 +343,33 @@ def _versions(versions: Iterable[ModelVersion], exposures: Sequence[Exposure]) -
         yield SeenVersion(version, seen, times, because)
 
 
-def _judges(uri: str, matches: Sequence[Match], storage: Storage) -> Iterator[Judge]:
-    """Yield what judges models of a dataset and was made from a split that has the picture."""
+def _judges(
+    uri: str, matches: Sequence[Match], root: str, storage: Storage, versions: Sequence[ModelVersion]
+) -> Iterator[Judge]:
+    """Yield what judges models of a dataset by a split that has the picture, and the decisions that were made by it.
+
+    Versions and studies compare samples with the images of the train split, and have those of the test split beside it.
+    """
     splits = {match.split for match in matches if match.uri == uri}
-    roles = {
-        layout.EVALUATORS: [(TRAIN, "an evaluator that was trained on split train, which has it")],
-        layout.FEATURES: [
-            (split, f"features of the real images of split {split}, which has it") for split in sorted(splits - {TRAIN})
-        ],
-    }
-    for folder, named in roles.items():
-        role = next((role for split, role in named if split in splits), None)
-        if role is None:
-            continue
-        below = join(uri, folder)
-        for name in sorted({entry.uri.rpartition("/")[0] for entry in storage.scan(below)}):
-            yield Judge(name, role)
+    if TRAIN in splits:
+        yield from _made_from(join(uri, layout.EVALUATORS), "an evaluator that was trained on it", storage)
+    as_what = {TRAIN: "as a reference", "test": "as a test image"}
+    how = " and ".join(f"{as_what[split]} (split {split})" for split in as_what if split in splits)
+    if not how:
+        return
+    yield from _made_from(join(uri, layout.FEATURES), f"features of real images, which have it {how}", storage)
+    for version in versions:
+        if version.tags.get("dataset_uri") == uri and "scores" in version.tags:
+            yield Judge(version.uri, f"its scores, by which the gate decides, have it {how}")
+    for address in _folders(join(root, layout.STUDIES), layout.STUDY, storage):
+        with suppress(StudyError, ValueError, KeyError, TypeError):  # another release's, or deleted meanwhile
+            if StudyStore(storage, address).description()["config"]["data"]["uri"] == uri:
+                yield Judge(address, f"a study whose trials are judged by images that have it {how}")
+
+
+def _made_from(folder: str, role: str, storage: Storage) -> Iterator[Judge]:
+    for name in sorted({entry.uri.rpartition("/")[0] for entry in storage.scan(folder)}):
+        yield Judge(name, role)
 
 
 def write_statement(seen: Seen, path: Path, signer: Signer) -> tuple[Path, Path]:

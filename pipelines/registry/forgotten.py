@@ -18,6 +18,9 @@ from pipelines.signing import Authority, SignatureError, Trust, seal, unseal
 from pipelines.storage import NotFoundError, Storage, join, layout
 from pipelines.tracking import ModelVersion
 
+FORGET_TAG = "forget_request"
+"""Tag of a version that had been given a picture which is to be forgotten: the id of the request."""
+
 
 @dataclass(frozen=True)
 class ForgetRecord:
@@ -95,7 +98,7 @@ def record_of(
         lineage: of the version, from its evidence or its tags.
     """
     own = [(str(lineage.get("run_id") or version.run_id), int(lineage.get("images_seen") or 0))]
-    origin = mentioned(str(lineage.get("init_from_origin") or lineage.get("init_from") or ""))
+    origin = mentioned(str(lineage.get("init_from_origins") or lineage.get("init_from") or ""))
     own += [(run_id, int(at) if at is not None and at.isdigit() else 1 << 62) for run_id, at in origin]
     return next((record for record in records if any(record.concerns(*each) for each in own)), None)
 

@@ -27,6 +27,7 @@ from pipelines.evaluation.devices import task_device
 from pipelines.inference.files import PictureSource
 from pipelines.inference.pictures import Encode, Prepared, as_request_error, count_pictures, prepare
 from pipelines.inference.request import RequestError
+from pipelines.registry.forgotten import FORGET_TAG
 from pipelines.serving.batcher import Batcher
 from pipelines.serving.bodies import decode_base64, model_of, read_body, write_answer
 from pipelines.serving.limits import Limits, RefusedRequest
@@ -134,6 +135,7 @@ class Served:
             "sampling": spec.sampling.to_json(),
             "card": self.card,
             "scores": _read_json(tags.get("scores")),
+            "forget_request": tags.get(FORGET_TAG),
             "aliases": [] if version is None else list(version.aliases),
         }
 

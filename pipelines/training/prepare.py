@@ -25,7 +25,7 @@ from pipelines.training.loop.context import Job
 from pipelines.training.resources import connect_ray, require_memory, require_resources
 from pipelines.training.run_id import find_training_run, open_training_run
 
-_INITIAL = ("first_weights", "init_from", "init_from_digest", "init_from_origin")
+_INITIAL = ("first_weights", "init_from", "init_from_digest", "init_from_origins")
 """What the lineage of a model says of the weights that its training began with."""
 
 
@@ -109,7 +109,7 @@ def initial_lineage(config: Config, *, new: bool) -> dict[str, Any]:
     Returns:
         `first_weights`, the version of the new weights (`ddpm.first_weights`), which runs of earlier releases lack; or
         `init_from` and `init_from_digest`, the SHA-256 of the weights that it named when the run began, and
-        `init_from_origin`, the checkpoint that they were, where the model says so.
+        `init_from_origins`, the checkpoint that they were and those that its training began from, where it says so.
 
     Raises:
         ModelError: there is no such model, or it does not fit the configuration.
@@ -120,8 +120,8 @@ def initial_lineage(config: Config, *, new: bool) -> dict[str, Any]:
     if config.init_from is None:
         return {"first_weights": first_weights.VERSION}
     found = references.initial_model(config, config.tracking.uri)
-    origin = {} if found.origin is None else {"init_from_origin": found.origin}
-    return {"init_from": config.init_from, "init_from_digest": found.digest, **origin}
+    origins = {"init_from_origins": " ".join(found.origins)} if found.origins else {}
+    return {"init_from": config.init_from, "init_from_digest": found.digest, **origins}
 
 
 def encoder_lineage(config: Config) -> dict[str, Any]:

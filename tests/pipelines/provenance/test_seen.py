@@ -69,7 +69,7 @@ def test_a_picture_is_found_with_all_that_was_trained_on_it(root):
     assert tuned.occurrences == ()
     before = sum(ordinal < 2 * BATCH for ordinal in expected)
     origin, words = f"runs:/{id_of('first')}/{2 * BATCH}", f"{before} time{'s' * (before != 1)}"
-    assert tuned.through == (f"{origin}, which is run 'first' at {2 * BATCH} images and had been given it {words}",)
+    assert tuned.through == (f"{origin}, which is run 'first' and had been given it {words}",)
     checkpoints = {kept.images_seen: first.times(kept.images_seen) for kept in first.training.kept}
     assert checkpoints == {n: sum(ordinal < n for ordinal in expected) for n in checkpoints}
     assert max(checkpoints) == 5 * BATCH
@@ -98,6 +98,30 @@ def test_versions_are_named_with_how_often_their_checkpoint_was_given_it(root, m
     assert found["3"] == 0
     assert found["4"] == len(seen.exposures[0].occurrences)
     assert any("models:/digits/3 @champion: run 'tuned'" in line for line in seen.lines())
+
+
+def test_what_judges_models_by_the_picture_is_named_with_what_the_picture_is_in_it(root, monkeypatch):
+    one, other = f"file://{root}/datasets/one", f"file://{root}/datasets/other"
+    for uri in (one, other):
+        for name in ("evaluator/abc/evaluator.json", "features/abc/real.json"):
+            STORAGE.write(f"{uri}/{name}", b"{}")
+        STORAGE.write(
+            f"file://{root}/studies/of-{uri[-3:]}/study.json", json.dumps({"config": {"data": {"uri": uri}}}).encode()
+        )
+    STORAGE.write(f"file://{root}/studies/damaged/study.json", b"{")
+    tags = {"images_seen": "0", "scores": "{}", "dataset_uri": one}
+    there = [ModelVersion("digits", "1", "0" * 32, tags, ()), ModelVersion("digits", "2", "0" * 32, {}, ())]
+    monkeypatch.setattr("pipelines.tracking.all_versions", lambda uri: there)
+    monkeypatch.setattr("pipelines.tracking.list_runs", lambda uri: [])
+    config = configured(root)
+    config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "http://127.0.0.1:9"})})
+    seen = look(Query.parse(saved(root, 7), STORAGE), config, lambda: IN_THREADS, near=False)
+    roles = {judge.address: judge.role for judge in seen.judges}
+    study = f"file://{root}/studies/of-one"
+    assert roles.keys() == {f"{one}/evaluator/abc", f"{one}/features/abc", "models:/digits/1", study}
+    assert "trained on it" in roles[f"{one}/evaluator/abc"]
+    as_both = "as a reference (split train) and as a test image (split test)"
+    assert all(as_both in roles[judge] for judge in (f"{one}/features/abc", "models:/digits/1", study))
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")

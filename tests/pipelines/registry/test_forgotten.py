@@ -66,6 +66,10 @@ def test_versions_are_concerned_from_the_first_ordinal_on_and_by_the_model_that_
     assert concerned(version(C, 10, init_from=f"runs:/{A}/64"))
     assert concerned(version(C, 10, init_from=f"runs:/{A}"))
     assert not concerned(version(C, 10, init_from=f"runs:/{A}/32"))
+    earlier = {"init_from": "models:/m@champion", "init_from_origins": f"runs:/{'d' * 32}/8 runs:/{A}/{{}}"}
+    for images, found in ((64, True), (32, False)):  # of a model that was tuned from one that had been given it
+        tags = {name: value.format(images) for name, value in earlier.items()}
+        assert concerned(version(C, 10, **tags)) is found
 
 
 def test_the_line_of_the_gate_refuses_unless_it_is_set_to_warn():

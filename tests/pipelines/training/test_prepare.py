@@ -30,10 +30,12 @@ def test_the_lineage_names_the_weights_that_a_run_started_from_and_keeps_them_wh
     model = last_checkpoint(base)
     config = tiny_config(tuned, 50, 25, f"init_from={model}")
     expected = {"init_from": str(model), "init_from_digest": tensors_digest(load_model(model).network.state_dict())}
-    expected["init_from_origin"] = "runs:/0abc/50"
+    expected["init_from_origins"] = "runs:/0abc/50"
     found = initial_lineage(config, new=True)
     assert found == expected
-    train_here(tuned, digits, config, lineage=found)
+    train_here(tuned, digits, config, lineage={**found, "run_id": "0def"})
+    student = tiny_config(tmp_path / "student", 50, 25, f"init_from={last_checkpoint(tuned)}")
+    assert initial_lineage(student, new=True)["init_from_origins"] == "runs:/0def/50 runs:/0abc/50"
     shutil.rmtree(base)
     assert initial_lineage(config, new=False) == expected
     with pytest.raises(ModelError, match="names no model"):
