@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipelines.presentation.errors import ConfigError
-from pipelines.provenance.prints import as_image, file_digest, read_images, read_prints, read_sidecar
-from pipelines.shards.audit.recorded import LOOKUPS, TarReading
+from pipelines.provenance.prints import as_image, file_digest, read_images, read_prints
+from pipelines.shards.audit.recorded import LOOKUPS, TarReading, read_sidecar
 from pipelines.shards.erased import ErasedSample, ImageFile, erased_samples, pixels_digest
 from pipelines.shards.index import Dataset, ShardIndex, ShardInfo
 from pipelines.shards.ingest.alike import ALIKE, BITS, Fingerprint, fingerprint

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,23 +18,20 @@ from PIL import Image
 
 from pipelines.shards.audit.recorded import (
     Advance,
-    ByteCounter,
-    Recorded,
     Tar,
     TarReading,
-    can_record,
-    list_tars,
-    read_tars,
+    image_members,
+    read_members,
+    read_shards,
+    read_sidecar,
     stamp,
 )
 from pipelines.shards.erased import pixels_digest
-from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo
+from pipelines.shards.index import Dataset, ShardIndex, ShardInfo
 from pipelines.shards.ingest.alike import fingerprint
-from pipelines.shards.members import IMAGE_MEMBERS, FlawError, decode_pixels
-from pipelines.storage import NotFoundError, Storage, join, layout
+from pipelines.shards.members import FlawError, decode_pixels
+from pipelines.storage import Storage, layout
 
-BLOCK_BYTES = 16 << 20
-"""Bytes of a tar that are in memory at a time, unless a single image has more."""
 DIGEST_BYTES = 16
 _ROW = np.dtype([("file", "V16"), ("pixels", "V16"), ("hash", "<i8")])
 
@@ -143,56 +140,10 @@ def read_prints(dataset: Dataset, storage: Storage, reading: TarReading) -> Iter
     Args:
         reading: where tars without a record are read, and who is told.
     """
-    stored = list_tars(dataset.uri, storage)
-    shards = [shard for split in dataset.splits for shard in dataset.shards(split) if shard.name in stored]
-    tars = [replace(stored[shard.name], expected=shard) for shard in shards]
-    folder = join(dataset.uri, layout.PRINTS)
-    kept = can_record(folder, storage)
-    if not kept:
-        reading.notice(f"{folder} cannot be written, so all shards are read again at every call")
     work = PrintTar(dataset.uri, storage, dataset.image_size, dataset.channels)
-    counter = ByteCounter(sum(tar.entry.size for tar in tars), reading.progress)
-    for place, prints in read_tars(Recorded(work, storage, folder if kept else None), tars, counter, reading):
-        yield shards[place], prints
-
-
-def read_sidecar(shard: ShardInfo, folder: str, storage: Storage) -> ShardIndex:
-    """Return the index of a shard.
-
-    Raises:
-        DatasetError: it is gone or damaged.
-    """
-    where = layout.index_name(shard.address(folder))
-    try:
-        return ShardIndex.from_json(storage.read(where))
-    except (NotFoundError, DatasetError) as error:
-        raise DatasetError(f"{where}: {error}; write it again with `ddpm index {folder} --replace`") from error
+    yield from read_shards(dataset, work, layout.PRINTS, storage, reading)
 
 
 def read_images(index: ShardIndex, uri: str, storage: Storage) -> Iterator[tuple[int, str, memoryview]]:
     """Yield (index of the sample, extension, bytes) of each sample with an image, in the order of the tar."""
-    wanted = sorted(_images(index).items(), key=lambda item: item[1][1].offset)
-    at = 0
-    while at < len(wanted):
-        start, stop, first = wanted[at][1][1].offset, 0, at
-        while at < len(wanted) and (at == first or _end(wanted[at][1][1]) - start <= BLOCK_BYTES):
-            stop = max(stop, _end(wanted[at][1][1]))
-            at += 1
-        block = memoryview(storage.read(uri, start, stop))
-        for i, (name, member) in wanted[first:at]:
-            yield i, name, block[member.offset - start : _end(member) - start]
-
-
-def _end(member: Member) -> int:
-    return member.offset + member.size
-
-
-def _images(index: ShardIndex) -> Mapping[int, tuple[str, Member]]:
-    """Return the image that training reads of each sample that has one."""
-    found: dict[int, tuple[str, Member]] = {}
-    for name in IMAGE_MEMBERS:
-        if name in index.columns:
-            for i, row in enumerate(index.rows(name)):
-                if row[0] >= 0:
-                    found.setdefault(i, (name, Member(*row)))
-    return found
+    yield from read_members(image_members(index), uri, storage)

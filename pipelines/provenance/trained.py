@@ -22,12 +22,12 @@ from pipelines.checkpoints.files import CheckpointState
 from pipelines.config import timesteps_of
 from pipelines.presentation.errors import ConfigError, PipelineError
 from pipelines.provenance.find import Match
-from pipelines.shards.erased import datasets_before
-from pipelines.shards.index import Dataset, DatasetError, MixtureSource, read_dataset
+from pipelines.shards.erased import stream_before
+from pipelines.shards.index import Dataset, DatasetError, MixtureSource
 from pipelines.shards.joined import TRAIN
 from pipelines.shards.mixture import MixtureOrder
 from pipelines.shards.order import Ints, SampleOrder
-from pipelines.shards.quarantine import Quarantine, kept_places, kept_shards, quarantine_of
+from pipelines.shards.quarantine import Quarantine, kept_places, kept_shards
 from pipelines.shards.stream import mixture_order, sample_order
 from pipelines.storage import NotFoundError, Storage, join, layout
 
@@ -185,12 +185,11 @@ class Training:
 
     def _part(self, uri: str, digest: str, storage: Storage) -> tuple[Dataset, Quarantine | None]:
         try:
-            for dataset in datasets_before(read_dataset(uri, storage), storage):
-                found = quarantine_of(dataset, digest, storage)
-                if found is not None:
-                    return dataset, found[0]
+            found = stream_before(uri, digest, storage)
         except (DatasetError, NotFoundError) as error:
             raise UnknownOrderError(f"run '{self.run}' was trained on {uri}, which cannot be read: {error}") from error
+        if found is not None:
+            return found
         raise UnknownOrderError(
             f"run '{self.run}' was trained on data with the digest {digest[:12]}, and {uri} has another one now, with "
             f"every quarantine that is kept in {layout.QUARANTINES}/: the dataset was written again, or a release that "

@@ -23,8 +23,9 @@ from pipelines.evaluation.score_blocks import score_table, what_was_scored
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation import markdown
 from pipelines.presentation.blocks import Block, Code, Image, Items, Link, Listing, Section, Strong, Text, Words
-from pipelines.registry.evidence import Evidence
+from pipelines.registry.evidence import TRAINING_DATA, Evidence
 from pipelines.registry.verdict import Verdict, verdict_blocks
+from pipelines.shards.audit.contents import SourceContents, contents_rows
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
 from pipelines.shards.joined import weight_in_words
 from pipelines.storage import Storage, StorageError
@@ -224,7 +225,7 @@ def _use(reference: str, evidence: Evidence, spec: ModelSpec) -> list[Block]:
 def _data(evidence: Evidence, spec: ModelSpec, dataset: Dataset | None) -> Items:
     scores, lineage = evidence.scores, evidence.lineage
     rows: list[Words] = [("data: ", Code(evidence.dataset_uri)), ("digest: ", Code(scores.dataset_digest[:SHORT]))]
-    if dataset is not None:
+    if dataset is not None and not lineage.get(TRAINING_DATA):
         same = "" if dataset.digest == scores.dataset_digest else " (there now, which is other data)"
         rows.append("images: " + ", ".join(f"{dataset.samples(s):,} {s}" for s in dataset.splits) + same)
     rows.append(f"left out by quarantine: {int(lineage.get('quarantined', 0)):,}")
@@ -240,6 +241,10 @@ def _data(evidence: Evidence, spec: ModelSpec, dataset: Dataset | None) -> Items
     ]
     if not sources and lineage.get("dataset_digest") not in (None, scores.dataset_digest):
         rows.append(("trained on other data: ", Code(str(lineage.get("dataset_uri")))))
+    for plain in lineage.get(TRAINING_DATA, ()):
+        source = SourceContents.from_plain(plain)
+        of = f" of {source.name}" if source.name else ""
+        rows += [f"{name}{of}: {value}" for name, value in contents_rows(source)]
     shown = ", ".join(spec.classes[:NAMES])
     more = len(spec.classes) - NAMES
     rows.append(f"classes: {shown}, and {more:,} more" if more > 0 else f"classes: {shown or 'none'}")

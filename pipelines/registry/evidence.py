@@ -23,6 +23,8 @@ MODEL = "model"
 """Name of the signed folder, among the artifacts of a version."""
 SIGNATURE = "model.sig"
 """Name of its signature, beside it."""
+TRAINING_DATA = "training_data"
+"""Key of the lineage: what the data hold that the model was trained on, a list with each source."""
 FORMAT = 1
 PACKAGES = ("mlflow", "numpy", "ray", "safetensors", "torch")
 """Packages whose releases are recorded."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from ddpm.generate import Sampling
 from ddpm.inference import COLUMNS, parameters
-from ddpm.model import TEXT_ENCODER, Model, save_guides, save_model
+from ddpm.model import TEXT_ENCODER, Model, ModelSpec, save_guides, save_model
 from pipelines import tracking
 from pipelines.checkpoints import references
 from pipelines.checkpoints.references import Resolved
@@ -31,6 +31,7 @@ from pipelines.registry.evidence import (
     PACKAGE,
     SERVED_HERE,
     SIGNATURE,
+    TRAINING_DATA,
     Evidence,
     code_files,
     file_digests,
@@ -38,9 +39,13 @@ from pipelines.registry.evidence import (
     requirements,
 )
 from pipelines.registry.probe import draw_probe
+from pipelines.remote.spread import OverRay, obstacle_to_tasks
+from pipelines.shards.audit.contents import plain_contents, trained_contents
+from pipelines.shards.audit.recorded import InThreads, TarReading
+from pipelines.shards.index import DatasetError
 from pipelines.shards.text import is_path, local_encoder
 from pipelines.signing import Signer, check_signing
-from pipelines.storage import Storage, layout
+from pipelines.storage import Storage, StorageError, layout
 from pipelines.tracking import ModelVersion, Pyfunc, Tracker, links
 
 
@@ -258,9 +263,29 @@ def register_once(
         model = references.guided(
             resolved.model, Sampling.from_json(scores.sampling), config.tracking.uri, Storage.of(config)
         )
+        model = replace(model, spec=with_training_data(model.spec, Storage.of(config), display))
         version = register(replace(resolved, model=model), name, scores, dataset_uri, Signer.of(config.registry))
     page = links.version_page(name, version.version)
     where = f"as [{name} version {version.version}]({page}), which has its evidence and the gate's verdict."
     tracking.describe(tracker, {"Registered": where})
     tracking.set_alias(tracker.uri, name, CANDIDATE, version.version)
     return version
+
+
+def with_training_data(spec: ModelSpec, storage: Storage, display: Display) -> ModelSpec:
+    """Return the description of a model with what the data hold that it was trained on, in its lineage.
+
+    Where that cannot be read any more, it is said, and the description stays as it is.
+    """
+    if TRAINING_DATA in spec.lineage or "stream_digest" not in spec.lineage:
+        return spec
+    uris = [source["uri"] for source in spec.lineage.get("sources", ())] or [spec.lineage["dataset_uri"]]
+    obstacle = obstacle_to_tasks(uris)
+    runner = InThreads(because=obstacle) if obstacle is not None else OverRay("read tars")
+    reading = TarReading(runner, display.counter("register", "MiB"))
+    try:
+        found = trained_contents(spec.lineage, storage, reading)
+    except (DatasetError, StorageError) as error:
+        display.stage("register", f"without a summary of the training data: {error}")
+        return spec
+    return replace(spec, lineage={**spec.lineage, TRAINING_DATA: plain_contents(found)})

@@ -9,6 +9,7 @@ from pipelines.evaluation.scores import Scores
 from pipelines.presentation.charts import Point
 from pipelines.presentation.images import Picture
 from pipelines.registry import Verdict
+from pipelines.shards.audit.contents import SourceContents
 from pipelines.training.goodput import Goodput
 
 
@@ -69,6 +70,7 @@ class Facts:
         link: address of the run's page in MLflow; "" if it has none for a browser.
         training: rows (setting, value) about the training.
         data: rows (property, value) about the dataset.
+        contents: what the data hold that the model was trained on, for each source.
         goodput: where the time went.
         wall_s: seconds from the first start to the last end; None if unknown.
         curves: metric -> points by images seen.
@@ -97,6 +99,7 @@ class Facts:
     link: str = ""
     training: Sequence[tuple[str, str]] = ()
     data: Sequence[tuple[str, str]] = ()
+    contents: Sequence[SourceContents] = ()
     goodput: Goodput | None = None
     wall_s: float | None = None
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)

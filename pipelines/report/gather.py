@@ -33,6 +33,8 @@ from pipelines.report.facts import Facts, Tried
 from pipelines.report.subject import ReportSubject
 from pipelines.search.space import get_value
 from pipelines.search.study import StudyStore, TrialRecord
+from pipelines.shards.audit.contents import SourceContents, trained_contents
+from pipelines.shards.audit.recorded import IN_THREADS
 from pipelines.shards.index import read_dataset
 from pipelines.shards.joined import read_data, weight_in_words
 from pipelines.shards.read import spread_positions
@@ -105,6 +107,7 @@ class _Reader:
         spec = self._read("the description of the model", lambda: next(described, None))
         training = self._training(settings, spec, seen)
         data = self._read("the data", lambda: self._data(settings)) or ()
+        contents = () if spec is None else self._read("what the training data hold", lambda: self._contents(spec)) or ()
         curves = self._read("the curves", lambda: self._curves(published)) or {}
         recorded = self._read("the scores", self._recorded) or []
         of_scores = self._scores(recorded, published, spec, seen)
@@ -124,6 +127,7 @@ class _Reader:
             link=self._link(),
             training=training,
             data=data,
+            contents=contents,
             curves=curves,
             verdicts=verdicts,
             bound=bound,
@@ -218,6 +222,9 @@ class _Reader:
             listed = f": {shown}{f' and {more:,} more' if more > 0 else ''}" if shown else ""
             rows.append(("classes", f"{len(dataset.classes):,}{listed}"))
         return tuple(rows)
+
+    def _contents(self, spec: ModelSpec) -> tuple[SourceContents, ...]:
+        return trained_contents(spec.lineage, self.storage, IN_THREADS) if "stream_digest" in spec.lineage else ()
 
     def _curves(self, published: Sequence[Published]) -> dict[str, tuple[Point, ...]]:
         tracker = self.subject.tracker

@@ -11,6 +11,7 @@ from pipelines.presentation.charts import Chart, Point, Series
 from pipelines.registry.verdict import verdict_blocks
 from pipelines.report.facts import Facts
 from pipelines.report.gather import ACCURACY, DISTANCE, SOURCE_LOSS
+from pipelines.shards.audit.contents import contents_rows
 
 LEAST_S = 0.05
 """Shortest part of a run's time that is shown, in seconds."""
@@ -21,7 +22,20 @@ _FRECHET = "Frechet distance"
 
 def sections(facts: Facts) -> tuple[Section, ...]:
     """Return the sections of a report for which there are facts."""
-    makers = (_training, _time, _curves, _scores, _gate, _samples, _growth, _film, _levels, _settings, _inpainting)
+    makers = (
+        _training,
+        _contents,
+        _time,
+        _curves,
+        _scores,
+        _gate,
+        _samples,
+        _growth,
+        _film,
+        _levels,
+        _settings,
+        _inpainting,
+    )
     found = [section for make in (*makers, _nearest, _notes) if (section := make(facts)) is not None]
     return tuple(found)
 
@@ -32,6 +46,15 @@ def _training(facts: Facts) -> Section | None:
     ]
     how = "These settings, on these data and with this code, are what the model comes from; the digest names the data."
     return Section("training", "What was trained", blocks, how) if blocks else None
+
+
+def _contents(facts: Facts) -> Section | None:
+    tables = [Table(("", source.name or "the dataset"), contents_rows(source)) for source in facts.contents]
+    how = (
+        "Counted in the shards without what is in quarantine; licences and addresses are what the metadata of the "
+        "samples say, and copies are images whose file is the same as that of another one."
+    )
+    return Section("data", "What the training data hold", tables, how) if tables else None
 
 
 def _time(facts: Facts) -> Section | None:

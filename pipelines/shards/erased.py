@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.shards.index import Dataset, ShardIndex, make_dataset
+from pipelines.shards.index import Dataset, ShardIndex, make_dataset, read_dataset
+from pipelines.shards.quarantine import Quarantine, quarantine_of
 from pipelines.signing import SignatureError, Trust, said, unseal
 from pipelines.storage import Storage, join, layout
 
@@ -173,6 +174,22 @@ def datasets_before(dataset: Dataset, storage: Storage, trust: Trust | None = No
             return
         yield earlier
         todo, dataset = [each for each in todo if each.before != earlier.digest], earlier
+
+
+def stream_before(uri: str, digest: str, storage: Storage) -> tuple[Dataset, Quarantine | None] | None:
+    """Return the dataset and the quarantine whose stream has a digest, as it is or as it was before erasures.
+
+    Returns:
+        None where the dataset was written again since, or the quarantine is not kept.
+
+    Raises:
+        DatasetError: there is no dataset, or it is damaged.
+    """
+    for dataset in datasets_before(read_dataset(uri, storage), storage):
+        found = quarantine_of(dataset, digest, storage)
+        if found is not None:
+            return dataset, found[0]
+    return None
 
 
 def pixels_digest(pixels: NDArray[np.uint8]) -> bytes:

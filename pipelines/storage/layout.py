@@ -26,6 +26,8 @@ PRINTS = "prints"
 QUARANTINES = "quarantines"
 """Folder of every quarantine that the dataset has had, each named after its digest: the order of a training that began
 under an earlier one can be computed as long as it is there."""
+CONTENTS = "contents"
+"""Folder of the counts of what the shards hold, one for each tar."""
 ERASURES = "erasures"
 """Folder of the records of erased samples, each named after the digest that the dataset had before."""
 SHARD_SUFFIX, INDEX_SUFFIX = ".tar", ".index.json"

@@ -10,7 +10,8 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from pipelines.provenance.prints import read_images, read_sidecar
+from pipelines.provenance.prints import read_images
+from pipelines.shards.audit.recorded import read_sidecar
 from pipelines.shards.index import read_dataset
 from pipelines.shards.quarantine import Problem, make_quarantine, store_quarantine
 from pipelines.storage import Storage

@@ -12,22 +12,25 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 from uuid import uuid4
 
 import PIL
 
 from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
-from pipelines.shards.index import ShardInfo
-from pipelines.storage import Entry, Storage, StorageError, TransientStorageError, join, layout
+from pipelines.shards.index import Dataset, DatasetError, Member, ShardIndex, ShardInfo
+from pipelines.shards.members import IMAGE_MEMBERS
+from pipelines.storage import Entry, NotFoundError, Storage, StorageError, TransientStorageError, join, layout
 
 RELEASE = 1
 """Of the form of the records and of what is looked for in a tar; a record of another release does not hold."""
 LOOKUPS = 32
 """Records that are read or deleted at a time."""
+BLOCK_BYTES = 16 << 20
+"""Bytes of a tar that are in memory at a time, unless a single member has more."""
 
 Advance = Callable[[int], None]
 """Called with a number of bytes that were read."""
@@ -286,3 +289,75 @@ class ByteCounter:
             whole = -(-self.total // 2**20)
             if whole:
                 self.progress(whole if self.done >= self.total else self.done // 2**20, whole)
+
+
+def read_shards(
+    dataset: Dataset, work: TarWork[R], folder: str, storage: Storage, reading: TarReading
+) -> Iterator[tuple[ShardInfo, R]]:
+    """Yield what work gives for each shard of a dataset, as soon as it is known, and record it below the dataset.
+
+    Shards that are not there are left out; `ddpm check` names them.
+
+    Args:
+        folder: name of the folder of the records, below the dataset.
+        reading: where tars without a record are read, and who is told.
+    """
+    stored = list_tars(dataset.uri, storage)
+    shards = [shard for split in dataset.splits for shard in dataset.shards(split) if shard.name in stored]
+    tars = [replace(stored[shard.name], expected=shard) for shard in shards]
+    records = join(dataset.uri, folder)
+    kept = can_record(records, storage)
+    if not kept:
+        reading.notice(f"{records} cannot be written, so all shards are read again at every call")
+    counter = ByteCounter(sum(tar.entry.size for tar in tars), reading.progress)
+    for place, result in read_tars(Recorded(work, storage, records if kept else None), tars, counter, reading):
+        yield shards[place], result
+
+
+def read_sidecar(shard: ShardInfo, folder: str, storage: Storage) -> ShardIndex:
+    """Return the index of a shard.
+
+    Raises:
+        DatasetError: it is gone or damaged.
+    """
+    where = layout.index_name(shard.address(folder))
+    try:
+        return ShardIndex.from_json(storage.read(where))
+    except (NotFoundError, DatasetError) as error:
+        raise DatasetError(f"{where}: {error}; write it again with `ddpm index {folder} --replace`") from error
+
+
+def image_members(index: ShardIndex) -> dict[int, tuple[str, Member]]:
+    """Return the image that training reads of each sample that has one: index -> its extension and place."""
+    found: dict[int, tuple[str, Member]] = {}
+    for name in IMAGE_MEMBERS:
+        if name in index.columns:
+            for i, row in enumerate(index.rows(name)):
+                if row[0] >= 0:
+                    found.setdefault(i, (name, Member(*row)))
+    return found
+
+
+def read_members(
+    members: Mapping[int, tuple[str, Member]], uri: str, storage: Storage
+) -> Iterator[tuple[int, str, memoryview]]:
+    """Yield (index of the sample, extension, bytes) of members of a tar, in its order, which is read in blocks.
+
+    Args:
+        members: index of the sample -> extension and place of the member.
+        uri: address of the tar.
+    """
+    wanted = sorted(members.items(), key=lambda item: item[1][1].offset)
+    at = 0
+    while at < len(wanted):
+        start, stop, first = wanted[at][1][1].offset, 0, at
+        while at < len(wanted) and (at == first or _end(wanted[at][1][1]) - start <= BLOCK_BYTES):
+            stop = max(stop, _end(wanted[at][1][1]))
+            at += 1
+        block = memoryview(storage.read(uri, start, stop))
+        for i, (name, member) in wanted[first:at]:
+            yield i, name, block[member.offset - start : _end(member) - start]
+
+
+def _end(member: Member) -> int:
+    return member.offset + member.size

@@ -11,7 +11,7 @@ from pipelines.presentation.errors import ConfigError
 from pipelines.provenance import prints
 from pipelines.provenance.find import Query, find
 from pipelines.shards.audit.foreign import index_tars
-from pipelines.shards.audit.recorded import IN_THREADS
+from pipelines.shards.audit.recorded import IN_THREADS, read_sidecar
 from pipelines.shards.index import read_dataset
 from pipelines.shards.ingest.write import ingest
 from pipelines.storage import Storage
@@ -78,7 +78,7 @@ def test_a_picture_of_other_bytes_is_found_by_its_pixels(ingested):
 def images(dataset):
     for split in dataset.splits:
         for shard in dataset.shards(split):
-            index = prints.read_sidecar(shard, dataset.uri, STORAGE)
+            index = read_sidecar(shard, dataset.uri, STORAGE)
             for i, _, data in prints.read_images(index, shard.address(dataset.uri), STORAGE):
                 yield index.keys[i], bytes(data)
 
