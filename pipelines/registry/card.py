@@ -228,7 +228,8 @@ def _data(evidence: Evidence, spec: ModelSpec, dataset: Dataset | None) -> Items
     if dataset is not None and not lineage.get(TRAINING_DATA):
         same = "" if dataset.digest == scores.dataset_digest else " (there now, which is other data)"
         rows.append("images: " + ", ".join(f"{dataset.samples(s):,} {s}" for s in dataset.splits) + same)
-    rows.append(f"left out by quarantine: {int(lineage.get('quarantined', 0)):,}")
+    if not lineage.get(TRAINING_DATA):
+        rows.append(f"left out by quarantine: {int(lineage.get('quarantined', 0)):,}")
     sources = lineage.get("sources", [])
     rows += [
         (

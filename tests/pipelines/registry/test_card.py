@@ -8,11 +8,13 @@ from ddpm.models import UNetConfig
 from pipelines import tracking
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.registry.card import LARGEST, MARK, Origin, below_notes, card, describe, parameters
-from pipelines.registry.evidence import Evidence
+from pipelines.registry.evidence import TRAINING_DATA, Evidence
 from pipelines.registry.verdict import Verdict, VerdictRow
+from pipelines.shards.audit.contents import plain_contents
 from pipelines.shards.index import ShardInfo, make_dataset
 from pipelines.storage import Storage
 from pipelines.tracking import ModelVersion, TrackingError
+from tests.pipelines.report.facts import CONTENTS
 
 SAMPLING = Sampling.of(steps=50, scale=2.0)
 SPEC = ModelSpec(
@@ -200,6 +202,25 @@ def test_a_model_of_a_mixture_names_its_sources_with_weights_and_digests():
     assert "- trained on source web (weight 1): `s3://b/web`, digest `888888888888`" in lines
     assert not any("other data" in line for line in lines)
     assert "sources" not in evidence.tags()  # a tag may be no longer than the server's limit
+
+
+def test_the_card_has_the_summary_of_the_training_data():
+    about = plain_contents([CONTENTS, replace(CONTENTS, name="web", licences={}, changed=True)])
+    lines = text_of(replace(EVIDENCE, lineage=EVIDENCE.lineage | {TRAINING_DATA: about})).splitlines()
+    for line in (
+        "- images: 1,438 train, 359 test",
+        "- images of each class: zero 800, one 600",
+        "- without a class: 38",
+        "- with a caption: 12",
+        "- licences: CC0 700; 738 say none",
+        "- from 1 host: a.example 5",
+        "- copies of another file: 2; 3 pairs are nearly the same",
+        "- left out by quarantine: decode 4",
+        "- erased: 1",
+        "- licences of web: their metadata say none",
+        "- images of web: 1,438 train, 359 test (as it is now: the dataset has changed since)",
+    ):
+        assert line in lines, line
 
 
 def test_a_model_that_was_tuned_from_another_one_names_it():

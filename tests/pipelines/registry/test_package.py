@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from importlib.metadata import version
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from ddpm.model import Model, load_model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet
 from pipelines.checkpoints.references import Resolved
-from pipelines.registry.evidence import Evidence, EvidenceError, code_files, requirements
-from pipelines.registry.package import RegistryError, bundled_encoder, register, write_version
+from pipelines.registry.evidence import TRAINING_DATA, Evidence, EvidenceError, code_files, requirements
+from pipelines.registry.package import RegistryError, bundled_encoder, register, with_training_data, write_version
 from pipelines.registry.probe import ProbeError
+from pipelines.shards.audit.foreign import index_tars
+from pipelines.shards.quarantine import stream_digest
 from pipelines.signing import Signer, Trust
+from pipelines.storage import Storage
 from tests.pipelines.registry.version import CONFIG, SAMPLING, SPEC, UNET, a_model, scores
+from tests.pipelines.shards.tars import picture, write_shard
 
 
 def written(folder, model=None, found=None) -> Evidence:
@@ -185,3 +190,25 @@ def test_evidence_reads_as_it_was_written(home, tmp_path):
     evidence = written(tmp_path)
     assert Evidence.from_json(evidence.to_json()) == evidence
     assert json.loads(evidence.tags()["sampling"]) == SAMPLING.to_json()
+
+
+def test_what_the_training_data_hold_is_in_the_signed_lineage(home, tmp_path):
+    (tmp_path / "data").mkdir()
+    entries = [each for i in range(6) for each in ((f"{i}.png", picture(i)), (f"{i}.cls", str(i % 2).encode()))]
+    write_shard(tmp_path / "data/train-0.tar", entries)
+    storage, display = Storage(), Mock()
+    dataset = index_tars(f"file://{tmp_path}/data", storage).dataset
+    lineage = {"dataset_uri": dataset.uri, "stream_digest": stream_digest(dataset, None)}
+    spec = with_training_data(replace(SPEC, lineage=lineage), storage, display)
+    evidence = written(tmp_path / "version", replace(a_model(), spec=spec))
+    (data,) = evidence.lineage[TRAINING_DATA]
+    assert (data["images"], data["classes"]) == ({"train": 6}, {"0": 3, "1": 3})
+    assert with_training_data(spec, storage, display) is spec
+    display.stage.assert_not_called()
+
+
+@pytest.mark.parametrize("lineage", [{}, {"dataset_uri": "file:///nowhere", "stream_digest": "s"}])
+def test_data_of_which_nothing_is_recorded_or_that_are_gone_keep_no_model_from_being_registered(lineage):
+    spec, display = replace(SPEC, lineage=lineage), Mock()
+    assert with_training_data(spec, Storage(), display) is spec
+    assert display.stage.called is bool(lineage)

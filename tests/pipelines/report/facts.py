@@ -13,6 +13,7 @@ from pipelines.presentation.charts import Point
 from pipelines.presentation.images import Picture
 from pipelines.registry import Verdict, VerdictRow
 from pipelines.report.facts import Facts, FilmStrip, Levels, Tried
+from pipelines.shards.audit.contents import SourceContents
 from pipelines.training.goodput import Attempt, Session, measure
 
 SCORES = Scores(
@@ -48,6 +49,21 @@ VERDICT = Verdict(
     ),
     at="2026-01-01T00:00:00+00:00",
 )
+CONTENTS = SourceContents(
+    name="",
+    uri="s3://ddpm/datasets/digits",
+    digest="s" * 64,
+    changed=False,
+    images={"train": 1438, "test": 359},
+    classes={"zero": 800, "one": 600, "": 38},
+    captions=12,
+    licences={"CC0": 700},
+    hosts={"a.example": 5},
+    copies=2,
+    near_duplicates=3,
+    left_out={"decode": 4},
+    erased=1,
+)
 GOODPUT = measure([Session(0.0, 100.0, (Attempt(5.0, 95.0, 0, 1000, {"step": 70.0, "data": 5.0, "startup": 15.0}),))])
 
 
@@ -68,6 +84,7 @@ FULL = Facts(
     link="http://127.0.0.1:5000/#/experiments/1/runs/abc",
     training=(("network", "unet, 1,234 parameters"), ("batch size", "128")),
     data=(("address", "s3://ddpm/datasets/digits"), ("images", "1,438 train, 359 test; grey 8 x 8")),
+    contents=(CONTENTS,),
     goodput=GOODPUT,
     wall_s=GOODPUT.wall_s,
     curves={

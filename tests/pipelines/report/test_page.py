@@ -18,10 +18,11 @@ from pipelines.report.facts import FilmStrip, Tried
 from pipelines.report.make import page as page_of
 from tests.pipelines.report.facts import FULL, GOODPUT, SCORES, picture
 
-EVERY = ["training", "time", "curves", "scores", "gate", "samples", "growth", "film", "levels"]
+EVERY = ["training", "data", "time", "curves", "scores", "gate", "samples", "growth", "film", "levels"]
 EVERY += ["settings", "inpainting", "nearest", "notes"]
 PARTS = {
     "training": {"training": (), "data": ()},
+    "data": {"contents": ()},
     "time": {"goodput": None, "wall_s": None},
     "curves": {"curves": {}},
     "scores": {"scores": None},
