@@ -23,7 +23,7 @@ from pipelines.evaluation.score_blocks import score_table, what_was_scored
 from pipelines.evaluation.scores import Scores
 from pipelines.presentation import markdown
 from pipelines.presentation.blocks import Block, Code, Image, Items, Link, Listing, Section, Strong, Text, Words
-from pipelines.registry.evidence import TRAINING_DATA, Evidence
+from pipelines.registry.evidence import Evidence
 from pipelines.registry.verdict import Verdict, verdict_blocks
 from pipelines.shards.audit.contents import SourceContents, contents_rows
 from pipelines.shards.index import Dataset, DatasetError, read_dataset
@@ -225,10 +225,10 @@ def _use(reference: str, evidence: Evidence, spec: ModelSpec) -> list[Block]:
 def _data(evidence: Evidence, spec: ModelSpec, dataset: Dataset | None) -> Items:
     scores, lineage = evidence.scores, evidence.lineage
     rows: list[Words] = [("data: ", Code(evidence.dataset_uri)), ("digest: ", Code(scores.dataset_digest[:SHORT]))]
-    if dataset is not None and not lineage.get(TRAINING_DATA):
+    if dataset is not None and not evidence.training_data:
         same = "" if dataset.digest == scores.dataset_digest else " (there now, which is other data)"
         rows.append("images: " + ", ".join(f"{dataset.samples(s):,} {s}" for s in dataset.splits) + same)
-    if not lineage.get(TRAINING_DATA):
+    if not evidence.training_data:
         rows.append(f"left out by quarantine: {int(lineage.get('quarantined', 0)):,}")
     sources = lineage.get("sources", [])
     rows += [
@@ -242,7 +242,7 @@ def _data(evidence: Evidence, spec: ModelSpec, dataset: Dataset | None) -> Items
     ]
     if not sources and lineage.get("dataset_digest") not in (None, scores.dataset_digest):
         rows.append(("trained on other data: ", Code(str(lineage.get("dataset_uri")))))
-    for plain in lineage.get(TRAINING_DATA, ()):
+    for plain in evidence.training_data:
         source = SourceContents.from_plain(plain)
         of = f" of {source.name}" if source.name else ""
         rows += [f"{name}{of}: {value}" for name, value in contents_rows(source)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -23,8 +23,6 @@ MODEL = "model"
 """Name of the signed folder, among the artifacts of a version."""
 SIGNATURE = "model.sig"
 """Name of its signature, beside it."""
-TRAINING_DATA = "training_data"
-"""Key of the lineage: what the data hold that the model was trained on, a list with each source."""
 FORMAT = 1
 PACKAGES = ("mlflow", "numpy", "ray", "safetensors", "torch")
 """Packages whose releases are recorded."""
@@ -55,6 +53,8 @@ class Evidence:
         code: SHA-256 of every file of the code that travels with the version, by its path there; see `code_files`.
         packages: package -> release.
         probe: how the pictures were drawn: `seed`, `count`, and on what; see `pipelines.registry.probe`.
+        training_data: what the data hold that the model was trained on, each source as `plain_contents` gives it;
+            empty where that is not known. It is of the time of the registration, so that it is no part of the model.
     """
 
     scores: Scores
@@ -65,6 +65,7 @@ class Evidence:
     code: dict[str, str]
     packages: dict[str, str]
     probe: dict[str, Any]
+    training_data: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def code_digest(self) -> str:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ddpm.generate import Sampling
 from ddpm.inference import COLUMNS, parameters
-from ddpm.model import TEXT_ENCODER, Model, ModelSpec, save_guides, save_model
+from ddpm.model import TEXT_ENCODER, Model, save_guides, save_model
 from pipelines import tracking
 from pipelines.checkpoints import references
 from pipelines.checkpoints.references import Resolved
@@ -31,7 +32,6 @@ from pipelines.registry.evidence import (
     PACKAGE,
     SERVED_HERE,
     SIGNATURE,
-    TRAINING_DATA,
     Evidence,
     code_files,
     file_digests,
@@ -53,7 +53,14 @@ class RegistryError(PipelineError):
     """There is no such model version in the registry, or none can be made."""
 
 
-def register(resolved: Resolved, name: str, scores: Scores, dataset_uri: str, signer: Signer) -> ModelVersion:
+def register(
+    resolved: Resolved,
+    name: str,
+    scores: Scores,
+    dataset_uri: str,
+    signer: Signer,
+    training_data: Sequence[dict[str, Any]] = (),
+) -> ModelVersion:
     """Make a version of a model with the settings that it was scored with.
 
     Args:
@@ -61,6 +68,7 @@ def register(resolved: Resolved, name: str, scores: Scores, dataset_uri: str, si
         name: of the registered model.
         scores: of the model.
         dataset_uri: of the data that it was scored on.
+        training_data: what the data hold that it was trained on.
 
     Raises:
         RegistryError: the model has no run that the version could belong to, or not the networks that guide it.
@@ -69,7 +77,9 @@ def register(resolved: Resolved, name: str, scores: Scores, dataset_uri: str, si
     tracker = run_of(resolved)
     with temporary_folder("package") as scratch:
         encoder = bundled_encoder(resolved.text_encoder) if resolved.model.spec.network.text_dim else None
-        evidence = write_version(scratch, resolved.model, scores, digest_of(resolved), dataset_uri, signer, encoder)
+        evidence = write_version(
+            scratch, resolved.model, scores, digest_of(resolved), dataset_uri, signer, encoder, training_data
+        )
         images_seen = int(evidence.lineage.get("images_seen", 0))
         pyfunc = pyfunc_of(scratch, resolved.model.spec.shape, evidence.packages)
         model_id = tracking.log_pyfunc(tracker, pyfunc, images_seen)
@@ -120,6 +130,7 @@ def write_version(
     dataset_uri: str,
     signer: Signer,
     text_encoder: Path | None = None,
+    training_data: Sequence[dict[str, Any]] = (),
 ) -> Evidence:
     """Write what a version is made of: the signed folder `MODEL`, and beside it `SIGNATURE`; return its evidence.
 
@@ -133,6 +144,7 @@ def write_version(
         model_digest: under which its weights are known; see `digest_of`.
         dataset_uri: of the data that it was scored on.
         text_encoder: folder of its text encoder, to be carried.
+        training_data: what the data hold that it was trained on.
 
     Raises:
         RegistryError: the model has not the networks that guide it.
@@ -155,6 +167,7 @@ def write_version(
         code=code_files(),
         packages=packages(text=model.spec.network.text_dim > 0),
         probe=probe,
+        training_data=list(training_data),
     )
     (inside / layout.EVIDENCE).write_text(evidence.to_json())
     signer.sign_folder(inside, folder / SIGNATURE)
@@ -263,8 +276,9 @@ def register_once(
         model = references.guided(
             resolved.model, Sampling.from_json(scores.sampling), config.tracking.uri, Storage.of(config)
         )
-        model = replace(model, spec=with_training_data(model.spec, Storage.of(config), display))
-        version = register(replace(resolved, model=model), name, scores, dataset_uri, Signer.of(config.registry))
+        contents = contents_of(model.spec.lineage, Storage.of(config), display)
+        resolved, signer = replace(resolved, model=model), Signer.of(config.registry)
+        version = register(resolved, name, scores, dataset_uri, signer, contents)
     page = links.version_page(name, version.version)
     where = f"as [{name} version {version.version}]({page}), which has its evidence and the gate's verdict."
     tracking.describe(tracker, {"Registered": where})
@@ -272,20 +286,19 @@ def register_once(
     return version
 
 
-def with_training_data(spec: ModelSpec, storage: Storage, display: Display) -> ModelSpec:
-    """Return the description of a model with what the data hold that it was trained on, in its lineage.
+def contents_of(lineage: Mapping[str, Any], storage: Storage, display: Display) -> list[dict[str, Any]]:
+    """Return what the data hold that a model was trained on, as JSON types, by its lineage.
 
-    Where that cannot be read any more, it is said, and the description stays as it is.
+    Where that cannot be read any more, it is said, and nothing is returned.
     """
-    if TRAINING_DATA in spec.lineage or "stream_digest" not in spec.lineage:
-        return spec
-    uris = [source["uri"] for source in spec.lineage.get("sources", ())] or [spec.lineage["dataset_uri"]]
+    if "stream_digest" not in lineage:
+        return []
+    uris = [source["uri"] for source in lineage.get("sources", ())] or [lineage["dataset_uri"]]
     obstacle = obstacle_to_tasks(uris)
     runner = InThreads(because=obstacle) if obstacle is not None else OverRay("read tars")
     reading = TarReading(runner, display.counter("register", "MiB"))
     try:
-        found = trained_contents(spec.lineage, storage, reading)
+        return plain_contents(trained_contents(lineage, storage, reading))
     except (DatasetError, StorageError) as error:
         display.stage("register", f"without a summary of the training data: {error}")
-        return spec
-    return replace(spec, lineage={**spec.lineage, TRAINING_DATA: plain_contents(found)})
+        return []

@@ -8,7 +8,7 @@ from ddpm.models import UNetConfig
 from pipelines import tracking
 from pipelines.evaluation.scores import Estimate, Scores
 from pipelines.registry.card import LARGEST, MARK, Origin, below_notes, card, describe, parameters
-from pipelines.registry.evidence import TRAINING_DATA, Evidence
+from pipelines.registry.evidence import Evidence
 from pipelines.registry.verdict import Verdict, VerdictRow
 from pipelines.shards.audit.contents import plain_contents
 from pipelines.shards.index import ShardInfo, make_dataset
@@ -206,7 +206,7 @@ def test_a_model_of_a_mixture_names_its_sources_with_weights_and_digests():
 
 def test_the_card_has_the_summary_of_the_training_data():
     about = plain_contents([CONTENTS, replace(CONTENTS, name="web", licences={}, changed=True)])
-    lines = text_of(replace(EVIDENCE, lineage=EVIDENCE.lineage | {TRAINING_DATA: about})).splitlines()
+    lines = text_of(replace(EVIDENCE, training_data=about)).splitlines()
     for line in (
         "- images: 1,438 train, 359 test",
         "- images of each class: zero 800, one 600",

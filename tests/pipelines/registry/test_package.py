@@ -12,8 +12,8 @@ from ddpm.model import Model, load_model
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.models.unet import UNet
 from pipelines.checkpoints.references import Resolved
-from pipelines.registry.evidence import TRAINING_DATA, Evidence, EvidenceError, code_files, requirements
-from pipelines.registry.package import RegistryError, bundled_encoder, register, with_training_data, write_version
+from pipelines.registry.evidence import Evidence, EvidenceError, code_files, requirements
+from pipelines.registry.package import RegistryError, bundled_encoder, contents_of, register, write_version
 from pipelines.registry.probe import ProbeError
 from pipelines.shards.audit.foreign import index_tars
 from pipelines.shards.quarantine import stream_digest
@@ -23,8 +23,9 @@ from tests.pipelines.registry.version import CONFIG, SAMPLING, SPEC, UNET, a_mod
 from tests.pipelines.shards.tars import picture, write_shard
 
 
-def written(folder, model=None, found=None) -> Evidence:
-    return write_version(folder, model or a_model(), found or scores(), "m" * 64, "file:///data", Signer.of(CONFIG))
+def written(folder, model=None, found=None, contents=()) -> Evidence:
+    model, found = model or a_model(), found or scores()
+    return write_version(folder, model, found, "m" * 64, "file:///data", Signer.of(CONFIG), training_data=contents)
 
 
 def test_a_version_is_signed_and_serves_what_was_scored(home, tmp_path):
@@ -192,23 +193,34 @@ def test_evidence_reads_as_it_was_written(home, tmp_path):
     assert json.loads(evidence.tags()["sampling"]) == SAMPLING.to_json()
 
 
-def test_what_the_training_data_hold_is_in_the_signed_lineage(home, tmp_path):
+def test_what_the_training_data_hold_is_in_the_signed_evidence_and_makes_no_other_model(home, tmp_path):
+    """A champion that is registered anew has to be known as the same model, though more is counted by then."""
     (tmp_path / "data").mkdir()
     entries = [each for i in range(6) for each in ((f"{i}.png", picture(i)), (f"{i}.cls", str(i % 2).encode()))]
     write_shard(tmp_path / "data/train-0.tar", entries)
     storage, display = Storage(), Mock()
     dataset = index_tars(f"file://{tmp_path}/data", storage).dataset
     lineage = {"dataset_uri": dataset.uri, "stream_digest": stream_digest(dataset, None)}
-    spec = with_training_data(replace(SPEC, lineage=lineage), storage, display)
-    evidence = written(tmp_path / "version", replace(a_model(), spec=spec))
-    (data,) = evidence.lineage[TRAINING_DATA]
-    assert (data["images"], data["classes"]) == ({"train": 6}, {"0": 3, "1": 3})
-    assert with_training_data(spec, storage, display) is spec
+    contents = contents_of(lineage, storage, display)
     display.stage.assert_not_called()
+    model = replace(a_model(), spec=replace(SPEC, lineage=lineage))
+    evidence, without = (
+        written(tmp_path / name, model, contents=each) for name, each in {"a": contents, "b": ()}.items()
+    )
+    (data,) = Evidence.read(tmp_path / "a" / "model").training_data
+    assert (data["images"], data["classes"]) == ({"train": 6}, {"0": 3, "1": 3})
+    assert evidence.content_digest == without.content_digest
+    assert evidence.tags() == without.tags()
+
+
+def test_evidence_of_an_earlier_release_says_nothing_of_the_training_data(home, tmp_path):
+    plain = json.loads(written(tmp_path).to_json())
+    assert plain.pop("training_data") == []
+    assert Evidence.from_json(json.dumps(plain)).training_data == []
 
 
 @pytest.mark.parametrize("lineage", [{}, {"dataset_uri": "file:///nowhere", "stream_digest": "s"}])
 def test_data_of_which_nothing_is_recorded_or_that_are_gone_keep_no_model_from_being_registered(lineage):
-    spec, display = replace(SPEC, lineage=lineage), Mock()
-    assert with_training_data(spec, Storage(), display) is spec
+    display = Mock()
+    assert contents_of(lineage, Storage(), display) == []
     assert display.stage.called is bool(lineage)
