@@ -63,18 +63,8 @@ class Neighbours:
         return len(self.distance)
 
     def relative(self) -> Tensor:
-        """Return the distance to the nearest over the mean distance to the other k - 1, float64 [N], in [0, 1].
-
-        It is about the same for dense and sparse parts of the training set, and for sharp and smooth images, and small
-        only where one training image stands out from its neighbours. It is 0 for an exact copy.
-
-        Raises:
-            ValueError: there is only one neighbour of each image.
-        """
-        if self.distance.shape[1] < 2:
-            raise ValueError("a relative distance needs k >= 2 neighbours of each image")
-        nearest, others = self.distance[:, 0].double(), self.distance[:, 1:].double().mean(1)
-        return torch.where(nearest > 0, nearest / others, 0.0)
+        """Return `relative_distance` of each image, float64 [N]."""
+        return relative_distance(self.distance)
 
     def closest(self, count: int) -> list[Pair]:
         """Return the `count` images of least relative distance, each with its training image, least first."""
@@ -84,6 +74,24 @@ class Neighbours:
             distance, mirrored = self.distance[i, 0].item(), bool(self.mirrored[i, 0])
             pairs.append(Pair(i, int(self.index[i, 0]), mirrored, (down, right), distance))
         return pairs
+
+
+def relative_distance(distance: Tensor) -> Tensor:
+    """Return the distance to the nearest over the mean distance to the other k - 1, float64 [N], in [0, 1].
+
+    It is about the same for dense and sparse parts of the training set, and for sharp and smooth images, and small only
+    where one training image stands out from its neighbours. It is 0 for an exact copy.
+
+    Args:
+        distance: of the k nearest training images of each image, nearest first, [N, k].
+
+    Raises:
+        ValueError: there is only one neighbour of each image.
+    """
+    if distance.shape[1] < 2:
+        raise ValueError("a relative distance needs k >= 2 neighbours of each image")
+    nearest, others = distance[:, 0].double(), distance[:, 1:].double().mean(1)
+    return torch.where(nearest > 0, nearest / others, 0.0)
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Memorisation:
         share: share of the samples whose relative distance is below `threshold`, or where that is 0, of those that
             match a training image exactly. With c copies among real images it is about c + level (1 - c).
         level: share of the held-out images whose relative distance is at most `threshold`.
-        threshold: in relative distance, `Neighbours.relative`.
+        threshold: in relative distance, `relative_distance`.
         authenticity: share of the samples that are farther from their nearest training image than that image is from
             the other training images (Alaa et al. 2022), about 1/2 for real images; None where not computed.
         n: number of samples.

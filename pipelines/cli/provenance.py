@@ -15,7 +15,9 @@ from pipelines.cli.common import (
     Threads,
     answer_json,
     check_address,
+    check_file,
     compose_running,
+    connect_for_model,
     names_cluster,
     tar_reading,
     terminal,
@@ -54,10 +56,27 @@ def seen(
     statement: Annotated[
         Path | None, typer.Option(help="Write a signed statement of the answer to this file, and FILE.sig")
     ] = None,
+    of: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Take the picture for a sample of this model: show what it is nearest to"),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="With --of: HTML file of the pictures; default: nearest-NAME.html")
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Say which datasets hold a picture, and which models were trained on it. Example: ddpm seen photo.jpg"""
+    if of is not None:
+        others = {"--data": data, "--exact": exact, "--statement": statement}
+        if given := [name for name, value in others.items() if value]:
+            raise typer.BadParameter(
+                f"{' and '.join(given)}: not with --of, which compares with the data of one model and says what is near"
+            )
+        _show_nearest(what, of, page, overrides, threads, as_json=as_json)
+        return
+    if page is not None:
+        raise typer.BadParameter("--page: only with --of MODEL, whose nearest training images it shows")
     folders = _folders(data)
     config = compose_running(overrides, services=["s3"], optional=["mlflow"])
 
@@ -77,6 +96,30 @@ def seen(
         path, signature = write_statement(found, statement, signer)
         terminal.stage("seen", f"statement: {path}, signed by {signer.key} in {signature}")
     answer_json(as_json, found.to_dict())
+
+
+def _show_nearest(
+    what: str, of: str, page: Path | None, overrides: list[str] | None, threads: int | None, *, as_json: bool
+) -> None:
+    """Show the training images that are nearest to a sample of a model."""
+    page = page or Path(f"nearest-{Path(what).stem}.html")
+    check_file("--page", page, "nearest.html")
+    config = connect_for_model(of, overrides, more=["s3"])
+
+    from pipelines.checkpoints.references import open_model
+    from pipelines.provenance.find import Query
+    from pipelines.provenance.nearest import nearest
+    from pipelines.storage import Storage
+
+    query = Query.parse(what, Storage.of(config))
+    resolved = open_model(of, config)
+    with terminal.live():
+        found = nearest(query, resolved, config, _reading("seen", config, threads))
+    page.write_text(found.page(), encoding="utf-8")
+    for line in found.lines():
+        terminal.stage("seen", line)
+    terminal.stage("seen", f"side by side: {page}")
+    answer_json(as_json, found.to_dict() | {"page": str(page)})
 
 
 def forget(

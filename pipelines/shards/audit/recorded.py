@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
@@ -302,9 +302,7 @@ def read_shards(
         folder: name of the folder of the records, below the dataset.
         reading: where tars without a record are read, and who is told.
     """
-    stored = list_tars(dataset.uri, storage)
-    shards = [shard for split in dataset.splits for shard in dataset.shards(split) if shard.name in stored]
-    tars = [replace(stored[shard.name], expected=shard) for shard in shards]
+    shards, tars = stored_shards(dataset, dataset.splits, storage)
     records = join(dataset.uri, folder)
     kept = can_record(records, storage)
     if not kept:
@@ -312,6 +310,13 @@ def read_shards(
     counter = ByteCounter(sum(tar.entry.size for tar in tars), reading.progress)
     for place, result in read_tars(Recorded(work, storage, records if kept else None), tars, counter, reading):
         yield shards[place], result
+
+
+def stored_shards(dataset: Dataset, splits: Iterable[str], storage: Storage) -> tuple[list[ShardInfo], list[Tar]]:
+    """Return the shards of these splits that are there, and the tar of each."""
+    stored = list_tars(dataset.uri, storage)
+    shards = [shard for split in splits for shard in dataset.shards(split) if shard.name in stored]
+    return shards, [replace(stored[shard.name], expected=shard) for shard in shards]
 
 
 def read_sidecar(shard: ShardInfo, folder: str, storage: Storage) -> ShardIndex:
