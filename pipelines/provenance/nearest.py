@@ -321,12 +321,13 @@ def _opened(uri: str, digest: str, storage: Storage) -> _Part:
     notes = [] if found else [f"{uri} has changed since it was trained on: its images are compared as they are now"]
     dataset, quarantine = found or (read_dataset(uri, storage), read_quarantine(uri, storage))
     left_out: dict[str, Collection[int] | None] = dict(_out(quarantine))
-    gone = erased_samples(dataset, storage)
+    names = set(dataset.shards(TRAIN).names)
+    gone = [place for place in erased_samples(dataset, storage) if place[0] in names]
     for shard, i in gone:
         already = left_out.get(shard, ())
         left_out[shard] = None if already is None else {*already, i}
     if gone:
-        notes.append(f"{len(gone):,} images of {uri} were erased, and cannot be compared")
+        notes.append(f"{len(gone):,} image{'s' * (len(gone) != 1)} of {uri} cannot be compared: erased since")
     return _Part(dataset, left_out, tuple(notes))
 
 
