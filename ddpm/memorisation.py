@@ -87,6 +87,10 @@ def relative_distance(distance: Tensor) -> Tensor:
 
     Raises:
         ValueError: there is only one neighbour of each image.
+
+    Example:
+        >>> relative_distance(torch.tensor([[1.0, 4.0, 6.0], [4.0, 4.0, 4.0]]))
+        tensor([0.2000, 1.0000], dtype=torch.float64)
     """
     if distance.shape[1] < 2:
         raise ValueError("a relative distance needs k >= 2 neighbours of each image")

@@ -16,6 +16,7 @@ from pipelines.cli.common import (
     answer_json,
     check_address,
     check_file,
+    compose,
     compose_running,
     connect_for_model,
     names_cluster,
@@ -42,9 +43,9 @@ def _folders(data: Sequence[str] | None) -> list[str]:
     return [check_address(uri) for uri in data or []]
 
 
-def _reading(verb: str, config: Config, threads: int | None) -> Callable[[], TarReading]:
-    """Return how tars are read: as Ray tasks where a cluster is named and no number of threads is given."""
-    over_ray = threads is None and names_cluster(config)
+def _reading(verb: str, config: Config, overrides: list[str] | None, threads: int | None) -> Callable[[], TarReading]:
+    """Return how tars are read: as Ray tasks where the user names a cluster and no number of threads."""
+    over_ray = threads is None and names_cluster(compose(overrides))
     return tar_reading(verb, config, [config.storage.root], threads, over_ray=over_ray)
 
 
@@ -88,7 +89,7 @@ def seen(
     query = Query.parse(what, Storage.of(config))
     signer = Signer.of(config.registry) if statement is not None else None
     with terminal.live():
-        reading = _reading("seen", config, threads)
+        reading = _reading("seen", config, overrides, threads)
         found = look(query, config, reading, data=folders, near=not exact)
     for line in found.lines():
         terminal.stage("seen", line)
@@ -114,7 +115,7 @@ def _show_nearest(
     query = Query.parse(what, Storage.of(config))
     resolved = open_model(of, config)
     with terminal.live():
-        found = nearest(query, resolved, config, _reading("seen", config, threads))
+        found = nearest(query, resolved, config, _reading("seen", config, overrides, threads))
     page.write_text(found.page(), encoding="utf-8")
     for line in found.lines():
         terminal.stage("seen", line)
@@ -135,7 +136,7 @@ def forget(
 ) -> None:
     """Take a picture out of all datasets, and aliases away from models trained on it. Example: ddpm forget photo.jpg"""
     folders = _folders(data)
-    config = compose_running(overrides, services=["s3", "mlflow"])
+    config = compose_running(overrides, services=["s3", "mlflow"], optional=["ray"])
 
     from pipelines.provenance.find import Query
     from pipelines.provenance.forget import forget as forget_picture
@@ -145,7 +146,7 @@ def forget(
 
     query = Query.parse(what, Storage.of(config))
     with terminal.live():
-        found = look(query, config, _reading("forget", config, threads), data=folders, near=near)
+        found = look(query, config, _reading("forget", config, overrides, threads), data=folders, near=near)
         done = forget_picture(
             found,
             config,

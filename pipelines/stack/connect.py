@@ -54,11 +54,15 @@ def data_addresses(config: Config) -> list[tuple[str, str]]:
     return [("data.uri", config.data.uri), *sources]
 
 
-def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -> Config:
+def fill(
+    config: Config, environ: Mapping[str, str], state: StackState | None, services: Collection[str] = stack.SERVICES
+) -> Config:
     """Return the configuration with every address filled in, and model folders by their absolute paths.
 
     Args:
         state: state of the local stack; None if it is not needed.
+        services: whose addresses the local stack may give. A verb gets no address of a service for which it has no
+            `client_environment`: without the token, a driver would wait for the local Ray head for many minutes.
 
     Raises:
         ConfigError: the local stack does not have the requested bucket.
@@ -67,7 +71,8 @@ def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -
     track = track.model_copy(update={"uri": track.uri or environ.get("MLFLOW_TRACKING_URI") or None})
     cluster = cluster.model_copy(update={"address": cluster.address or environ.get("RAY_ADDRESS") or None})
     if state is not None:
-        if state.s3_endpoint and "s3" in missing_services(config, environ, ["s3"]):
+        given = missing_services(config, environ, services)
+        if state.s3_endpoint and "s3" in given:
             if storage.root != f"s3://{state.bucket}" and not storage.root.startswith(f"s3://{state.bucket}/"):
                 raise ConfigError(
                     f"storage.root = {storage.root}: the local stack has the bucket {state.bucket}; "
@@ -76,8 +81,10 @@ def fill(config: Config, environ: Mapping[str, str], state: StackState | None) -
             storage = storage.model_copy(
                 update={"endpoint_url": state.s3_endpoint, "credentials_file": str(state.credentials_file)}
             )
-        track = track.model_copy(update={"uri": track.uri or state.tracking_uri})
-        cluster = cluster.model_copy(update={"address": cluster.address or state.ray_address})
+        if "mlflow" in given:
+            track = track.model_copy(update={"uri": state.tracking_uri})
+        if "ray" in given:
+            cluster = cluster.model_copy(update={"address": state.ray_address})
     update: dict[str, object] = {"storage": storage, "tracking": track, "cluster": cluster}
     if config.init_from is not None:
         update["init_from"] = anywhere(config.init_from)
@@ -118,7 +125,7 @@ def connect(
     missing = missing_services(config, environ, wanted)
     state = stack.up(home, missing, notice=notice) if missing else None
     os.environ.update(client_environment(state, missing))
-    filled = fill(config, environ, state)
+    filled = fill(config, environ, state, missing)
     if "ray" in wanted:
         has_keys = filled.storage.credentials_file or not filled.storage.root.startswith("s3://")
         services = ["mlflow"] if has_keys else ["mlflow", "s3"]
@@ -138,7 +145,7 @@ def connect_running(
     missing = missing_services(config, environ, wanted)
     state = stack.read_state(home) if missing else None
     os.environ.update(client_environment(state, missing))
-    return fill(config, environ, state), missing
+    return fill(config, environ, state, missing), missing
 
 
 def find_running(
@@ -177,8 +184,9 @@ def find_running(
             f"{'is' if len(down) == 1 else 'are'} not running, and no other is named: start the stack with `ddpm up`, "
             f"or set {' and '.join(_SETTINGS[service] for service in down)}"
         )
-    os.environ.update(client_environment(state, [service for service in missing if running[service]]))
-    return fill(config, environ, state)
+    found = [service for service in missing if running[service]]
+    os.environ.update(client_environment(state, found))
+    return fill(config, environ, state, found)
 
 
 def _without_secrets_here(config: Config, environ: Mapping[str, str]) -> tuple[Config, dict[str, str]]:

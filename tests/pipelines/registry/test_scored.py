@@ -41,7 +41,7 @@ def world(monkeypatch):
         found.scored.append((settings, dataset_uri))
         return replace(SCORES, sampling=settings.to_json()), True
 
-    def register(resolved, name, scores, dataset_uri, signer):
+    def register(resolved, name, scores, dataset_uri, signer, training_data):
         found.on_register(resolved)
         tags = {"scores": json.dumps(scores.to_plain(), sort_keys=True), "model_digest": "m"}
         found.versions.append(ModelVersion(name, str(len(found.versions) + 1), dataset_uri, tags, ()))
