@@ -47,6 +47,13 @@ def test_the_local_stack_has_one_bucket():
     assert fill(compose(["storage.root=s3://ddpm/team"]), {}, STACK).storage.endpoint_url == "http://127.0.0.1:1"
 
 
+def test_the_local_stack_gives_only_addresses_of_services_that_were_asked_for():
+    filled = fill(compose(), {}, STACK, ["s3"])
+    assert filled.storage.endpoint_url == "http://127.0.0.1:1"
+    assert (filled.tracking.uri, filled.cluster.address) == (None, None)
+    assert fill(compose(["cluster.address=mine:1"]), {}, STACK, []).cluster.address == "mine:1"
+
+
 @pytest.mark.parametrize("connecting", [connect, connect_running, find_running])
 @pytest.mark.parametrize("setting", ["storage.root", "data.uri"])
 def test_a_place_that_cannot_be_is_a_configuration_error_before_a_service_is_looked_for(connecting, setting, tmp_path):
