@@ -16,7 +16,7 @@ from pipelines.doctor import gpu
 from pipelines.doctor.gpu import tasks
 from pipelines.doctor.gpu.ranks import Place, Ranks
 from pipelines.doctor.gpu.tasks import GIB, Links, Trace, made_up_config
-from tests.pipelines.doctor.gpu.planted import FaultyRanks, corrupt_sums, scale_gradients, sleep_in_collectives
+from tests.pipelines.doctor.gpu.planted import FaultyRanks, corrupt_sums, scale_gradients, sleep_in_exchanges
 
 CPU = torch.device("cpu")
 BLOCKED = ("ray", "mlflow", "boto3", "botocore", "webdataset", "fsspec")
@@ -75,7 +75,7 @@ def test_links_of_ranks_that_work_are_ok():
 
 
 def test_the_links_of_a_rank_that_is_late_are_named():
-    links = {check.name: check for check in gpu.check_links(FaultyRanks(3, "cpu", sleep_in_collectives))}["links"]
+    links = {check.name: check for check in gpu.check_links(FaultyRanks(3, "cpu", sleep_in_exchanges))}["links"]
     assert links.status == "failed"
     assert "0-2" in links.found
     assert "1-2" in links.found
