@@ -36,6 +36,7 @@ _FIRST: dict[str, Any] = {
 }
 # Fields added later, with the values that reproduce the old behaviour; older files are read with these values.
 _NEUTRAL: dict[str, Any] = {
+    "time": "ratio",
     "spacing": "trailing",
     "timesteps": None,
     "clip_when": "after_guidance",

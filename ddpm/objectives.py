@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddpm.bound import vlb_term
 from ddpm.conditioning import Conditioning
 from ddpm.gaussian import q_sample
-from ddpm.prediction import Parameterization, from_output, split_output, target
+from ddpm.prediction import Parameterization, from_output, network_input, split_output, target
 from ddpm.schedule import NoiseSchedule
 from ddpm.settings import Settings, setting
 from ddpm.weights import Uniform, Weight
@@ -57,7 +57,7 @@ class Objective(Settings):
 
         Args:
             network: maps (x_t [B, C, H, W], table index t - 1 [B], cond) to [B, C, H, W], or [B, 2 C, H, W] if it
-                learns the variance.
+                learns the variance; see `ddpm.prediction.network_input`.
             x_0: clean images in [-1, 1], [B, C, H, W].
             t: timesteps in 1..T, int64 [B].
             eps: standard normal noise like x_0.
@@ -66,7 +66,7 @@ class Objective(Settings):
             ValueError: the loss is "hybrid" but the network does not learn the variance.
         """
         x_t = q_sample(x_0, t, eps, schedule)
-        output, fraction = split_output(network(x_t, (t - 1).float(), cond), x_0.shape[1])
+        output, fraction = split_output(network(*network_input(x_t, t, schedule, self.prediction), cond), x_0.shape[1])
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         if self.loss == "vlb":
             return self._vlb(output, fraction, x_0, x_t, t, schedule)

@@ -5,6 +5,10 @@ At a given (x_t, t) the forms are linear in each other (Salimans & Ho 2022, sec.
 "x0_skip" is x_0 by EDM's skip connection (Karras et al. 2022, eq. 7 and table 1, for data of standard deviation s),
     x_0 = (s^2 alpha_t x_t + r_t sigma_t F) / r_t^2,   r_t^2 = sigma_t^2 + s^2 alpha_t^2,
 for an output F that is in units of x_0 instead of s. Where nearly all is noise it is F, and at t = 0 it is x_t.
+"flow" is the velocity u of flow matching on the straight path z from x_0 to eps (Lipman et al. 2023; Liu et al. 2023),
+    z = x_t / (alpha_t + sigma_t) = (1 - tau) x_0 + tau eps,   tau = sigma_t / (alpha_t + sigma_t),   u = eps - x_0,
+which every schedule has up to that factor: u = (sigma_t - alpha_t) x_t + (alpha_t + sigma_t) v. A network with this
+output sees z and the time 1,000 tau, so that what it computes does not depend on the schedule.
 """
 
 from __future__ import annotations
@@ -24,8 +28,10 @@ from ddpm.conditioning import Conditioning
 from ddpm.schedule import NoiseSchedule
 from ddpm.settings import Settings, setting
 
-Parameterization = Literal["eps", "x0", "v", "score", "x0_skip"]
-PARAMETERIZATIONS: tuple[Parameterization, ...] = ("eps", "x0", "v", "score", "x0_skip")
+Parameterization = Literal["eps", "x0", "v", "score", "x0_skip", "flow"]
+PARAMETERIZATIONS: tuple[Parameterization, ...] = ("eps", "x0", "v", "score", "x0_skip", "flow")
+FLOW_TIME = 1000.0
+"""Factor of tau in the time that a network of "flow" sees: that of SD3 and diffusers."""
 SIGMA_DATA = 0.5
 """Standard deviation of images in [-1, 1], of "x0_skip" (EDM, Karras et al. 2022, table 1)."""
 
@@ -108,6 +114,9 @@ def from_output(
     alpha, sigma = coefficients(schedule, t, x_t)
     if kind == "v":
         return Prediction(x0=alpha * x_t - sigma * output, eps=sigma * x_t + alpha * output)
+    if kind == "flow":
+        total = alpha + sigma
+        return Prediction(x0=(x_t - sigma * output) / total, eps=(x_t + alpha * output) / total)
     if kind == "x0_skip":
         skip, out = skip_coefficients(alpha, sigma)
         output, kind = skip * x_t + out * output, "x0"
@@ -120,6 +129,26 @@ def from_output(
             raise ValueError("eps does not determine x_0 where alpha_t = 0 (zero terminal SNR): predict v or x0")
         return Prediction(x0=(x_t - sigma * output) / alpha, eps=output)
     raise ValueError(f"unknown parameterization {kind!r}; allowed: {', '.join(PARAMETERIZATIONS)}")
+
+
+def network_input(x_t: Tensor, t: Tensor, schedule: NoiseSchedule, kind: Parameterization) -> tuple[Tensor, Tensor]:
+    """Return what a network of this parameterization sees of (x_t, t): images [B, C, H, W] and times, float32 [B].
+
+    They are x_t and the table index t - 1. For t in [0, 1) that is the index 0, the lowest noise level that the network
+    was trained on. "flow" sees z and 1,000 tau; see the module's text.
+
+    Args:
+        t: timesteps in [0, T], [B].
+
+    Examples:
+        >>> schedule, x_t = NoiseSchedule(torch.tensor([1, 0.5]).double()), torch.ones(1, 1, 1, 1)
+        >>> [round(float(seen), 4) for seen in network_input(x_t, torch.tensor([1]), schedule, "flow")]
+        [0.7071, 500.0]
+    """
+    if kind == "flow":
+        alpha, sigma = coefficients(schedule, t, x_t)
+        return x_t / (alpha + sigma), (FLOW_TIME * schedule.flow_time(t)).float()
+    return x_t, (t - 1).clamp(min=0).float()
 
 
 def target(x_0: Tensor, eps: Tensor, t: Tensor | float, schedule: NoiseSchedule, kind: Parameterization) -> Tensor:
@@ -139,6 +168,8 @@ def target(x_0: Tensor, eps: Tensor, t: Tensor | float, schedule: NoiseSchedule,
         return alpha * eps - sigma * x_0
     if kind == "score":
         return -eps / sigma
+    if kind == "flow":
+        return eps - x_0
     if kind == "x0_skip":
         skip, out = skip_coefficients(alpha, sigma)
         return (x_0 - skip * (alpha * x_0 + sigma * eps)) / out
@@ -330,7 +361,7 @@ def check_parameterization(kind: str) -> None:
         >>> check_parameterization("noise")
         Traceback (most recent call last):
             ...
-        ValueError: unknown parameterization 'noise'; allowed: eps, x0, v, score, x0_skip
+        ValueError: unknown parameterization 'noise'; allowed: eps, x0, v, score, x0_skip, flow
     """
     if kind not in PARAMETERIZATIONS:
         raise ValueError(f"unknown parameterization {kind!r}; allowed: {', '.join(PARAMETERIZATIONS)}")
@@ -370,7 +401,7 @@ class NetworkDenoiser:
 
     Attributes:
         network: maps (x_t, table index t - 1 [B], cond) to an output of `kind`, [B, C, H, W], or [B, 2 C, H, W] if it
-            learns the variance.
+            learns the variance; see `network_input`.
         schedule: noise schedule that the network was trained with.
         kind: parameterization of the network's output.
         compiled: whether `torch.compile` translates the network at its first call. A second batch size is translated
@@ -392,8 +423,7 @@ class NetworkDenoiser:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning | None = None) -> Prediction:
         """Return the prediction of one forward pass; see `Denoiser`."""
         t = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
-        # For t in [0, 1) the network gets its input for t = 1, the lowest noise level it was trained on.
         call = _compiled_call() if self.compiled else _call
-        output = call(self.network, x_t, (t - 1).clamp(min=0).float(), cond).to(x_t.dtype)
+        output = call(self.network, *network_input(x_t, t, self.schedule, self.kind), cond).to(x_t.dtype)
         output, fraction = split_output(output, x_t.shape[1])
         return replace(from_output(output, x_t, t, self.schedule, self.kind), variance_fraction=fraction)

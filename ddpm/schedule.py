@@ -125,6 +125,12 @@ class NoiseSchedule:
         alpha_bar = self.alpha_bar(t)
         return ((1 - alpha_bar) / alpha_bar).sqrt()
 
+    def flow_time(self, t: Tensor | float) -> Tensor:
+        """Return tau = sigma / (alpha + sigma), float64 in [0, 1]: flow matching's time at this SNR; see `Flow`."""
+        alpha_bar = self.alpha_bar(t)
+        sigma = (1 - alpha_bar).sqrt()
+        return sigma / (alpha_bar.sqrt() + sigma)
+
     def angle(self, t: Tensor | float) -> Tensor:
         """Return atan2(sigma, alpha), float64, from 0 at t = 0 to at most pi / 2 (Salimans & Ho 2022, app. D)."""
         alpha_bar = self.alpha_bar(t)
@@ -354,8 +360,37 @@ class EDM(Settings):
         return from_log_snr(lambda u: -2 * self.rho * (low + u * (high - low)).log(), num_steps)
 
 
+@dataclass(frozen=True)
+class Flow(Settings):
+    """The straight path of flow matching, z = (1 - tau) x_0 + tau eps (Lipman et al. 2023; Liu et al. 2023).
+
+    Divided by sqrt((1 - tau)^2 + tau^2) it is the variance-preserving process with sigma / alpha = tau / (1 - tau),
+    tau = t / T, which is this schedule; it ends in pure noise. A shift multiplies sigma / alpha, which larger images
+    need (SD3, Esser et al. 2024, eq. 23); it is a `NoiseSchedule.shifted` by -2 ln(shift).
+
+    Examples:
+        >>> schedule = Flow().make(4)
+        >>> schedule.ratio(torch.arange(4)).round(decimals=6).tolist(), schedule.alpha_bar(4).item()
+        ([0.0, 0.333333, 1.0, 3.0], 0.0)
+        >>> Flow(shift=3.0).make(4).ratio(torch.arange(4)).round(decimals=6).tolist()
+        [0.0, 1.0, 3.0, 9.0]
+    """
+
+    shift: float = setting(1.0, "factor of sigma / alpha at every t; above 1 for large images, 3 in SD3", gt=0)
+
+    def make(self, num_steps: int) -> NoiseSchedule:
+        """See `ScheduleKind`."""
+
+        def alpha_bar(t: Tensor) -> Tensor:
+            tau = t.double() / num_steps
+            signal, noise = (1 - tau).square(), (self.shift * tau).square()
+            return signal / (signal + noise)
+
+        return NoiseSchedule(alpha_bar(torch.arange(num_steps + 1, dtype=torch.float64)), alpha_bar)
+
+
 SCHEDULES: Choices[type[ScheduleKind]] = Choices(
-    "schedule", "ddpm.schedules", {"linear": Linear, "cosine": Cosine, "sigmoid": Sigmoid, "edm": EDM}
+    "schedule", "ddpm.schedules", {"linear": Linear, "cosine": Cosine, "sigmoid": Sigmoid, "edm": EDM, "flow": Flow}
 )
 
 

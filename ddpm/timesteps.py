@@ -197,6 +197,8 @@ class LogNormalTimesteps(Settings):
 
     The distribution of Karras et al. (2022), sec. 5 and table 1, on a schedule's discrete levels: a timestep has the
     probability of the values of ln k that are nearest to its own, so the first and the last one have what lies beyond.
+    It is the logit-normal distribution of flow matching (SD3, Esser et al. 2024, eq. 19), because ln k is the logit of
+    its time tau = sigma / (alpha + sigma): p_mean 0 and p_std 1 there, 0.8 and 0.8 in JiT (Li & He 2025).
     Losses are not weighted back to uniform timesteps: which levels are drawn is a part of the objective, as there.
 
     Examples:

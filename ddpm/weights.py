@@ -66,6 +66,7 @@ class MinSNR(Settings):
             "eps": eps,
             "score": eps * (1 - alpha_bar),
             "x0_skip": clipped * _skip_share(alpha_bar),
+            "flow": clipped / (snr + 1) / _flow_share(alpha_bar),
         }[prediction]
 
 
@@ -96,6 +97,7 @@ class P2(Settings):
             "v": eps * alpha_bar,
             "score": eps * (1 - alpha_bar),
             "x0_skip": eps * snr * _skip_share(alpha_bar),
+            "flow": eps * alpha_bar / _flow_share(alpha_bar),
         }[prediction]
 
 
@@ -131,7 +133,51 @@ class EDMWeight(Settings):
             "eps": eps,
             "score": eps * sigma2,
             "x0_skip": (inverse + alpha_bar / sigma2) * _skip_share(alpha_bar),
+            "flow": (alpha_bar + inverse * sigma2) / _flow_share(alpha_bar),
         }[prediction]
+
+
+@dataclass(frozen=True)
+class FlowWeight(Settings):
+    """Weight 1 on the velocity of flow matching for every parameterization: 1 / tau^2 on the x_0 error.
+
+    With an output of "x0" it is the loss of JiT (Li & He 2025, table 1 and app. A), which predicts the image and
+    compares velocities; tau is `NoiseSchedule.flow_time`.
+
+    Examples:
+        >>> from ddpm.schedule import Flow
+        >>> schedule, t = Flow().make(1000), torch.tensor([10, 500, 1000])
+        >>> FlowWeight()(schedule, t, "x0").round(decimals=6).tolist()
+        [400.0, 4.0, 1.0]
+        >>> FlowWeight(least_time=0.0)(schedule, t, "flow").round(decimals=6).tolist()
+        [1.0, 1.0, 1.0]
+    """
+
+    least_time: float = setting(
+        0.05, "tau below which the weight on the x_0 error stops growing; 0 for no bound", ge=0, lt=1
+    )
+
+    def __call__(self, schedule: NoiseSchedule, t: Tensor, prediction: Parameterization) -> Tensor:
+        """See `Weight`."""
+        check_parameterization(prediction)
+        alpha_bar, tau = schedule.alpha_bar(t), schedule.flow_time(t)
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        bounded = (
+            tau / tau.clamp(min=self.least_time)
+        ).square()  # of the velocity's error, which is 1 / tau that of x_0
+        return {
+            "x0": tau.clamp(min=self.least_time) ** -2,
+            "v": bounded * _flow_share(alpha_bar),
+            "eps": bounded * _flow_share(alpha_bar) / alpha_bar,
+            "score": bounded * _flow_share(alpha_bar) * (sigma / alpha).square(),
+            "x0_skip": tau.clamp(min=self.least_time) ** -2 * _skip_share(alpha_bar),
+            "flow": bounded,
+        }[prediction]
+
+
+def _flow_share(alpha_bar: Tensor) -> Tensor:
+    """Return the squared factor from an error of v to that of "flow", (alpha + sigma)^2."""
+    return (alpha_bar.sqrt() + (1 - alpha_bar).sqrt()).square()
 
 
 def _skip_share(alpha_bar: Tensor) -> Tensor:
@@ -140,5 +186,7 @@ def _skip_share(alpha_bar: Tensor) -> Tensor:
 
 
 WEIGHTS: Choices[type[Weight]] = Choices(
-    "weight of the loss", "ddpm.weights", {"uniform": Uniform, "min_snr": MinSNR, "p2": P2, "edm": EDMWeight}
+    "weight of the loss",
+    "ddpm.weights",
+    {"uniform": Uniform, "min_snr": MinSNR, "p2": P2, "edm": EDMWeight, "flow": FlowWeight},
 )

@@ -1,4 +1,4 @@
-"""Conversion between our settings and the fields of diffusers' `UNet2DModel`, `DDIMScheduler` and `DDPMScheduler`.
+"""Conversion between our settings and the fields of diffusers' `UNet2DModel` and schedulers.
 
 `unet_fields` and `scheduler_fields` convert ours to theirs, `unet_config` and `scheduler_settings` theirs to ours. A
 setting that the other side does not have raises an error with the field's name, its value and the allowed values.
@@ -18,7 +18,7 @@ from ddpm.gaussian import ReverseVariance
 from ddpm.generate import Sampling
 from ddpm.model import ModelSpec
 from ddpm.models.unet import UNetConfig
-from ddpm.prediction import Parameterization
+from ddpm.prediction import FLOW_TIME, Parameterization
 from ddpm.samplers import Ancestral
 from ddpm.schedule import make_schedule
 
@@ -84,6 +84,18 @@ SCHEDULER_DEFAULTS: dict[str, Any] = {
     "sample_max_value": 1.0,
     "rescale_betas_zero_snr": False,
 }
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+FLOW_FIXED: dict[str, Any] = {
+    "num_train_timesteps": int(FLOW_TIME),
+    "use_dynamic_shifting": False,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "stochastic_sampling": False,
+}
+"""Fields of the flow-matching scheduler for which we support one value: with others times or levels would be others."""
 
 
 # The network.
@@ -193,25 +205,33 @@ def _up_block_types(attention: Sequence[bool]) -> list[str]:
 
 
 def scheduler_fields(spec: ModelSpec) -> dict[str, Any]:
-    """Return the fields of a model's `scheduler/scheduler_config.json`, with all betas, so any schedule is exact.
+    """Return the fields of a model's `scheduler/scheduler_config.json`, with the class as `_class_name`.
+
+    They have all betas, so that any schedule is exact; those of flow matching have its shift.
 
     Raises:
-        ValueError: diffusers does not have the parameterization.
+        ValueError: diffusers does not have the parameterization, or not with this schedule.
 
     Examples:
         >>> fields = scheduler_fields(ModelSpec(UNetConfig(), {"kind": "linear"}, "v", image_size=32))
         >>> fields["prediction_type"], round(fields["trained_betas"][-1], 6)
         ('v_prediction', 0.02)
+        >>> scheduler_fields(ModelSpec(UNetConfig(), {"kind": "flow", "shift": 3.0}, "flow", image_size=32))["shift"]
+        3.0
     """
+    if spec.prediction == "flow":
+        return {"_class_name": FLOW_SCHEDULER, **FLOW_FIXED, "shift": _shift(spec.schedule)}
     if spec.prediction not in PREDICTION_TYPES:
         raise ValueError(
-            f"prediction = {spec.prediction!r} has no counterpart in diffusers; allowed: {', '.join(PREDICTION_TYPES)}"
+            f"prediction = {spec.prediction!r} has no counterpart in diffusers; allowed: "
+            f"{', '.join(PREDICTION_TYPES)}, flow"
         )
     schedule = make_schedule(**spec.schedule)
     zero_snr = bool(schedule.alphas_cumprod[-1] == 0)
     _check_end(zero_snr, spec.prediction)
     clipping = spec.sampling.clipping
     return {
+        "_class_name": "DDIMScheduler",
         "num_train_timesteps": schedule.num_steps,
         "trained_betas": schedule.betas.tolist(),
         "prediction_type": PREDICTION_TYPES[spec.prediction],
@@ -239,7 +259,13 @@ def scheduler_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], Parame
         >>> schedule, prediction, sampling.sampler.steps
         ({'kind': 'cosine', 'num_steps': 1000}, 'eps', 50)
     """
-    name = check_allowed("_class_name", given.get("_class_name", "DDIMScheduler"), "DDIMScheduler", "DDPMScheduler")
+    named = given.get("_class_name", "DDIMScheduler")
+    name = check_allowed("_class_name", named, "DDIMScheduler", "DDPMScheduler", FLOW_SCHEDULER)
+    if name == FLOW_SCHEDULER:
+        for field, value in FLOW_FIXED.items():
+            check_allowed(field, given.get(field, value), value)
+        shift = number("shift", given.get("shift", 1.0))
+        return {"kind": "flow", "num_steps": int(FLOW_TIME), "shift": shift}, "flow", Sampling.of(steps=50, clip=None)
     fields = {**SCHEDULER_DEFAULTS, **given}
     check_allowed("variance_type", fields["variance_type"], *VARIANCE_TYPES)
     check_allowed("prediction_type", fields["prediction_type"], *PREDICTION_TYPES.values())
@@ -254,6 +280,17 @@ def scheduler_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], Parame
         variance = VARIANCE_TYPES[fields["variance_type"]]
         sampling = replace(sampling, sampler=Ancestral(steps=table.num_steps, variance=variance))
     return schedule, prediction, sampling
+
+
+def _shift(schedule: Mapping[str, Any]) -> float:
+    """Return the shift of a flow schedule, that of its log-SNR included."""
+    steps = schedule.get("num_steps", 1000)
+    if schedule["kind"] != "flow" or steps != FLOW_TIME:
+        raise ValueError(
+            f"prediction = 'flow' on the schedule {schedule['kind']!r} of {steps} steps has no counterpart in "
+            f"diffusers: {FLOW_SCHEDULER} has the schedule 'flow' of {FLOW_TIME:g} steps"
+        )
+    return float(schedule.get("shift", 1.0) * math.exp(-schedule.get("log_snr_shift", 0.0) / 2))
 
 
 def _schedule(fields: Mapping[str, Any]) -> dict[str, Any]:

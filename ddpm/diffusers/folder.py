@@ -8,8 +8,10 @@
 
 `UNet2DModel` and `DDIMScheduler` read what `export_diffusers` writes. Their DDIM gives the same images as our `ddim` if
 the number of steps divides T (otherwise the scheduler's step sizes do not match its own timesteps) and, with clipping,
-if `use_clipped_model_output=True` (otherwise its eps does not belong to the clipped x_0). `DDIMPipeline` passes no
-class labels: to sample a conditional network, call UNet and scheduler yourself; the null condition is label
+if `use_clipped_model_output=True` (otherwise its eps does not belong to the clipped x_0). A model of flow matching goes
+with `FlowMatchEulerDiscreteScheduler`, which gives the same images as `ddim` without clipping where it is given the
+levels, `set_timesteps(sigmas=[1 - i / n for i in range(n)])`; its own n levels end at 1 / 1000. `DDIMPipeline` passes
+no class labels: to sample a conditional network, call UNet and scheduler yourself; the null condition is label
 `num_class_embeds - 1`.
 """
 
@@ -42,7 +44,7 @@ OLD_NAME = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|
 
 
 def export_diffusers(model: Model, folder: Path, largest: int = LARGEST_FILE) -> None:
-    """Write a model as a folder that diffusers' `DDIMPipeline.from_pretrained` reads.
+    """Write a model as a folder that diffusers' `DDIMPipeline.from_pretrained` reads, or `DDPMPipeline`'s with flow.
 
     Guidance, sampler and number of steps are call arguments in diffusers, so only `model.json` holds them.
 
@@ -52,7 +54,7 @@ def export_diffusers(model: Model, folder: Path, largest: int = LARGEST_FILE) ->
         largest: bytes of weights above which they are in several files with an index.
 
     Raises:
-        ValueError: diffusers' `UNet2DModel` with `DDIMScheduler` cannot express the model.
+        ValueError: diffusers' `UNet2DModel` with its scheduler cannot express the model.
 
     Examples:
         >>> import tempfile
@@ -73,10 +75,12 @@ def export_diffusers(model: Model, folder: Path, largest: int = LARGEST_FILE) ->
     (folder / "model_index.json").unlink(missing_ok=True)
     save_weights(folder / "unet", WEIGHTS, model.network.state_dict(), largest, {"format": "pt"})
     _write(folder / "unet" / "config.json", "UNet2DModel", unet)
-    _write(folder / "scheduler" / "scheduler_config.json", "DDIMScheduler", scheduler)
+    of_scheduler = scheduler["_class_name"]
+    _write(folder / "scheduler" / "scheduler_config.json", of_scheduler, scheduler)
     (folder / "model.json").write_text(model.spec.to_json())
-    parts = {"scheduler": ["diffusers", "DDIMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
-    _write(folder / "model_index.json", "DDIMPipeline", parts)
+    parts = {"scheduler": ["diffusers", of_scheduler], "unet": ["diffusers", "UNet2DModel"]}
+    # DDIMPipeline steps with arguments that only its own scheduler has.
+    _write(folder / "model_index.json", "DDIMPipeline" if of_scheduler == "DDIMScheduler" else "DDPMPipeline", parts)
 
 
 def import_diffusers(
@@ -87,7 +91,7 @@ def import_diffusers(
     image_size: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
-    """Return the model in a diffusers folder with a `UNet2DModel` and a `DDPMScheduler` or `DDIMScheduler`.
+    """Return the model in a diffusers folder: `UNet2DModel` with DDIM's, DDPM's or the flow-matching scheduler.
 
     If the folder has our `model.json`, the model is exactly the exported one and the keyword arguments are not needed.
     Otherwise they give what diffusers' files leave open. The scheduler's step spacing is ignored: our samplers go from

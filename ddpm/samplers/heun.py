@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -29,6 +30,10 @@ class Heun(SteppedSampler):
     EDM does not have: the first step of a variance-preserving schedule may go from k = 20,000 (cosine), or infinity
     (zero terminal SNR), down to 16, and the trapezoidal rule would multiply the small difference of two eps by that.
 
+    With `time` = "flow" the rule is that of flow matching, in z = x / (alpha + sigma), tau = sigma / (alpha + sigma):
+        z_s = z_t + (tau_s - tau_t) (u_t + u_s) / 2,   u = eps - x_0,
+    which is finite at every level. Euler's step is the same in both, and DDIM's.
+
     Examples:
         >>> import torch
         >>> from ddpm.prediction import NetworkDenoiser
@@ -41,6 +46,9 @@ class Heun(SteppedSampler):
     """
 
     steps: int = setting(25, "steps from T to 0, two network evaluations each (one in the last)", ge=1)
+    time: Literal["ratio", "flow"] = setting(
+        "ratio", "time of the ODE that a step takes for straight: sigma / alpha (EDM), or tau of flow matching"
+    )
 
     def __call__(
         self,
@@ -59,7 +67,12 @@ class Heun(SteppedSampler):
             alpha_s, sigma_s = schedule.alpha(s).item(), schedule.sigma(s).item()
             pred = predict(denoiser, x_t, t, cond)
             x_s = alpha_s * pred.x0 + sigma_s * pred.eps
-            if s > 0 and sigma_t <= NOISIEST * alpha_t:
+            if s > 0 and self.time == "flow":
+                end = predict(denoiser, x_s, s, cond)
+                velocity = (pred.eps - pred.x0 + end.eps - end.x0) / 2
+                span = sigma_s / (alpha_s + sigma_s) - sigma_t / (alpha_t + sigma_t)
+                x_s = (alpha_s + sigma_s) * (x_t / (alpha_t + sigma_t) + span * velocity)
+            elif s > 0 and sigma_t <= NOISIEST * alpha_t:
                 slope = (pred.eps + predict(denoiser, x_s, s, cond).eps) / 2
                 x_s = alpha_s * (x_t / alpha_t + (sigma_s / alpha_s - sigma_t / alpha_t) * slope)
             x_t = x_s

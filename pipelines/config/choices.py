@@ -194,7 +194,7 @@ GuidanceConfig = create_model(
     | _fields(_GUIDANCE_SETTINGS.values()),
 )
 _OF_A_RUN: dict[str, dict[str, Any]] = {
-    "prediction": {"type": Literal["eps", "x0", "v", "x0_skip"]},
+    "prediction": {"type": Literal["eps", "x0", "v", "x0_skip", "flow"]},
     "loss": {
         "type": Literal["simple", "hybrid", "vlb", "consistency"],
         "meaning": "squared error; hybrid adds the bound, for a learned variance; vlb: bound only; consistency: tune "

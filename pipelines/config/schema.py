@@ -109,10 +109,11 @@ class Config(ConfigSection):
                 f"cluster.num_workers = {self.cluster.max_workers} exceeds batch_size = {self.batch_size}: "
                 "a worker would have no image; raise batch_size or use fewer workers"
             )
-        if self.objective.prediction == "eps" and self.schedule.zero_terminal_snr:
+        pure_noise = "schedule.kind = flow" if self.schedule.kind == "flow" else "schedule.zero_terminal_snr"
+        if self.objective.prediction == "eps" and (self.schedule.kind == "flow" or self.schedule.zero_terminal_snr):
             raise ValueError(
-                "objective.prediction = eps cannot be used with schedule.zero_terminal_snr: "
-                "eps does not determine the image where there is no signal; use objective.prediction=v"
+                f"objective.prediction = eps cannot be used with {pure_noise}: eps does not determine the image where "
+                "there is no signal; use objective.prediction=v or flow"
             )
         if self.model.learned_variance != (self.objective.loss == "hybrid") and self.objective.loss != "vlb":
             raise ValueError(

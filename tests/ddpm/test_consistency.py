@@ -52,7 +52,7 @@ def test_the_nearer_level_is_that_of_the_papers_formula():
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "edm"])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "edm", "flow"])
 def test_pairs_lie_between_the_least_trained_level_and_where_sampling_starts(kind):
     schedule, ordinals = make_schedule(kind), torch.arange(0, IMAGES, 7)
     pairs = ConsistencyTuning().pairs(schedule, 0, ordinals, IMAGES)

@@ -126,6 +126,54 @@ def test_the_whole_pipeline_draws_our_images(tmp_path):
     torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), images, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shift", [{}, {"shift": 3.0}, {"shift": 1.5, "log_snr_shift": -1.0}])
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_a_model_of_flow_matching_draws_the_same_with_their_scheduler(tmp_path, num_classes, shift):
+    model = make(replace(SMALL, num_classes=num_classes), {"kind": "flow", **shift}, "flow")
+    export_diffusers(model, tmp_path)
+    unet = diffusers.UNet2DModel.from_pretrained(tmp_path, subfolder="unet").eval()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    labels = torch.arange(3) if num_classes else None
+    z = x_T = torch.randn(3, *model.spec.shape)
+    scheduler.set_timesteps(sigmas=[1 - i / 5 for i in range(5)])
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            z = scheduler.step(unet(z, t, labels).sample, t, z).prev_sample
+    cond = None if labels is None else Conditioning(label=labels)
+    with torch.no_grad():
+        torch.testing.assert_close(our_ddim(model, x_T, cond), z, rtol=1e-4, atol=1e-4)
+
+    (tmp_path / "model.json").unlink()
+    again = import_diffusers(tmp_path, last_row="null" if num_classes else None)
+    assert again.spec.prediction == "flow"
+    torch.testing.assert_close(again.schedule.alphas_cumprod, model.schedule.alphas_cumprod)
+    same_weights(again, model)
+
+
+def test_their_whole_pipeline_of_flow_matching_runs(tmp_path):
+    export_diffusers(make(replace(SMALL, in_channels=3, out_channels=3), {"kind": "flow"}, "flow"), tmp_path)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    images = pipeline(batch_size=2, num_inference_steps=3, generator=torch.manual_seed(0), output_type="np").images
+    assert images.shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"kind": "cosine"}, {"kind": "flow", "num_steps": 100}], ids=["schedule", "steps"]
+)
+def test_flow_matching_that_their_scheduler_lacks_is_not_written(tmp_path, schedule):
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has the schedule 'flow' of 1000 steps"):
+        export_diffusers(make(schedule=schedule, prediction="flow"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_flow_matching_scheduler_with_other_levels_is_refused(tmp_path):
+    export_diffusers(make(schedule={"kind": "flow"}, prediction="flow"), tmp_path)
+    (tmp_path / "model.json").unlink()
+    edit(tmp_path / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="use_dynamic_shifting = true cannot be expressed, allowed: false"):
+        import_diffusers(tmp_path)
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -16,16 +16,17 @@ MIXTURE = MixtureDenoiser(
 
 
 def there_and_back(denoiser, images, cond=None, steps=50, **options):
-    sampler = DDIM(steps=steps)
-    up = list(sampler.invert(denoiser, COSINE, images, cond, **options))
-    assert [sample.t for sample in up] == COSINE.timesteps(steps)[::-1][1:]
-    return last(sampler(denoiser, COSINE, up[-1].x_t, cond)), up[-1].x_t
+    sampler, schedule = DDIM(steps=steps), denoiser.schedule
+    up = list(sampler.invert(denoiser, schedule, images, cond, **options))
+    assert [sample.t for sample in up] == schedule.timesteps(steps)[::-1][1:]
+    return last(sampler(denoiser, schedule, up[-1].x_t, cond)), up[-1].x_t
 
 
 @pytest.mark.parametrize("std", [0.3, 1.0])
-def test_gaussian_images_come_back_to_under_one_grey_level(std):
+@pytest.mark.parametrize("schedule", [COSINE, make_schedule("flow")], ids=["cosine", "flow"])
+def test_gaussian_images_come_back_to_under_one_grey_level(schedule, std):
     images = 0.2 + std * initial_noise(0, torch.arange(64), (1, 4, 4)).double()
-    back, noise = there_and_back(GaussianDenoiser(COSINE, std=std), images)
+    back, noise = there_and_back(GaussianDenoiser(schedule, std=std), images)
     assert (back - images).abs().max() < GREY_LEVEL
     assert noise.std().item() == pytest.approx(1, rel=0.1)
 

@@ -18,6 +18,7 @@ from tests.ddpm.exact import GaussianDenoiser, MixtureDenoiser, PointDenoiser
 SHORT = make_schedule("cosine", num_steps=8)
 COSINE = make_schedule("cosine")
 ZERO_SNR = make_schedule("cosine", zero_terminal_snr=True)
+FLOW = make_schedule("flow")
 MEAN, STD = 0.2, 0.3
 EVEN = from_log_snr(lambda u: 12 - 22 * u, 1024)  # quickly inverted, which an ODE does once per evaluation
 SHAPE = (1, 8, 8)
@@ -187,14 +188,14 @@ def test_a_respaced_chain_is_the_chain_of_the_respaced_schedule():
     torch.testing.assert_close(a.terms.mean(0), b.terms.mean(0), rtol=0.05, atol=0.02)  # noise goes by the level's name
 
 
-@pytest.mark.parametrize("schedule", [SHORT, COSINE, ZERO_SNR, make_schedule("linear", num_steps=100)])
+@pytest.mark.parametrize("schedule", [SHORT, COSINE, ZERO_SNR, FLOW, make_schedule("linear", num_steps=100)])
 def test_the_prior_term_is_its_closed_form(schedule):
     x_0 = data(4)
     bar = schedule.alphas_cumprod[-1]
     expected = ((bar * x_0.square() - bar - torch.log1p(-bar)) / 2 / LN2).flatten(1).mean(1)
     prior = bound(GaussianDenoiser(schedule), schedule, x_0, levels=None, steps=2).prior
     torch.testing.assert_close(prior, expected, rtol=1e-6, atol=1e-15)
-    assert (prior == 0).all() == (schedule is ZERO_SNR)
+    assert (prior == 0).all() == (schedule is ZERO_SNR or schedule is FLOW)
 
 
 @pytest.mark.parametrize("levels", [256, 17, 2])
@@ -291,7 +292,9 @@ SMALL = (1, 4, 4)
 SIGNS = rademacher(0, torch.arange(5), SMALL)
 
 
-@pytest.mark.parametrize(("kind", "signs"), [("linear", None), ("cosine", SIGNS)], ids=["exact", "hutchinson"])
+@pytest.mark.parametrize(
+    ("kind", "signs"), [("linear", None), ("cosine", SIGNS), ("flow", None)], ids=["exact", "hutchinson", "flow"]
+)
 def test_gaussian_density_is_exact_from_the_exact_prior(kind, signs):
     """The Jacobian is a multiple of the identity, so that Hutchinson's estimate has no variance either."""
     schedule = make_schedule(kind)
@@ -311,7 +314,7 @@ def test_gaussian_density_is_exact_from_the_exact_prior(kind, signs):
     torch.testing.assert_close(ours.x_T, mean_T + (x - mean) * (var_T / var) ** 0.5, rtol=0, atol=1e-4)
     assert 10 < ours.nfe < 100
     standard = log_density(denoiser, schedule, x, probes=signs, t_min=t_min).log_density
-    assert bits_off(standard, exact, 16) < {"linear": 5e-3, "cosine": 2e-5}[kind]
+    assert bits_off(standard, exact, 16) < {"linear": 5e-3}.get(kind, 2e-5)
 
 
 def test_nearly_normal_data_takes_long_steps_that_end_at_the_end():

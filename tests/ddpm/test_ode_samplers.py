@@ -1,17 +1,20 @@
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from ddpm.prediction import Clipped
-from ddpm.samplers import DDIM, DPM2, DPMSolver, Heun, initial_noise, last
+from ddpm.prediction import Clipped, NetworkDenoiser, coefficients
+from ddpm.samplers import DDIM, DPM2, DPMSolver, Heun, UniPC, initial_noise, last
 from ddpm.schedule import NoiseSchedule, from_log_snr, make_schedule
 from tests.ddpm.exact import GaussianDenoiser, PointDenoiser
 
 SHAPE = (1, 4, 4)
 COSINE = make_schedule("cosine")
-SOLVERS = [DPMSolver, Heun, DPM2]
+FLOW = make_schedule("flow")
+FlowHeun = partial(Heun, time="flow")
+SOLVERS = [DPMSolver, Heun, FlowHeun, DPM2]
 # log-SNR from 8 down to -8, linear in t: even steps in t are even steps in log-SNR.
 UNIFORM = from_log_snr(lambda u: 8 - 16 * u, 1024)
 END = 128
@@ -52,8 +55,8 @@ def by_ddim(denoiser, x_T, steps):
 
 @pytest.mark.parametrize(
     ("run", "order"),
-    [(by_ddim, 1), (by_timesteps(DPMSolver), 2), (by_timesteps(Heun), 2), (by_timesteps(DPM2), 2)],
-    ids=["ddim", "dpm_solver", "heun", "dpm2"],
+    [(by_ddim, 1), *((by_timesteps(solver), 2) for solver in (DPMSolver, Heun, FlowHeun, DPM2))],
+    ids=["ddim", "dpm_solver", "heun", "flow_heun", "dpm2"],
 )
 @pytest.mark.parametrize(("mean", "std"), [(0.2, 0.3), (-0.5, 1.5)])
 def test_the_error_against_the_exact_ode_falls_with_the_order(run, order, mean, std):
@@ -213,6 +216,80 @@ def test_heun_is_edms_algorithm_1_from_level_80_on(kind):
     ours = last(Heun()(counting, schedule, 80 * schedule.alpha(grid[0]).item() * noise(4), timesteps=grid))
     assert len(seen) == 19
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-8)
+
+
+def flow_matching(velocity, z, times, order):
+    """Euler's or Heun's method on dz/dtau = u(z, tau); the step to tau = 0 is Euler's (JiT, algorithm 2)."""
+    for tau, end in itertools.pairwise(times):
+        u = velocity(z, tau)
+        if order == 2 and end > 0:
+            u = (u + velocity(z + (end - tau) * u, end)) / 2
+        z = z + (end - tau) * u
+    return z
+
+
+def exact_velocity(z, tau, mean=0.3, std=0.5):
+    """Of N(mean, std^2) data, from the density of z, which is N((1 - tau) mean, (1 - tau)^2 std^2 + tau^2)."""
+    variance = (1 - tau) ** 2 * std**2 + tau**2
+    return -mean + (tau - (1 - tau) * std**2) / variance * (z - (1 - tau) * mean)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(DDIM(steps=10), 1), (FlowHeun(steps=10), 2)], ids=["ddim", "heun"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_ddim_is_eulers_method_of_flow_matching_and_heun_is_its_heun(sampler, order, shift):
+    schedule = make_schedule("flow", shift=shift)
+    times = schedule.flow_time(torch.tensor(schedule.timesteps(10))).tolist()
+    theirs = flow_matching(exact_velocity, noise(4), times, order)
+    ours = last(sampler(GaussianDenoiser(schedule, 0.3, 0.5), schedule, noise(4)))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_flow_schedule_and_ddim_are_diffusers_flow_matching_scheduler(shift):
+    diffusers = pytest.importorskip("diffusers", reason="comes with the dev extra")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    schedule, steps = make_schedule("flow", shift=shift), 20
+    scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    seen = []
+
+    def network(z, time, cond):
+        seen.append(time[0].item())
+        return exact_velocity(z, (time[0] / 1000).item())
+
+    z = noise(4)
+    for time in scheduler.timesteps:
+        z = scheduler.step(exact_velocity(z, time.item() / 1000), time, z).prev_sample
+    ours = last(DDIM(steps=steps)(NetworkDenoiser(network, schedule, "flow"), schedule, noise(4)))
+    assert seen == pytest.approx(scheduler.timesteps.tolist(), rel=1e-6)
+    assert error(ours, z) < 1e-5  # their times are float32
+
+
+@pytest.mark.parametrize("solver", [DDIM, DPMSolver, UniPC, Heun, FlowHeun, DPM2])
+def test_one_denoiser_given_as_velocity_and_as_v_is_sampled_to_the_same_images(solver):
+    schedule = make_schedule("flow")
+    exact = GaussianDenoiser(schedule, 0.3, 0.5)
+
+    def v_network(x_t, row, cond):
+        alpha, sigma = coefficients(schedule, (row[0] + 1).item(), x_t)
+        pred = exact(x_t, row.double() + 1)
+        return alpha * pred.eps - sigma * pred.x0
+
+    def flow_network(z, time, cond):
+        return exact_velocity(z, (time[0] / 1000).item())
+
+    networks = {"v": v_network, "flow": flow_network}
+    by_v, by_flow = (
+        last(solver(steps=10)(NetworkDenoiser(networks[k], schedule, k), schedule, noise())) for k in networks
+    )
+    assert error(by_v, by_flow) < 1e-5
+
+
+def test_second_order_gains_on_the_straight_path():
+    denoiser = GaussianDenoiser(FLOW, -0.8, 1.0)
+    truth = exact(denoiser, FLOW, noise(), 0)
+    ddims = error(last(DDIM(steps=40)(denoiser, FLOW, noise())), truth)
+    for solver, steps in ((DPMSolver, 40), (UniPC, 40), (Heun, 20), (FlowHeun, 20), (DPM2, 20)):
+        assert error(last(solver(steps=steps)(denoiser, FLOW, noise())), truth) < ddims / 2, solver
 
 
 def k_diffusion_dpm_2(denoise, y, levels):

@@ -17,10 +17,11 @@ from ddpm.prediction import (
     computes_bf16,
     eps_from_x0,
     from_output,
+    network_input,
     target,
 )
 from ddpm.schedule import make_schedule
-from tests.ddpm.exact import GaussianDenoiser
+from tests.ddpm.exact import GaussianDenoiser, MixtureDenoiser
 
 SCHEDULE = make_schedule("cosine")
 
@@ -34,13 +35,14 @@ def test_every_parameterization_recovers_the_image_and_the_noise(kind, t, seed):
     torch.testing.assert_close(pred.eps, eps, rtol=1e-7, atol=1e-7)
 
 
-def test_v_determines_the_image_from_pure_noise_and_eps_does_not():
+def test_v_and_velocity_determine_the_image_from_pure_noise_and_eps_does_not():
     schedule = make_schedule("linear", zero_terminal_snr=True)
     x_0, eps = torch.randn(2, 2, 1, 4, 4)
     x_T = q_sample(x_0, 1000, eps, schedule)
     assert torch.equal(x_T, eps)
-    recovered = from_output(target(x_0, eps, 1000, schedule, "v"), x_T, 1000, schedule, "v")
-    torch.testing.assert_close(recovered.x0, x_0)
+    for kind in ("v", "flow"):
+        recovered = from_output(target(x_0, eps, 1000, schedule, kind), x_T, 1000, schedule, kind)
+        torch.testing.assert_close(recovered.x0, x_0)
     with pytest.raises(ValueError, match="predict v or x0"):
         from_output(eps, x_T, 1000, schedule, "eps")
 
@@ -71,6 +73,45 @@ def test_a_network_is_given_the_table_index_of_t():
 
     NetworkDenoiser(Probe(), SCHEDULE)(torch.zeros(3, 1, 2, 2), torch.tensor([1.0, 500.0, 1000.0]))
     assert seen[0].tolist() == [0, 499, 999]
+
+
+def test_a_network_of_the_velocity_is_given_the_straight_path_and_its_time():
+    """z = (1 - tau) x_0 + tau eps and 1,000 tau, as flow matching defines them, at every SNR of any schedule."""
+    x_0, eps = torch.randn(2, 5, 1, 4, 4, dtype=torch.float64)
+    t = torch.tensor([0.3, 1.0, 250.0, 700.5, 1000.0], dtype=torch.float64)
+    for schedule in (SCHEDULE, make_schedule("flow"), make_schedule("edm")):
+        z, time = network_input(q_sample(x_0, t, eps, schedule), t, schedule, "flow")
+        tau = (time.double() / 1000).reshape(-1, 1, 1, 1)
+        torch.testing.assert_close(z, (1 - tau) * x_0 + tau * eps, rtol=1e-6, atol=1e-6)  # the time is float32
+    assert network_input(x_0, t, make_schedule("flow"), "flow")[1].tolist() == pytest.approx(t.tolist())
+
+
+@given(t=st.floats(0, 1000), seed=st.integers(0, 100))
+def test_the_velocity_is_linear_in_v(t, seed):
+    x_0, eps = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    alpha, sigma = coefficients(SCHEDULE, t, x_0)
+    v, u = (target(x_0, eps, t, SCHEDULE, kind) for kind in ("v", "flow"))
+    torch.testing.assert_close(u, (sigma - alpha) * q_sample(x_0, t, eps, SCHEDULE) + (alpha + sigma) * v)
+
+
+def test_the_velocity_of_a_mixture_is_that_of_the_continuity_equation():
+    """In z the density is a mixture of N((1 - tau) m, (1 - tau)^2 s^2 + tau^2); its flow is written down directly.
+
+    One component with mean M and variance V is transported by dM/dtau + (dV/dtau / 2 V) (z - M); a mixture by the mean
+    of those under the posterior of the components.
+    """
+    schedule, means, std = make_schedule("flow"), torch.tensor([[-1.0], [0.4], [1.5]], dtype=torch.float64), 0.3
+    tau = torch.tensor([0.1, 0.35, 0.5, 0.8, 0.95], dtype=torch.float64)
+    z = torch.linspace(-1.2, 1.4, 5, dtype=torch.float64)
+    variance = (1 - tau) ** 2 * std**2 + tau**2
+    slope = -2 * (1 - tau) * std**2 + 2 * tau
+    away = z[:, None] - (1 - tau)[:, None] * means[:, 0]
+    share = (-(away**2) / variance[:, None] / 2).softmax(1)
+    expected = (share * (-means[:, 0] + (slope / 2 / variance)[:, None] * away)).sum(1)
+
+    alpha, sigma = coefficients(schedule, 1000 * tau, z)
+    pred = MixtureDenoiser(schedule, means, std)((z * (alpha + sigma)).reshape(5, 1, 1, 1), 1000 * tau)
+    torch.testing.assert_close((pred.eps - pred.x0).flatten(), expected)
 
 
 def test_conditions_move_together_and_drops_add_up():

@@ -160,3 +160,24 @@ def test_edm_has_the_papers_levels_and_ends_at_80():
     assert (schedule.sigma(18) / schedule.alpha(18)).item() == pytest.approx(80)
     with pytest.raises(ValueError, match="sigma_min < sigma_max"):
         make_schedule("edm", sigma_min=100.0)
+
+
+def test_flow_is_the_straight_path_divided_by_its_standard_deviation():
+    schedule, t = make_schedule("flow", num_steps=50), torch.tensor([0.0, 0.5, 1.0, 25.0, 49.5, 50.0])
+    tau = t.double() / 50
+    length = ((1 - tau) ** 2 + tau**2).sqrt()
+    torch.testing.assert_close(schedule.alpha(t), (1 - tau) / length)
+    torch.testing.assert_close(schedule.sigma(t), tau / length)
+    torch.testing.assert_close(schedule.flow_time(t), tau)
+
+
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_the_shift_of_flow_is_sd3s_and_one_of_the_log_snr(shift):
+    """t_m = s t_n / (1 + (s - 1) t_n), s = sqrt(m / n) (Esser et al. 2024, eq. 23)."""
+    plain, moved = make_schedule("flow"), make_schedule("flow", shift=shift)
+    t = torch.tensor([0.5, 1.0, 400.0, 999.0, 1000.0])
+    tau = plain.flow_time(t)
+    torch.testing.assert_close(moved.flow_time(t), shift * tau / (1 + (shift - 1) * tau))
+    torch.testing.assert_close(moved.alphas_cumprod, plain.shifted(-2 * math.log(shift)).alphas_cumprod)
+    with pytest.raises(ValueError, match="shift must be > 0"):
+        make_schedule("flow", shift=0.0)

@@ -47,6 +47,15 @@ def test_the_log_noise_level_has_the_quantiles_of_the_normal_distribution(kind):
     torch.testing.assert_close(log_k.quantile(shares), expected, rtol=0, atol=0.03)
 
 
+def test_on_the_straight_path_it_is_the_logit_normal_distribution_of_flow_matching():
+    """ln(sigma / alpha) = ln(tau / (1 - tau)), so that tau = sigmoid(N(p_mean, p_std^2)), which SD3 and JiT draw."""
+    schedule, generator = chain(4000, "flow"), torch.Generator().manual_seed(0)
+    t, _ = LogNormalTimesteps(p_mean=0.8, p_std=0.8).make(schedule, 100, seed=5).sample(torch.arange(100_000))
+    drawn = torch.sigmoid(0.8 + 0.8 * torch.randn(1_000_000, generator=generator, dtype=torch.float64))
+    shares = torch.tensor([0.01, 0.1, 0.5, 0.9, 0.99], dtype=torch.float64)
+    torch.testing.assert_close((t / 4000).double().quantile(shares), drawn.quantile(shares), rtol=0, atol=0.003)
+
+
 def test_a_timestep_has_the_probability_of_the_levels_that_are_nearest_to_it_and_the_ends_have_the_rest():
     schedule, timesteps = chain(20), LogNormalTimesteps()
     log_k = -schedule.log_snr(torch.arange(1, 21)) / 2

@@ -6,7 +6,7 @@ import torch
 from ddpm.gaussian import q_sample
 from ddpm.prediction import PARAMETERIZATIONS, SIGMA_DATA, from_output, target
 from ddpm.schedule import make_schedule
-from ddpm.weights import P2, WEIGHTS, EDMWeight, Uniform
+from ddpm.weights import P2, WEIGHTS, EDMWeight, FlowWeight, Uniform
 
 SCHEDULE = make_schedule("cosine")
 T = torch.tensor([1, 10, 300, 700, 999])
@@ -20,7 +20,7 @@ def test_p2_is_the_papers_formula():
     torch.testing.assert_close(P2(gamma=0.0)(SCHEDULE, T, "eps"), Uniform()(SCHEDULE, T, "eps"))
 
 
-@pytest.mark.parametrize("name", ["min_snr", "p2", "edm"])
+@pytest.mark.parametrize("name", ["min_snr", "p2", "edm", "flow"])
 def test_the_same_error_weighs_the_same_in_every_parameterization(name):
     generator = torch.Generator().manual_seed(0)
     x_0, eps, error = torch.randn(3, len(T), 1, 4, 4, generator=generator, dtype=torch.float64)
@@ -47,7 +47,15 @@ def test_edms_weight_is_the_papers_formula_and_one_where_the_output_is_the_paper
     torch.testing.assert_close(EDMWeight()(SCHEDULE, T, "x0_skip"), one / SIGMA_DATA**2)
 
 
+def test_the_weight_of_the_velocity_is_jits_loss_of_a_predicted_image():
+    """JiT divides both x_0 and its prediction, less z, by its 1 - t of at least 0.05, which is our tau."""
+    tau = SCHEDULE.flow_time(T)
+    expected = 1 / torch.maximum(tau, torch.tensor(0.05, dtype=torch.float64)) ** 2
+    torch.testing.assert_close(FlowWeight()(SCHEDULE, T, "x0"), expected)
+    assert FlowWeight(least_time=0.0)(SCHEDULE, T, "flow").tolist() == [1.0] * len(T)
+
+
 def test_p2_is_finite_where_there_is_no_signal():
     schedule = make_schedule("cosine", zero_terminal_snr=True)
     weights = [P2()(schedule, torch.tensor([1000]), kind).item() for kind in PARAMETERIZATIONS]
-    assert weights == [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert weights == [1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
