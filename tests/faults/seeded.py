@@ -380,9 +380,9 @@ NEWLY_TESTED = (
     Fault(
         "index_of_the_table",
         "A network is given the index of the table, which is one below the timestep.",
-        "ddpm/objectives.py",
-        "network(x_t, (t - 1).float(), cond)",
-        "network(x_t, t.float(), cond)",
+        "ddpm/prediction.py",
+        "return x_t, (t - 1).clamp(min=0).float()",
+        "return x_t, t.float()",
         (
             "tests/pipelines/training/loop/test_losses.py::test_the_network_is_told_the_index_of_the_table_one_below_the_timestep",
         ),

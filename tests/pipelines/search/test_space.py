@@ -56,7 +56,7 @@ def test_another_kind_keeps_what_both_have_and_nothing_else():
     heun = apply(base, {"sampler.kind": "heun", "sampler.steps": 9, "schedule.kind": "linear"})
     kept = {"kind": "heun", "steps": 9, "clip": 2.0, "threshold": None}
     kept |= {"clip_when": "after_guidance", "precision": "fp32", "compile": False}
-    assert heun.sampler.model_dump() == kept | {"spacing": "trailing", "timesteps": None}
+    assert heun.sampler.model_dump() == kept | {"spacing": "trailing", "timesteps": None, "time": "ratio"}
     assert heun.schedule.num_steps == 300
     assert not hasattr(heun.schedule, "s")
 
