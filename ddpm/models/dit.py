@@ -8,7 +8,7 @@ Everything that a block adds is gated by 0 in a fresh network, which is thus the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -31,6 +31,8 @@ from ddpm.settings import setting
 TIME_FREQUENCIES = 256
 """Sines and cosines of the time embedding, at every width of network as in the authors' code."""
 NORM_EPS = 1e-6
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines by which the channels of a head's queries and keys are rotated, [N, channels / 2] each."""
 
 
 @dataclass(frozen=True)
@@ -111,28 +113,53 @@ def position_embedding(rows: int, columns: int, width: int, device: torch.device
     return torch.cat([across.repeat(rows, 1), down.repeat_interleave(columns, 0)], dim=1)
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return the layer norm of x [B, N, W], scaled and shifted by the condition, [B, W] each (adaLN).
+def modulated(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return normalised patches [B, N, W], scaled and shifted by the condition, [B, W] each (adaLN).
 
     Examples:
-        >>> x = torch.tensor([[[1.0, 3.0]]])
-        >>> modulated_norm(x, shift=torch.full((1, 2), 10.0), scale=torch.full((1, 2), 4.0)).round().tolist()
+        >>> normed = torch.tensor([[[-1.0, 1.0]]])
+        >>> modulated(normed, shift=torch.full((1, 2), 10.0), scale=torch.full((1, 2), 4.0)).tolist()
         [[[5.0, 15.0]]]
     """
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale[:, None]) + shift[:, None]
+    return normed * (1 + scale[:, None]) + shift[:, None]
+
+
+def rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """Return queries or keys [B, heads, N, D] with channel i and channel i + D / 2 of each patch rotated together.
+
+    Examples:
+        >>> quarter_turn = torch.zeros(1, 1), torch.ones(1, 1)
+        >>> rotated(torch.tensor([[[[1.0, 2.0]]]]), quarter_turn).tolist()
+        [[[[-2.0, 1.0]]]]
+    """
+    cos, sin = (part.to(x.dtype) for part in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 class PatchAttention(nn.Module):
-    """Multi-head self-attention over patches."""
+    """Multi-head self-attention over patches.
 
-    def __init__(self, config: DiTConfig) -> None:
+    Args:
+        width: channels of a patch.
+        heads: attention heads.
+        norm: makes what normalises the queries and keys of a head, from its number of channels; None: as they are.
+    """
+
+    def __init__(self, width: int, heads: int, norm: Callable[[int], nn.Module] | None = None) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.to_qkv = nn.Linear(config.width, 3 * config.width)
-        self.to_out = nn.Linear(config.width, config.width)
+        self.heads = heads
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.norm_q, self.norm_k = (
+            (norm(width // heads), norm(width // heads)) if norm else (nn.Identity(), nn.Identity())
+        )
+        self.to_out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         q, k, v = self.to_qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.norm_q(q), self.norm_k(k)
+        if rotation is not None:
+            q, k = rotated(q, rotation), rotated(k, rotation)
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -157,26 +184,39 @@ class TextAttention(nn.Module):
 class DiTBlock(Block):
     """Self-attention, attention to text where there is some, and a perceptron, on residual paths (fig. 3).
 
-    It maps patches [B, N, W], the activated embedding of the condition [B, W], and the text, to patches.
+    It maps patches [B, N, W], the activated embedding of the condition [B, W], the text, and the rotation of positions,
+    to patches.
+
+    Args:
+        config: settings of the network.
+        attention: self-attention over patches.
+        mlp: perceptron on each patch.
+        norm: makes the norm before each of the three.
     """
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(
+        self,
+        config: DiTConfig,
+        attention: PatchAttention,
+        mlp: nn.Module,
+        norm: Callable[[], nn.Module],
+        dropout: float,
+    ) -> None:
         super().__init__(config.checkpointing)
-        hidden = int(config.width * config.mlp_ratio)
         self.modulation = nn.Linear(config.width, 6 * config.width)
-        self.attention = PatchAttention(config)
+        self.norm_1, self.attention = norm(), attention
+        self.norm_text = norm() if config.text_dim else None
         self.text_attention = TextAttention(config) if config.text_dim else None
-        self.mlp = nn.Sequential(
-            nn.Linear(config.width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, config.width)
-        )
-        self.dropout = nn.Dropout(config.dropout)
+        self.norm_2, self.mlp = norm(), mlp
+        self.dropout = nn.Dropout(dropout)
 
-    def _forward(self, x: Tensor, emb: Tensor, text: Text | None) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor, text: Text | None, rotation: Rotation | None = None) -> Tensor:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(emb).chunk(6, dim=1)
-        x = x + gate_1[:, None] * self.dropout(self.attention(modulated_norm(x, shift_1, scale_1)))
-        if self.text_attention is not None and text is not None:
-            x = x + self.dropout(self.text_attention(F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), text))
-        return x + gate_2[:, None] * self.dropout(self.mlp(modulated_norm(x, shift_2, scale_2)))
+        attended = self.attention(modulated(self.norm_1(x), shift_1, scale_1), rotation)
+        x = x + gate_1[:, None] * self.dropout(attended)
+        if self.norm_text is not None and self.text_attention is not None and text is not None:
+            x = x + self.dropout(self.text_attention(self.norm_text(x), text))
+        return x + gate_2[:, None] * self.dropout(self.mlp(modulated(self.norm_2(x), shift_2, scale_2)))
 
 
 class DiT(nn.Module):
@@ -195,7 +235,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         patch, width = config.patch_size, config.width
-        self.patch_embedding = nn.Conv2d(config.input_channels, width, patch, stride=patch)
+        self.patch_embedding = self._patch_embedding()
         self.time_embedding = TimestepEmbedding(TIME_FREQUENCIES, width)
         if config.num_classes:
             self.class_embedding = nn.Embedding(config.num_classes + 1, width)
@@ -203,10 +243,25 @@ class DiT(nn.Module):
             self.pooled_projection = nn.Linear(config.text_dim, width)
             self.null_text = nn.Parameter(torch.empty(config.text_dim))
             nn.init.normal_(self.null_text)
-        self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList([self._block(number) for number in range(config.depth)])
+        self.norm_out = self._norm()
         self.modulation_out = nn.Linear(width, 2 * width)
         self.linear_out = nn.Linear(width, patch * patch * config.out_channels)
         self._initialize()
+
+    def _patch_embedding(self) -> nn.Module:
+        config = self.config
+        return nn.Conv2d(config.input_channels, config.width, config.patch_size, stride=config.patch_size)
+
+    def _norm(self) -> nn.Module:
+        return nn.LayerNorm(self.config.width, eps=NORM_EPS, elementwise_affine=False)
+
+    def _block(self, number: int) -> DiTBlock:
+        config, hidden = self.config, int(self.config.width * self.config.mlp_ratio)
+        mlp = nn.Sequential(
+            nn.Linear(config.width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, config.width)
+        )
+        return DiTBlock(config, PatchAttention(config.width, config.heads), mlp, self._norm, config.dropout)
 
     def _initialize(self) -> None:
         """Set fresh weights as the authors' code does, zeros of adaLN-zero included."""
@@ -214,8 +269,11 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))  # a linear layer on patches
-        nn.init.zeros_(cast("Tensor", self.patch_embedding.bias))
+        for module in self.patch_embedding.modules():
+            if isinstance(module, nn.Conv2d):  # a linear layer on patches
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for layer in (self.time_embedding.linear_1, self.time_embedding.linear_2):
             nn.init.normal_(layer.weight, std=0.02)
         if self.config.num_classes:
@@ -245,24 +303,41 @@ class DiT(nn.Module):
                 f"images of {height} x {width} pixels are not made of patches of patch_size = {patch}: "
                 f"height and width must be multiples of {patch}"
             )
-        emb, text = self._embed(x_t, t, cond)
+        rows, columns = height // patch, width // patch
+        time = self.time_embedding(timestep_embedding(t, TIME_FREQUENCIES).to(x_t.dtype))
+        given, text = self._given(x_t, cond)
+        emb = F.silu(sum(given, start=time))
         x = self.patch_embedding(with_context(self.config, x_t, cond)).flatten(2).transpose(1, 2)
-        positions = position_embedding(height // patch, width // patch, self.config.width, x_t.device)
-        x = x + positions.to(x_t.dtype)
-        for block in self.blocks:
-            x = block(x, emb, text)
-        x = self.linear_out(modulated_norm(x, *self.modulation_out(emb).chunk(2, dim=1)))
-        x = x.unflatten(1, (height // patch, width // patch)).unflatten(3, (patch, patch, -1))
+        x = x + position_embedding(rows, columns, self.config.width, x_t.device).to(x_t.dtype)
+        x = self._transformed(x, emb, given, text, (rows, columns))
+        x = self.linear_out(modulated(self.norm_out(x), *self.modulation_out(emb).chunk(2, dim=1)))
+        x = x.unflatten(1, (rows, columns)).unflatten(3, (patch, patch, -1))
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, height, width)
 
-    def _embed(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> tuple[Tensor, Text | None]:
-        """Return the activated embedding of time, class and pooled text, [B, W], and the text's tokens and mask."""
-        emb = self.time_embedding(timestep_embedding(t, TIME_FREQUENCIES).to(x_t.dtype))
+    def _transformed(
+        self, x: Tensor, emb: Tensor, given: list[Tensor], text: Text | None, grid: tuple[int, int]
+    ) -> Tensor:
+        """Return what the blocks make of the patches, [B, N, W].
+
+        Args:
+            x: patches of a grid of (rows, columns), row by row, [B, N, W].
+            emb: activated embedding of time and condition, [B, W].
+            given: embeddings of the class and of the pooled text, [B, W] each, of a network with them.
+            text: tokens and their mask, for a network on text.
+            grid: rows and columns of patches.
+        """
+        for block in self.blocks:
+            x = block(x, emb, text)
+        return x
+
+    def _given(self, x_t: Tensor, cond: Conditioning) -> tuple[list[Tensor], Text | None]:
+        """Return the embeddings of class and pooled text, [B, W] each, and the text's tokens and mask."""
+        given: list[Tensor] = []
         text: Text | None = None
         if self.config.num_classes:
-            emb = emb + self.class_embedding(class_rows(self.config, cond, x_t)).to(emb.dtype)
+            given.append(self.class_embedding(class_rows(self.config, cond, x_t)).to(x_t.dtype))
         if self.config.text_dim:
             tokens, mask, pooled = text_vectors(cond, self.null_text, x_t)
             text = tokens, mask
-            emb = emb + self.pooled_projection(pooled)
-        return F.silu(emb), text
+            given.append(self.pooled_projection(pooled))
+        return given, text

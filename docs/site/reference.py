@@ -39,7 +39,7 @@ MODULES = {
         "bound",
         "ema",
     ],
-    "Networks": ["models.unet", "models.dit", "models.classifier", "models.base"],
+    "Networks": ["models.unet", "models.dit", "models.jit", "models.classifier", "models.base"],
     "Sampling": [
         "generate",
         "guidance",

@@ -9,12 +9,16 @@ from torch import nn
 from ddpm.first_weights import VERSION, Distribution, build_on_meta
 from ddpm.model import make_classifier
 from ddpm.models.dit import DiTConfig
+from ddpm.models.jit import JiTConfig
 from ddpm.models.unet import UNetConfig
 
 UNET = UNetConfig(channels=(16, 32), attention=(False, True), norm_groups=4, head_dim=8, num_classes=3, text_dim=5)
 BUILDS = {
     "unet": UNET.build,
     "dit": DiTConfig(width=32, depth=2, heads=2, num_classes=3, text_dim=5, context_channels=3).build,
+    "jit": JiTConfig(
+        patch_size=4, width=32, depth=2, heads=2, class_tokens_from=1, num_classes=3, text_dim=5, context_channels=3
+    ).build,
     "classifier": lambda: make_classifier(UNET, 3),
 }
 FRESH = Distribution("uniform", -0.5, 2.0)

@@ -103,6 +103,11 @@ def test_a_stored_state_continues_with_the_same_updates_of_both_parts():
     [
         ("unet", {"channels": (64,), "attention": (True,)}, ("conv_in", "conv_out")),
         ("dit", {"width": 32, "depth": 2, "heads": 2}, ("patch_embedding", "linear_out")),
+        (
+            "jit",
+            {"patch_size": 4, "width": 32, "depth": 2, "heads": 2, "class_tokens_from": 1},
+            ("patch_embedding.0", "linear_out"),
+        ),
     ],
 )
 def test_first_and_last_layer_embeddings_norms_and_biases_are_no_hidden_matrices(kind, settings, edges):
@@ -112,7 +117,7 @@ def test_first_and_last_layer_embeddings_norms_and_biases_are_no_hidden_matrices
     assert {f"{edge}.weight" for edge in edges} | {"class_embedding.weight", "null_text"} <= others
     assert {name for name, p in network.named_parameters() if p.dim() < 2} <= others
     assert all(
-        p.dim() < 2 or name.startswith((*edges, "class_emb"))
+        p.dim() < 2 or name.startswith((*edges, "class_emb", "class_tokens"))
         for name, p in network.named_parameters()
         if name in others
     )

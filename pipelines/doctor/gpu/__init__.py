@@ -96,7 +96,7 @@ def selftest(ranks: Ranks) -> Iterator[Check]:
 
 
 def check_bf16(ranks: Ranks) -> Iterator[Check]:
-    """Yield, for both kinds of network, how far bfloat16 on each device is from float32 on the CPU."""
+    """Yield, for each kind of network, how far bfloat16 on each device is from float32 on the CPU."""
     for network in NETWORKS:
         exact = tasks.evaluate(made_up_config(network), torch.device("cpu"))
         for place in ranks.places() if ranks.kind == "cuda" else ranks.places()[:1]:
@@ -222,7 +222,7 @@ def link_check(speeds: Mapping[tuple[int, int], float], kinds: Mapping[tuple[int
 
 
 def check_steps(ranks: Ranks, parallel: str) -> Iterator[Check]:
-    """Yield, for both kinds of network, how far the steps of all ranks are from those of one process on the CPU."""
+    """Yield, for each kind of network, how far the steps of all ranks are from those of one process on the CPU."""
     if parallel == "fsdp" and ranks.count == 1:
         yield skipped(parallel, "one device has nothing to share")
         return

@@ -32,8 +32,12 @@ from pipelines.training.loop.watchdog import Watchdog
 NETWORKS = {
     "unet": ("model=unet_small", "model.channels=[32,64]", "model.attention=[false,true]", "model.layers_per_block=1"),
     "dit": ("model=dit_small", "model.width=64", "model.depth=3", "model.heads=2"),
+    "jit": (
+        *("model=jit_base", "model.patch_size=4", "model.width=64", "model.depth=3", "model.heads=2"),
+        *("model.bottleneck=16", "model.class_tokens_from=1", "schedule=flow", "objective=jit"),
+    ),
 }
-"""Overrides of the two kinds of network, small enough for a CPU to compute the same in a second."""
+"""Overrides of each kind of network, small enough for a CPU to compute the same in a second."""
 ROUNDS = 5
 """Repetitions of a transfer, of which the fastest counts: other programs only make it slower."""
 STALLED_S = 20.0

@@ -104,7 +104,7 @@ def test_every_shipped_choice_composes(group, choice):
     needed = {"folder": ["data.num_classes=3", "model=unet_small"], "s3": ["storage.root=s3://b"]}
     needed |= {"mixture": [*needed["folder"], "data.sources=[{name:a,uri:s3://b/a}]"]}
     needed |= {"file": ["storage.root=file:///tmp/b"], "unet_cifar10": ["data.image_size=32"]}
-    needed |= {"unet_cifar10_edm": ["data.image_size=32"]}
+    needed |= {key: ["data.image_size=32"] for key in ("unet_cifar10_edm", "jit_base", "jit_large", "jit_huge")}
     needed |= {"kuberay": ["launch.image=x"], "aws": ["launch.image=x"]}
     needed |= {"consistency": ["init_from=runs:/abc"]} if group == "objective" else {}
     needed |= {"unet_small": ["data.image_size=32"], "hybrid": ["model.learned_variance=true"]}

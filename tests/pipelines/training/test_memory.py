@@ -19,6 +19,10 @@ CPU = torch.device("cpu")
 NETWORKS = {
     "unet": ("model=unet_small", "model.channels=[32,64]", "model.attention=[false,true]", "model.layers_per_block=1"),
     "dit": ("model=dit_small", "model.width=64", "model.depth=3", "model.heads=2"),
+    "jit": (
+        *("model=jit_base", "model.patch_size=4", "model.width=64", "model.depth=3", "model.heads=2"),
+        *("model.bottleneck=16", "model.class_tokens=8", "model.class_tokens_from=1"),
+    ),
     "wide dit": ("model=dit_small", "model.width=192", "model.depth=2", "model.heads=2"),
 }
 
@@ -54,6 +58,8 @@ def allocated(config):
         ("dit", ["batch_size=64", "optim.precision=bf16"]),
         ("dit", ["batch_size=64", "model.checkpointing=true"]),
         ("dit", ["batch_size=4"]),
+        ("jit", ["batch_size=64", "data.num_classes=5"]),
+        ("jit", ["batch_size=64", "optim.precision=bf16"]),
         ("wide dit", ["batch_size=2", "optim.kind=muon", "optim.power_ema=[0.05,0.1]"]),
         ("dit", ["batch_size=32", "micro_batch_size=16"]),
     ],

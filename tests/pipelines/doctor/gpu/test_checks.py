@@ -26,7 +26,7 @@ def statuses(checks):
     return {check.name: check.status for check in checks}
 
 
-@pytest.mark.parametrize("network", ["unet", "dit"])
+@pytest.mark.parametrize("network", tasks.NETWORKS)
 def test_what_bf16_is_off_by_is_its_rounding_because_three_more_bits_make_it_an_eighth(network):
     exact = tasks.evaluate(made_up_config(network), CPU)
     off = {

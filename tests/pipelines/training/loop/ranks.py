@@ -26,6 +26,7 @@ from tests.networks import TINY_UNET
 TINY = {
     "unet": TINY_UNET,
     "dit": ["model=dit_digits", "model.width=32", "model.depth=2", "model.heads=2", "model.checkpointing=true"],
+    "jit": ["model=jit_digits", "model.width=32", "model.depth=2", "model.heads=2", "model.checkpointing=true"],
 }
 """Overrides by which every registered kind of network is small."""
 SMALL = ["model.channels=[8]", "model.norm_groups=4", "model.head_dim=8"]

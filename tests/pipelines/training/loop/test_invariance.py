@@ -145,14 +145,20 @@ def killed_at_random(world: int, tmp_path: Path, folder: Path, digits, config) -
     assert 0 < lines < 20
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+FLOW = ["schedule=flow", "objective=jit", "sampler=heun", "sampler.time=flow", "optim.warmup_images=0", NO_GRIDS]
+"""The training of a pixel transformer by flow matching."""
+
+
+@pytest.mark.parametrize(
+    "parallel, network, overrides", [("ddp", "unet", AT_ONCE), ("fsdp", "unet", AT_ONCE), ("fsdp", "jit", FLOW)]
+)
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit_and_elsewhere_to_the_same_trace(
-    digits, tmp_path, parallel
+    digits, tmp_path, parallel, network, overrides
 ):
     cell = ("fp32", parallel, 1)
     whole, same, other = (tmp_path / name for name in ("whole", "same", "other"))
-    extra = [*AT_ONCE, "checkpoint.every=50", "optim.power_ema=[0.1]"]
-    configs = {folder: cell_config(folder, 2, 20, *cell, *extra) for folder in (whole, same, other)}
+    extra = [*overrides, "checkpoint.every=50", "optim.power_ema=[0.1]"]
+    configs = {folder: cell_config(folder, 2, 20, *cell, *extra, network=network) for folder in (whole, same, other)}
     killed_at_random(2, tmp_path, same, digits, configs[same])
     killed_at_random(2, tmp_path, other, digits, configs[other])
     run_group(2, tmp_path, digits, [(whole, configs[whole]), (same, configs[same])])
@@ -224,6 +230,13 @@ def assert_goes_through(tmp_path: Path, digits, meshes, precision: str, *overrid
 )
 def test_a_checkpoint_of_any_mesh_goes_on_on_any_other(digits, tmp_path, meshes):
     assert_goes_through(tmp_path, digits, meshes, "fp64", *AT_ONCE, "optim.power_ema=[0.1]")
+
+
+def test_a_pixel_transformer_by_flow_matching_has_the_same_losses_on_any_mesh(digits, tmp_path):
+    meshes = [MESHES[0], MESHES[1], MESHES[5], MESHES[2]]
+    *_, worst = goes_through(tmp_path, digits, meshes, "fp32", *FLOW, "optim.lr=1e-4", network="jit")
+    print(f"fp32: losses differ by at most {worst:.1e}")
+    assert worst <= 1e-6
 
 
 @pytest.mark.parametrize("harm", ["a bit is turned", "a part of another step is in its place"])
