@@ -24,6 +24,7 @@ PAGE = Path(__file__).parents[1] / "experiments.md"
 NEEDED = {
     "folder32": ["name=mine", "data.source=photos", "data.num_classes=3"],
     "photos64": ["name=mine", "data.source=photos", "data.num_classes=3"],
+    "photos128": ["name=mine", "data.source=photos", "data.num_classes=3"],
     "captions32": ["name=mine", "data.source=photos"],
     "captions32_classifier": ["name=mine-classifier", "data.uri=s3://ddpm/datasets/mine"],
     "digits_consistency": ["init_from=runs:/abc"],
@@ -47,9 +48,13 @@ IS = {
     "dit_b": ("ImageNet 64x64 in pixels by DiT-B/4 (Peebles & Xie 2023, table 1)", ""),
     "dit_s": ("CIFAR-10 in pixels by DiT-S/2 (Peebles & Xie 2023, table 1)", ""),
     "folder32": ("your own class folders", ""),
+    "imagenet256": ("ImageNet 256x256 in pixels by JiT-B/16 (Li & He 2025)", ""),
+    "imagenet256_large": ("ImageNet 256x256 in pixels by JiT-L/16 (Li & He 2025)", ""),
     "imagenet64": ("ImageNet 64x64 by ADM (Dhariwal & Nichol 2021)", ""),
+    "imagenet64_flow": ("ImageNet 64x64 by flow matching, with the network of `dit_b`", ""),
     "mnist": ("MNIST, or other grey pictures of 28x28", ""),
     "mnist_consistency": ("MNIST in 1 or 2 evaluations, from `mnist`", ""),
+    "photos128": ("your own photographs, by JiT-B/8", ""),
     "photos64": ("your own photographs", ""),
 }
 """Experiment -> what it is, and what it was checked on besides the tests."""

@@ -12,6 +12,8 @@ from pipelines.training.loop.context import RunContext
 from pipelines.training.loop.speed import made_up, made_up_job
 from pipelines.training.loop.state import make_state
 from pipelines.training.loop.train import step
+from pipelines.training.memory import Placement, estimate
+from tests.allocated import allocated
 from tests.docs.modules import load
 
 experiments = load("experiments")
@@ -42,6 +44,23 @@ def test_an_experiment_makes_an_optimizer_step_or_one_forward_pass_without_numbe
     assert any(not torch.equal(before[key], value) for key, value in state.network.state_dict().items())
 
 
+NARROW = ["model.width=192", "model.depth=4", "model.heads=6", "data.lanes=1", "cluster=local", "cluster.num_workers=1"]
+TRANSFORMERS = ["imagenet256", "imagenet256_large", "imagenet64_flow", "photos128"]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_narrow_transformer_takes_ten_steps_of_an_experiment_in_the_memory_that_is_estimated(name):
+    tokens = [] if name == "imagenet64_flow" else ["model.class_tokens_from=1"]
+    of_batch = ["batch_size=8", "micro_batch_size=8", "optim.precision=fp32", "optim.warmup_images=0"]
+    needed = experiments.NEEDED.get(name, [])
+    config = compose([f"+experiment={name}", *needed, *NARROW, *tokens, *of_batch, "data.num_classes=10"])
+    found = allocated(config, steps=10)
+    assert len(found.losses) == 10
+    assert all(math.isfinite(loss) for loss in found.losses)
+    assert found.most == pytest.approx(sum(estimate(config, Placement(1, 1, "cpu", "fp32")).device.values()), rel=0.15)
+
+
 def test_the_page_has_every_experiment_with_what_its_configuration_gives():
     page = experiments.PAGE.read_text()
     assert page == experiments.page_with(page, experiments.tables(experiments.count_all())), (
@@ -51,7 +70,14 @@ def test_the_page_has_every_experiment_with_what_its_configuration_gives():
 
 @pytest.mark.parametrize(
     "name, millions",
-    [("cifar10", 35.7), ("cifar10_improved", 52.5), ("imagenet64", 277.2), ("dit_s", 32.5), ("dit_b", 130.4)],
+    [
+        ("cifar10", 35.7),
+        ("cifar10_improved", 52.5),
+        ("imagenet64", 277.2),
+        ("dit_s", 32.5),
+        ("dit_b", 130.4),
+        ("imagenet256", 131.1),
+    ],
 )
 def test_networks_of_papers_have_the_parameters_that_are_told(name, millions):
     assert round(experiments.count(experiments.composed(name)).parameters / 1e6, 1) == millions
