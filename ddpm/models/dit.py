@@ -92,25 +92,31 @@ class DiTConfig(NetworkConfig):
         return extend_first_layer(self, weights, "patch_embedding.weight")
 
 
-def position_embedding(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
-    """Return sines and cosines of each patch's column, then of its row, float32 [rows * columns, width].
+def grid_angles(rows: int, columns: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the row and the column of each patch times each of so many frequencies, float32 [rows * columns, count].
 
     Patches go row by row. Frequencies are 1 .. 1/10000 (Vaswani et al. 2017, sec. 3.5, in two dimensions).
+
+    Examples:
+        >>> down, across = grid_angles(rows=2, columns=3, count=1, device=torch.device("cpu"))
+        >>> down.flatten().tolist(), across.flatten().tolist()
+        ([0.0, 0.0, 0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 2.0, 0.0, 1.0, 2.0])
+    """
+    frequencies = torch.exp(-math.log(10000) * torch.arange(count, dtype=torch.float32, device=device) / count)
+    down, across = (torch.arange(n, dtype=torch.float32, device=device)[:, None] * frequencies for n in (rows, columns))
+    return down.repeat_interleave(columns, 0), across.repeat(rows, 1)
+
+
+def position_embedding(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
+    """Return sines and cosines of each patch's column, then of its row, float32 [rows * columns, width].
 
     Examples:
         >>> positions = position_embedding(rows=2, columns=3, width=8, device=torch.device("cpu"))
         >>> positions.shape, torch.equal(positions[0, :4], positions[3, :4])  # the same column
         (torch.Size([6, 8]), True)
     """
-    quarter = width // 4
-    frequencies = torch.exp(-math.log(10000) * torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
-
-    def waves(count: int) -> Tensor:
-        angles = torch.arange(count, dtype=torch.float32, device=device)[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    across, down = waves(columns), waves(rows)
-    return torch.cat([across.repeat(rows, 1), down.repeat_interleave(columns, 0)], dim=1)
+    down, across = grid_angles(rows, columns, width // 4, device)
+    return torch.cat([across.sin(), across.cos(), down.sin(), down.cos()], dim=1)
 
 
 def modulated(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -143,16 +149,14 @@ class PatchAttention(nn.Module):
     Args:
         width: channels of a patch.
         heads: attention heads.
-        norm: makes what normalises the queries and keys of a head, from its number of channels; None: as they are.
+        norm: makes what normalises the queries and keys of a head, from its number of channels.
     """
 
-    def __init__(self, width: int, heads: int, norm: Callable[[int], nn.Module] | None = None) -> None:
+    def __init__(self, width: int, heads: int, norm: Callable[[int], nn.Module] = nn.Identity) -> None:
         super().__init__()
         self.heads = heads
         self.to_qkv = nn.Linear(width, 3 * width)
-        self.norm_q, self.norm_k = (
-            (norm(width // heads), norm(width // heads)) if norm else (nn.Identity(), nn.Identity())
-        )
+        self.norm_q, self.norm_k = norm(width // heads), norm(width // heads)
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:

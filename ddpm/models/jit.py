@@ -17,10 +17,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from ddpm.models.base import extend_first_layer
 from ddpm.models.blocks import Text
-from ddpm.models.dit import NORM_EPS, DiT, DiTBlock, DiTConfig, PatchAttention, Rotation
+from ddpm.models.dit import NORM_EPS, DiT, DiTBlock, DiTConfig, PatchAttention, Rotation, grid_angles
 from ddpm.settings import setting
-
-ROTARY_BASE = 10_000
 
 
 @dataclass(frozen=True)
@@ -92,11 +90,7 @@ def rotary_positions(rows: int, columns: int, channels: int, unrotated: int, dev
         >>> cos.shape, sin[:2].any().item()  # the token and the first patch are not rotated
         (torch.Size([7, 4]), False)
     """
-    quarter = channels // 4
-    frequencies = ROTARY_BASE ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
-    down, across = (torch.arange(n, dtype=torch.float32, device=device)[:, None] * frequencies for n in (rows, columns))
-    angles = torch.cat([down.repeat_interleave(columns, 0), across.repeat(rows, 1)], dim=1)
-    angles = F.pad(angles, (0, 0, unrotated, 0))
+    angles = F.pad(torch.cat(grid_angles(rows, columns, channels // 4, device), dim=1), (0, 0, unrotated, 0))
     return angles.cos(), angles.sin()
 
 
@@ -164,9 +158,10 @@ class JiT(DiT):
         config, patches = self.config, x.shape[1]
         count = config.class_tokens if given else 0
         cos, sin = rotary_positions(*grid, config.width // config.heads, count, x.device)
-        of_patches = cos[count:], sin[count:]
+        rotation = cos[count:], sin[count:]
         for number, block in enumerate(self.blocks):
             if count and number == config.class_tokens_from:
-                x = torch.cat([sum(given[1:], start=given[0])[:, None] + self.class_tokens.to(x.dtype), x], dim=1)
-            x = block(x, emb, text, (cos, sin) if x.shape[1] > patches else of_patches)
+                tokens = torch.stack(given).sum(0)[:, None] + self.class_tokens.to(x.dtype)
+                x, rotation = torch.cat([tokens, x], dim=1), (cos, sin)
+            x = block(x, emb, text, rotation)
         return x[:, -patches:]

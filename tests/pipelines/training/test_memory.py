@@ -5,16 +5,12 @@ from __future__ import annotations
 import pytest
 
 from pipelines.config import compose
+from pipelines.doctor.gpu import tasks
 from pipelines.training.memory import CONTEXT, Placement, estimate, in_words
 from tests.allocated import allocated
 
 NETWORKS = {
-    "unet": ("model=unet_small", "model.channels=[32,64]", "model.attention=[false,true]", "model.layers_per_block=1"),
-    "dit": ("model=dit_small", "model.width=64", "model.depth=3", "model.heads=2"),
-    "jit": (
-        *("model=jit_base", "model.patch_size=4", "model.width=64", "model.depth=3", "model.heads=2"),
-        *("model.bottleneck=16", "model.class_tokens=8", "model.class_tokens_from=1"),
-    ),
+    **tasks.NETWORKS,
     "wide dit": ("model=dit_small", "model.width=192", "model.depth=2", "model.heads=2"),
 }
 
