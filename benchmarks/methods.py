@@ -213,7 +213,7 @@ def draw(plan: Plan, config: Config, weights: Mapping[str, Tensor], labels: Tens
         denoiser.schedule,
         sampling(config).with_fields(guidance="classifier_free", scale=1.0),
         cond=None if labels is None else Conditioning(label=labels).to(plan.device),
-        shape=(config.data.channels, config.data.image_size, config.data.image_size),
+        shape=config.data.shape,
         seed=FIRST_SAMPLE_SEED,
         image_ids=torch.arange(plan.samples, device=plan.device),
         batch_size=250,

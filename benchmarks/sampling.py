@@ -136,7 +136,7 @@ def few_steps(size: Size) -> list[dict[str, Any]]:
         return [{"missing": error.name}]
     config = compose(["+experiment=digits"])
     network = make_network(config).eval().requires_grad_(False)
-    shape, turns = (config.data.channels, config.data.image_size, config.data.image_size), size.of(5, 1, 1)
+    shape, turns = config.data.shape, size.of(5, 1, 1)
     quick: Counts = {sampler: counts for sampler, counts in BY_STEPS.items() if sampler != "ancestral"}
     smoke: Counts = dict.fromkeys(BY_STEPS, (2,))
     steps_of = size.of(BY_STEPS, quick, smoke)

@@ -19,6 +19,7 @@ from ddpm.conditioning import Conditioning
 from ddpm.first_weights import NoFirstWeights
 from ddpm.generate import Sampling, generate
 from ddpm.guidance import Guides
+from ddpm.image_size import ImageSize, height_width, parse_image_size
 from ddpm.models import NETWORKS, UNNAMED_NETWORK, NetworkConfig, UNetConfig
 from ddpm.models.classifier import NoisyClassifier
 from ddpm.prediction import NetworkDenoiser, Parameterization
@@ -43,7 +44,7 @@ class ModelSpec:
         network: kind and shape of the network.
         schedule: keyword arguments of `make_schedule`.
         prediction: parameterization of the network's output.
-        image_size: height and width in pixels.
+        image_size: height and width in pixels; one number for square images.
         classes: class names; empty for an unconditional model.
         sampling: default settings for sampling.
         lineage: origin of the weights: run, images seen, dataset digest, ...
@@ -59,7 +60,7 @@ class ModelSpec:
     network: NetworkConfig
     schedule: dict[str, Any]
     prediction: Parameterization
-    image_size: int
+    image_size: ImageSize
     classes: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     lineage: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +69,7 @@ class ModelSpec:
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape (C, H, W) of an image."""
-        return self.network.in_channels, self.image_size, self.image_size
+        return self.network.in_channels, *height_width(self.image_size)
 
     def to_json(self) -> str:
         """Return the text of `model.json`; for networks other than a UNet the fields include the kind."""
@@ -96,6 +97,7 @@ class ModelSpec:
             return cls(
                 network=NETWORKS.find(network.pop("kind", UNNAMED_NETWORK))(**network),
                 sampling=Sampling.from_json(plain.pop("sampling")),
+                image_size=parse_image_size(plain.pop("image_size")),
                 classes=tuple(plain.pop("classes")),
                 **plain,
             )

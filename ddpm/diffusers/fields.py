@@ -125,7 +125,7 @@ def unet_fields(spec: ModelSpec) -> dict[str, Any]:
         )
     return {
         **UNET_FIXED,
-        "sample_size": spec.image_size,
+        "sample_size": spec.image_size if isinstance(spec.image_size, int) else list(spec.image_size),
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
         "freq_shift": config.freq_shift,

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusers.fields import scheduler_fields, scheduler_settings, unet_config, unet_fields, whole
+from ddpm.image_size import ImageSize, height_width, parse_image_size
 from ddpm.model import Model, ModelSpec, build_network
 from ddpm.models.unet import UNetConfig
 from ddpm.tensor_files import LARGEST_FILE, files_of, read_weights, save_weights
@@ -88,7 +89,7 @@ def import_diffusers(
     *,
     last_row: LastRow | None = None,
     classes: Sequence[str] | None = None,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     device: torch.device | str = "cpu",
 ) -> Model:
     """Return the model in a diffusers folder: `UNet2DModel` with DDIM's, DDPM's or the flow-matching scheduler.
@@ -103,7 +104,7 @@ def import_diffusers(
             trained with. "class": an ordinary class; a row of zeros is added as null condition, so that without a label
             the network sees only the time. The network was not trained on that, so class guidance is unreliable.
         classes: names of the classes; default "0", "1", ...
-        image_size: height and width in pixels; needed if `sample_size` is null.
+        image_size: height and width in pixels, one number for square images; needed if `sample_size` is null.
         device: device of the network.
 
     Raises:
@@ -168,7 +169,7 @@ def _class_names(classes: Sequence[str] | None, count: int) -> tuple[str, ...]:
     return names
 
 
-def _image_size(given: Mapping[str, Any], image_size: int | None, multiple: int) -> int:
+def _image_size(given: Mapping[str, Any], image_size: ImageSize | None, multiple: int) -> ImageSize:
     size = given.get("sample_size")
     if size is None:
         if image_size is None:
@@ -176,10 +177,10 @@ def _image_size(given: Mapping[str, Any], image_size: int | None, multiple: int)
         size = image_size
     else:
         _check_unneeded(f"sample_size = {size} says it already", image_size=image_size)
-    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
-    if height != width or whole("sample_size", height) % multiple:
-        raise ValueError(f"sample_size = {size}: height and width must be equal and a multiple of {multiple}")
-    return height
+    found = parse_image_size(size)
+    if any(side % multiple for side in height_width(found)):
+        raise ValueError(f"sample_size = {size}: height and width must be multiples of {multiple}")
+    return found
 
 
 # Files.

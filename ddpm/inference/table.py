@@ -388,6 +388,8 @@ def _pixels(value: Any, decode: Decode | None, shape: tuple[int, int, int], what
         raise ValueError("pictures need a decoder, and there is none")
     pixels = value if decode is None else decode(value, channels, what)
     if list(pixels.shape) != [height, width, channels]:
-        found = f"{pixels.shape[1]}x{pixels.shape[0]}"
-        raise ValueError(f"the {what} is {found} pixels, the model's images are {width}x{height}: resize it")
+        found = f"{pixels.shape[0]}x{pixels.shape[1]}"
+        raise ValueError(
+            f"the {what} is {found} pixels (height x width), the model's images are {height}x{width}: resize it"
+        )
     return pixels

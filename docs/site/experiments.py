@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ddpm.image_size import as_setting
 from ddpm.model import make_classifier
 from ddpm.models.base import NetworkConfig
 from ddpm.models.unet import UNetConfig
@@ -105,18 +106,18 @@ def build(config: Config) -> nn.Module:
 
 def count(config: Config) -> Counts:
     """Return what an experiment's network takes."""
-    of_network = _count(network_config(config), _classes(config), config.data.channels, config.data.image_size)
+    of_network = _count(network_config(config), _classes(config), config.data.shape)
     return replace(of_network, flops=of_network.flops * (1 + _more_passes(config) / 3))
 
 
 @cache  # several experiments train one network, and counting it takes most of a second
-def _count(network: NetworkConfig, classes: int | None, channels: int, size: int) -> Counts:
+def _count(network: NetworkConfig, classes: int | None, shape: tuple[int, int, int]) -> Counts:
     """Return what a network takes, in one pass of an image forward and backward."""
     built = _build(network, classes)
     return Counts(
         parameters=sum(p.numel() for p in built.parameters()),
-        flops=flops_per_image(built, channels, size),
-        activations=_kept(built, channels, size),
+        flops=flops_per_image(built, shape),
+        activations=_kept(built, shape),
     )
 
 
@@ -172,7 +173,7 @@ def tables(found: Mapping[str, Counts]) -> str:
     costs = ["| `+experiment=` | GFLOPs an image | A100-hours | GiB a GPU | published FID |", "|---" * 5 + "|"]
     for name, counts in found.items():
         config, (is_, besides) = composed(name), IS[name]
-        size = f"{config.data.image_size}, {'grey' if config.data.channels == 1 else 'colour'}"
+        size = f"{as_setting(config.data.image_size)}, {'grey' if config.data.channels == 1 else 'colour'}"
         step = "one optimizer step" if takes_a_step(counts) else "shapes"
         checked = "; ".join(filter(None, [step, besides]))
         what.append(
@@ -208,9 +209,9 @@ def page_with(text: str, found: str) -> str:
     return text
 
 
-def _kept(network: nn.Module, channels: int, size: int) -> int:
+def _kept(network: nn.Module, shape: tuple[int, int, int]) -> int:
     """Return the bytes that autograd keeps of one more image."""
-    one, two = (_kept_of(network, torch.empty(batch, channels, size, size, device="meta")) for batch in (1, 2))
+    one, two = (_kept_of(network, torch.empty(batch, *shape, device="meta")) for batch in (1, 2))
     return two - one
 
 

@@ -17,6 +17,7 @@ import typer
 from pipelines.cli.terminal import Terminal
 
 if TYPE_CHECKING:
+    from ddpm.image_size import ImageSize
     from pipelines.config import Config
     from pipelines.registry import Verdict
     from pipelines.shards.audit.recorded import TarReading
@@ -260,6 +261,20 @@ def new_folder(path: Path | None) -> Path | None:
             if folder.is_dir():
                 folder.rmdir()
     return path
+
+
+def image_size_option(given: str | None) -> ImageSize | None:
+    """Return an image size as it is given on the command line; None if there is none.
+
+    Raises:
+        BadParameter: it is no size.
+    """
+    from ddpm.image_size import parse_image_size
+
+    try:
+        return None if given is None else parse_image_size(given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--image-size") from error
 
 
 def class_names(given: str | None) -> list[str] | None:

@@ -19,6 +19,7 @@ from pipelines.cli.common import (
     class_names,
     compose,
     connect,
+    image_size_option,
     names_cluster,
     tar_reading,
     terminal,
@@ -99,7 +100,9 @@ def index(
     uri: Folder,
     split: Annotated[list[str] | None, typer.Option(help="NAME=PATTERN of paths, or NAME for all; repeatable")] = None,
     classes: Annotated[str | None, typer.Option(help="Class names, comma-separated; default: their numbers")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Height and width; default: the first image's")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Such as 64 or 48x64 (height x width); default: the first image's")
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an existing index")] = False,
     quarantine: Annotated[
         bool,
@@ -123,7 +126,7 @@ def index(
             storage,
             rules=rules,
             classes=class_names(classes) or (),
-            image_size=image_size,
+            image_size=image_size_option(image_size),
             replace=replace,
             quarantine=quarantine,
             reading=reading(),

@@ -14,6 +14,7 @@ from pipelines.cli.common import (
     answer_json,
     class_names,
     connect_for_model,
+    image_size_option,
     new_folder,
     terminal,
 )
@@ -51,26 +52,27 @@ def import_model(
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Names of the classes, comma-separated")] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Image size in pixels, if the folder does not have it")
+        str | None, typer.Option(help="Image size, such as 64 or 48x64 (height x width), if the folder lacks it")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Convert a diffusers folder into a model folder. Example: ddpm import ddpm-cifar10-32 --to cifar10"""
     from ddpm.diffusers import import_diffusers
+    from ddpm.image_size import in_words
     from ddpm.model import save_model
     from pipelines.checkpoints import ModelError
 
-    names = class_names(classes)
+    names, size = class_names(classes), image_size_option(image_size)
     try:
         found = import_diffusers(
             folder,
             last_row=last_row,  # type: ignore[arg-type]  # checked there
             classes=names,
-            image_size=image_size,
+            image_size=size,
         )
     except (ValueError, OSError) as error:
         raise ModelError(str(error)) from error
     save_model(to, found.spec, found.network.state_dict())
     size, kinds = found.spec.image_size, len(found.spec.classes)
-    terminal.stage("import", f"{to}: {size}x{size} pixels, {kinds} classes; try: ddpm sample {to} --out samples")
+    terminal.stage("import", f"{to}: {in_words(size)} pixels, {kinds} classes; try: ddpm sample {to} --out samples")
     answer_json(as_json, {"folder": str(to), "classes": list(found.spec.classes), "image_size": size})

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from ddpm.consistency import ConsistencyTuning, refusal
 from ddpm.generate import Sampling
 from ddpm.guidance import GUIDANCE
+from ddpm.image_size import as_setting, height_width
 from ddpm.learned_weight import LearnedWeight, LearnedWeighting
 from ddpm.models import NETWORKS, NetworkConfig
 from ddpm.objectives import Objective
@@ -44,9 +45,10 @@ def network_config(config: Config) -> NetworkConfig:
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
-    if data.image_size % network.downsampling:
+    if any(side % network.downsampling for side in height_width(data.image_size)):
+        each = "must be a multiple" if isinstance(data.image_size, int) else "must be multiples"
         raise ConfigError(
-            f"data.image_size = {data.image_size} must be a multiple of {network.downsampling}: "
+            f"data.image_size = {as_setting(data.image_size)} {each} of {network.downsampling}: "
             f"{network.downsampling_reason}; or use another size"
         )
     return network

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -16,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from ddpm.image_size import ImageSize, height_width, parse_image_size
 from pipelines.config.choices import ConfigSection
 from pipelines.presentation.errors import ConfigError
 
@@ -90,7 +92,9 @@ class DataConfig(ConfigSection):
         description="datasets to train on in a mixture, each {name: NAME, uri: ADDRESS, weight: WEIGHT}, instead of "
         "the one at data.uri; the weight is a number, or {N: WEIGHT, ...} with one from sample N of the stream on",
     )
-    image_size: PositiveInt = Field(le=4096, description="height and width in pixels")
+    image_size: Annotated[ImageSize, BeforeValidator(parse_image_size)] = Field(
+        description="height and width in pixels: one number for square images, else HEIGHTxWIDTH, such as 48x64"
+    )
     channels: Literal[1, 3] = Field(description="1 for grey images, 3 for colour")
     num_classes: NonNegativeInt = Field(
         description="number of classes, of all sources together; 0 for images without labels"
@@ -98,7 +102,9 @@ class DataConfig(ConfigSection):
     lanes: PositiveInt = Field(8, description="positions in the data that are read in parallel; must divide batch_size")
     window: PositiveInt = Field(4, description="consecutive shards of a lane that are shuffled together")
     flip: bool = Field(False, description="mirror every image with probability 1/2")
-    geometry: Geometry = Field("crop", description="how an ingest resizes images: crop takes the central square")
+    geometry: Geometry = Field(
+        "crop", description="how an ingest resizes images: crop takes the largest central part of the same proportions"
+    )
     encoding: Encoding = Field("png", description="file format of ingested images; only jpg loses detail")
     shard_samples: PositiveInt = Field(1000, description="images per shard that an ingest writes")
     shard_bytes: PositiveInt | None = Field(
@@ -132,6 +138,11 @@ class DataConfig(ConfigSection):
     )
     decode_threads: PositiveInt = Field(2, description="image decoding threads per worker")
     prefetch_batches: PositiveInt = Field(4, description="batches that a worker prefetches")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of an image."""
+        return self.channels, *height_width(self.image_size)
 
     @model_validator(mode="before")
     @classmethod

@@ -127,8 +127,7 @@ class EvaluationData:
         Raises:
             DatasetError: they have another shape, or the labels of one mean something else for the other.
         """
-        shape = (self.dataset.channels, self.dataset.image_size, self.dataset.image_size)
-        if spec.shape != shape:
+        if spec.shape != (shape := self.dataset.shape):
             raise DatasetError(
                 f"{self.dataset.uri} has images of shape {shape} and the model draws {spec.shape}: ingest the data at "
                 "the model's size (data.image_size, data.channels), or name other data with data.uri"

@@ -196,8 +196,8 @@ def open_real(
     stream = stream_digest(dataset, quarantine)
     parts = layout.FEATURES, features_name(stream, evaluator.digest)
     stored = Derived(storage, join(dataset.uri, *parts), layout.REAL, "/".join(parts))
-    size = thumbnail_size(dataset.image_size, dataset.image_size)
-    thumbnail = (dataset.channels, *size)
+    channels, *sides = dataset.shape
+    thumbnail = (channels, *thumbnail_size(*sides))
     record, why = None, "once for this evaluator"
     try:
         record = stored.find(Trust.of(config.registry))

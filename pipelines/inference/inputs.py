@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ddpm.image_size import as_setting, central_part, in_words, of_sides
 from ddpm.inference import check_mask
 from pipelines.inference.request import Request, RequestError, parse_box
 from pipelines.presentation.progress import Notice
@@ -33,7 +34,7 @@ class GivenImage:
     Attributes:
         path: of its file.
         size: width and height in pixels of the upright image in the file.
-        pixels: its central square, resized to the model's size, uint8 [H, W, C].
+        pixels: its largest central part of the model's proportions, resized to the model's size, uint8 [H, W, C].
     """
 
     path: Path
@@ -85,7 +86,9 @@ def read_mask(mask: str, image: GivenImage, shape: tuple[int, int, int]) -> NDAr
     if mask.startswith(DRAWN):
         x, y, w, h = _box_of_half(mask, width, height) if mask.startswith("half:") else parse_box(mask)
         if x + w > width or y + h > height:
-            raise RequestError(f"the mask {mask} does not lie within the model's {width}x{height} pixels")
+            raise RequestError(
+                f"the mask {mask} does not lie within the model's images, {width} pixels wide and {height} high"
+            )
         hidden = np.zeros((height, width), bool)
         hidden[y : y + h, x : x + w] = True
     else:
@@ -118,13 +121,16 @@ def read_file(what: str, path: Path, decode: Callable[[bytes], T], otherwise: st
 
 
 def _read(path: Path, shape: tuple[int, int, int], notice: Notice) -> GivenImage:
-    channels, size, _ = shape
+    channels, *sides = shape
+    size = of_sides(*sides)
     encoded = read_file("image", path, lambda data: encode_image(data, ImageFormat(size, channels)))
     changes, (width, height) = list(encoded.changes), encoded.size
-    if width != height:
-        changes.append(f"cut to the central square of {width}x{height} pixels")
-    if (width, height) != (size, size):
-        changes.append(f"resized from {min(width, height)} to the model's {size} pixels")
+    *_, rows, columns = central_part(height, width, size)
+    if (rows, columns) != (height, width):
+        part = "square" if rows == columns else f"{in_words((rows, columns))} pixels"
+        changes.append(f"cut to the central {part} of {height}x{width} pixels")
+    if (rows, columns) != tuple(sides):
+        changes.append(f"resized from {as_setting(of_sides(rows, columns))} to the model's {as_setting(size)} pixels")
     if changes:
         notice(f"{path}: {', '.join(changes)}")
     return GivenImage(path, encoded.size, encoded.pixels)
@@ -145,13 +151,12 @@ def _drawn(mask: Path, image: GivenImage, height: int, width: int) -> NDArray[np
     """Return a mask from a picture; one of the size of the given image is cut and resized as that is."""
     picture = Image.fromarray(read_file("mask", mask, decode_grey, MASKS))
     if picture.size == image.size and picture.size != (width, height):
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side)).resize((width, height), Image.Resampling.BOX)
+        top, left, rows, columns = central_part(picture.height, picture.width, of_sides(height, width))
+        picture = picture.crop((left, top, left + columns, top + rows)).resize((width, height), Image.Resampling.BOX)
         return np.asarray(picture) > 0  # a pixel of which any part is hidden
     if picture.size != (width, height):
         raise RequestError(
-            f"the mask {mask} is {picture.width}x{picture.height}: it must have the size of {image.path}, "
-            f"{image.size[0]}x{image.size[1]}, or of the model's images, {width}x{height}"
+            f"the mask {mask} is {picture.height}x{picture.width} (height x width): it must have the size of "
+            f"{image.path}, {image.size[1]}x{image.size[0]}, or of the model's images, {height}x{width}"
         )
     return np.asarray(picture) >= 128

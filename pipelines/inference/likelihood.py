@@ -201,8 +201,7 @@ def _plot(bits: Bits) -> str:
 def _test_split(uri: str, model: Model, most: int, config: Config) -> Data:
     storage = Storage.of(config)
     dataset, spec = read_dataset(uri, storage), model.spec
-    there = (dataset.channels, dataset.image_size, dataset.image_size)
-    if there != spec.shape:
+    if (there := dataset.shape) != spec.shape:
         raise DatasetError(f"{uri} has images {list(there)}, the model's are {list(spec.shape)}: name its own data")
     text = spec.network.text_dim > 0
     with opened_split(dataset, "test", storage, config.data.cache_dir, config.data.cache_gib, text=text) as reader:

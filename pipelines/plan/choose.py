@@ -103,8 +103,8 @@ def choose(source: SourceFacts, machine: MachineFacts, budget_s: float, user: Us
                 raise
     enough = [basis for basis in found if basis.images >= basis.candidate.needed]
     larger = [basis for basis in enough if basis.candidate.network != "narrow"] or enough or found[:1]
-    size = max(basis.candidate.size for basis in larger)
-    return [basis for basis in larger if basis.candidate.size == size][-1]
+    most = max(basis.candidate.pixels for basis in larger)
+    return [basis for basis in larger if basis.candidate.pixels == most][-1]
 
 
 def _basis(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ddpm.image_size import as_setting
 from pipelines.plan.budget import format_duration, written
 from pipelines.plan.calibration import CALIBRATION
 from pipelines.plan.facts import MachineFacts, Plan, SourceFacts, Speed
@@ -135,7 +136,7 @@ def judging(
     # The evaluator sees half of the images, or all where they are few; see `evaluation.evaluators.share`.
     shown = source.train_images if source.train_images < 1_000 else min(source.train_images // 2, 50_000)
     speed = machine.speeds[candidate.key]
-    judge_step_s = machine.judge_step_s.get(candidate.size, 0.02) * (2 if texts else 1)
+    judge_step_s = machine.judge_step_s.get(as_setting(candidate.size), 0.02) * (2 if texts else 1)
     of_pass = math.ceil(shown / JUDGE_BATCH) * judge_step_s
     passes = min(
         CALIBRATION.judging.passes[kind],

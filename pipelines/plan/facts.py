@@ -130,7 +130,7 @@ class MachineFacts:
         gpus: GPUs available to workers.
         precision: precision of the forward and backward pass.
         speeds: key of a candidate -> speed; candidates that are too slow or too large are missing.
-        judge_step_s: image size -> seconds of one step of the training of the evaluator.
+        judge_step_s: image size, as settings are given it -> seconds of one step of the training of the evaluator.
         together: speed of a core while all cores compute, relative to a single busy core; cores that are two threads of
         one physical core share it.
         start_s: seconds until the required services answer.
@@ -142,7 +142,7 @@ class MachineFacts:
     gpus: int
     precision: str
     speeds: Mapping[str, Speed]
-    judge_step_s: Mapping[int, float]
+    judge_step_s: Mapping[str, float]
     together: float = 1.0
     start_s: float = 0.0
     looking_s: float = 0.0
@@ -157,8 +157,7 @@ class MachineFacts:
     def from_plain(cls, plain: Mapping[str, Any]) -> MachineFacts:
         """Return the facts from JSON types."""
         speeds = {key: Speed(**speed) for key, speed in plain["speeds"].items()}
-        judge = {int(size): seconds for size, seconds in plain["judge_step_s"].items()}
-        return cls(**{**plain, "speeds": speeds, "judge_step_s": judge})
+        return cls(**{**plain, "speeds": speeds})
 
 
 @dataclass(frozen=True)

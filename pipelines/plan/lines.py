@@ -8,6 +8,7 @@ import math
 import re
 from typing import Any
 
+from ddpm.image_size import as_setting, in_words
 from pipelines.config import override_value
 from pipelines.evaluation.copies import LEAST
 from pipelines.plan import clock
@@ -54,7 +55,7 @@ def data_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> list[P
             {
                 "data": "folder",
                 "data.source": source.source,
-                "data.uri": layout.dataset_folder("${storage.root}", f"{name}-{size}px-{digest}"),
+                "data.uri": layout.dataset_folder("${storage.root}", f"{name}-{as_setting(size)}px-{digest}"),
                 "data.num_classes": classes,
                 "data.shard_samples": shards,
                 "data.lanes": math.gcd(4, basis.batch),
@@ -63,7 +64,7 @@ def data_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> list[P
             f"{source.images:,} images" + (f", {classes} classes" if classes else ""),
             f"{source.test_images:,} of them are kept for testing",
         ),
-        user.line("image size", {"data.image_size": size, "data.geometry": geometry}, f"{size}x{size}", why_size),
+        user.line("image size", {"data.image_size": size, "data.geometry": geometry}, in_words(size), why_size),
         user.line(
             "channels",
             {"data.channels": channels},
@@ -99,7 +100,7 @@ def network_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> lis
         why = f"the next larger one would not see the {larger.needed:,} images that it needs to be better"
     objective = {key: value for key, value in methods(user).items() if key.partition(".")[0] == "objective"}
     weight = ", learned weight" if "objective.learned_weight" in objective else ""
-    shift = 2 * math.log(64 / candidate.size) if candidate.size > 64 else 0.0
+    shift = math.log(64**2 / candidate.pixels) if candidate.pixels > 64**2 else 0.0
     network = user.line("network", candidate.settings, f"{candidate.network} UNet, {millions:.1f} M parameters", why)
     if candidate.network == "hand":
         given = {key: value for key, value in user.settings.items() if key.partition(".")[0] == "model"}

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from ddpm.image_size import ImageSize, as_setting, height_width
 from pipelines.config import Config, compose, override_value
 from pipelines.environment.cgroups import whole_cores
 from pipelines.evaluation.devices import one_thread
 from pipelines.evaluation.evaluators.classifier import BATCH as JUDGE_BATCH
-from pipelines.evaluation.evaluators.classifier import MAX_SIDE, train_classifier
+from pipelines.evaluation.evaluators.classifier import reduced_size, train_classifier
 from pipelines.evaluation.evaluators.contrastive import train_contrastive
 from pipelines.plan.choose import PIECE, choose, drawing_precision, methods, uses_captions
 from pipelines.plan.facts import MachineFacts, SourceFacts, Speed, UserOverrides
@@ -47,7 +48,7 @@ class MachineMeasurement:
     """The measurements of one process; the fields are those of `MachineFacts`."""
 
     speeds: dict[str, Speed]
-    judge_step_s: dict[int, float]
+    judge_step_s: dict[str, float]
     precision: str
     together: float
     looking_s: float
@@ -83,17 +84,17 @@ class Measurement:
     def _measured(self, device: torch.device) -> MachineMeasurement:
         began = time.monotonic()
         speeds: dict[str, Speed] = {}
-        judge: dict[int, float] = {}
+        judge: dict[str, float] = {}
         precision = ""
         user, by_size = UserOverrides(self.settings), _by_size(candidates(self.source, UserOverrides(self.settings)))
         for size, of_size in by_size.items():
-            if judge and not any(key.endswith(f"@{max(judge)}") for key in speeds):
+            if judge and not any(key.endswith(f"@{[*judge][-1]}") for key in speeds):
                 break  # the size below was too slow already
             smaller: Speed | None = None
             for candidate in of_size:
                 if smaller is not None and not self._reaches(candidate, smaller):
                     break  # a larger network is no faster
-                piece = PIECE[device.type] if size <= 32 or device.type == "cuda" else PIECE["cpu"] // 4
+                piece = PIECE[device.type] if candidate.pixels <= 32**2 or device.type == "cuda" else PIECE["cpu"] // 4
                 config = trial_config(candidate, self.source, user, piece, device)
                 precision = resolve_precision(config.optim, device)
                 try:
@@ -106,7 +107,7 @@ class Measurement:
                 speeds[candidate.key] = smaller = Speed(
                     found.train, found.draw, found.evaluate, found.parameters, piece, step_s
                 )
-            judge[size] = judge_step_seconds(config, len(self.source.class_counts), device)
+            judge[as_setting(size)] = judge_step_seconds(config, len(self.source.class_counts), device)
             if self._hopeless(speeds, of_size[0]):
                 break
         together = 1.0 if device.type == "cuda" else speed_together(whole_cores(), precision)
@@ -230,7 +231,7 @@ def measure_longer(
     seconds = min(most, max(least, LONGER_SHARE * budget_s))
     measurement = LongerMeasurement(source, settings, basis.candidate, basis.speed.piece, seconds)
     found: MeasuredLonger = measurement() if run is None else run(measurement, 0)
-    judging = machine.judge_step_s[basis.candidate.size] / found.judge_step_s
+    judging = machine.judge_step_s[as_setting(basis.candidate.size)] / found.judge_step_s
     changed = machine.times(1.0, found.draw / basis.speed.draw, judging)
     return replace(changed, looking_s=machine.looking_s + found.took_s)
 
@@ -289,9 +290,9 @@ def judge_step_seconds(config: Config, classes: int, device: torch.device, secon
     Args:
         seconds: seconds for which steps are repeated; at least `JUDGE_STEPS` steps are run.
     """
-    side = min(config.data.image_size, MAX_SIDE)
+    sides = height_width(reduced_size(config.data.image_size))
     count = JUDGE_BATCH if classes > 1 else JUDGE_PIECE
-    images = torch.zeros(count, config.data.channels, side, side, dtype=torch.uint8)
+    images = torch.zeros(count, config.data.channels, *sides, dtype=torch.uint8)
 
     def train(passes: int) -> None:
         if classes > 1:
@@ -370,9 +371,9 @@ class Convolutions:
         return done
 
 
-def _by_size(found: Sequence[Candidate]) -> dict[int, list[Candidate]]:
+def _by_size(found: Sequence[Candidate]) -> dict[ImageSize, list[Candidate]]:
     """Return the candidates of each size, in order."""
-    sizes: dict[int, list[Candidate]] = {}
+    sizes: dict[ImageSize, list[Candidate]] = {}
     for candidate in found:
         sizes.setdefault(candidate.size, []).append(candidate)
     return sizes

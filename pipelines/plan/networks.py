@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ddpm.image_size import ImageSize, as_setting, height_width, of_sides, parse_image_size
 from pipelines.plan.calibration import CALIBRATION
 from pipelines.plan.facts import SourceFacts, UserOverrides
 
@@ -21,24 +23,29 @@ class Candidate:
     """A network at an image size.
 
     Attributes:
-        size: height and width in pixels.
+        size: height and width in pixels; one number for square images.
         network: its name in `WIDTHS`, or "hand" for the user's own.
         settings: fields of the configuration that define it; empty for the user's own.
     """
 
-    size: int
+    size: ImageSize
     network: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """Key of the candidate among the measured speeds."""
-        return f"{self.network}@{self.size}"
+        return f"{self.network}@{as_setting(self.size)}"
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of an image."""
+        return math.prod(height_width(self.size))
 
     @property
     def effort(self) -> float:
         """Factor of training images relative to 32 pixels: larger images need more."""
-        return max(1.0, (self.size / 32) ** 2)
+        return max(1.0, self.pixels / 32**2)
 
     @property
     def needed(self) -> int:
@@ -48,41 +55,46 @@ class Candidate:
 
 def candidates(source: SourceFacts, user: UserOverrides) -> tuple[Candidate, ...]:
     """Return the candidates worth measuring, by size and then by network, smallest first."""
-    sizes = (int(user.get("data.image_size", 0)),) if "data.image_size" in user.settings else image_sizes(source)
+    given = user.get("data.image_size", None)
+    sizes = image_sizes(source) if given is None else (parse_image_size(given),)
     if user.sets_network():
         return tuple(Candidate(size, "hand") for size in sizes)
     return tuple(Candidate(size, name, unet(size, *widths)) for size in sizes for name, widths in WIDTHS.items())
 
 
-def image_sizes(source: SourceFacts) -> tuple[int, ...]:
+def image_sizes(source: SourceFacts) -> tuple[ImageSize, ...]:
     """Return the sizes at which a source could be trained, in pixels.
 
     None is above that of its median image; the smallest is 8 pixels, however small the images are.
     """
     native = native_size(source)
     if native is not None:
-        return (32, native) if native > 32 else (native,)
+        height, width = height_width(native)
+        if max(height, width) <= 32:
+            return (native,)
+        times = 32 / max(height, width)
+        return of_sides(*(max(8, int(side * times) // 4 * 4) for side in (height, width))), native
     _, median, _ = source.shorter_sides
     fitting = tuple(size for size in SIZES if size <= median)
     return fitting or (max(8, median - median % 4),)
 
 
-def native_size(source: SourceFacts) -> int | None:
-    """Return the common size if all images are square, small, and of a size that networks can halve twice; else
-    None."""
-    if source.one_size is None or source.one_size[0] != source.one_size[1]:
+def native_size(source: SourceFacts) -> ImageSize | None:
+    """Return the common size if all images are small and of a size that networks can halve twice; else None."""
+    if source.one_size is None:
         return None
-    size = source.one_size[0]
-    return size if size <= LARGEST_NATIVE and size >= 8 and size % 4 == 0 else None
+    width, height = source.one_size
+    fits = all(8 <= side <= LARGEST_NATIVE and side % 4 == 0 for side in (height, width))
+    return of_sides(height, width) if fits else None
 
 
-def unet(size: int, first: int, others: int) -> dict[str, Any]:
+def unet(size: ImageSize, first: int, others: int) -> dict[str, Any]:
     """Return the settings of a UNet that halves images down to 4 to 8 pixels, with attention at 16 pixels or less."""
-    levels = 2
-    while size % 2**levels == 0 and size // 2**levels >= 7:
+    sides, levels = height_width(size), 2
+    while all(side % 2**levels == 0 and side // 2**levels >= 7 for side in sides):
         levels += 1
-    sides = [size >> level for level in range(levels)]
-    attends = next((level for level, side in enumerate(sides) if level and side <= 16), levels - 1)
+    longest = [max(sides) >> level for level in range(levels)]
+    attends = next((level for level, side in enumerate(longest) if level and side <= 16), levels - 1)
     return {
         "model.kind": "unet",
         "model.channels": [first, *[others] * (levels - 1)],

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddpm.image_size import height_width
 from ddpm.memorisation import relative_distance
 from pipelines.checkpoints.references import Resolved
 from pipelines.config import Config
@@ -341,7 +342,7 @@ def _test_images(uri: str, form: ImageFormat, config: Config) -> NDArray[np.uint
     storage = Storage.of(config)
     dataset = read_dataset(uri, storage)
     if TEST not in dataset.splits or (dataset.image_size, dataset.channels) != (form.size, form.channels):
-        return small_copies([np.zeros((form.size, form.size, form.channels), np.uint8)])[:0]
+        return small_copies([np.zeros((*height_width(form.size), form.channels), np.uint8)])[:0]
     with opened_split(dataset, TEST, storage, config.data.cache_dir, config.data.cache_gib) as reader:
         chosen = spread_positions(reader.total, HELD_OUT)
         parts = [chosen[first : first + AT_ONCE] for first in range(0, len(chosen), AT_ONCE)]

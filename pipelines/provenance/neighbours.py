@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ddpm.image_size import ImageSize
 from ddpm.memorisation import pixel_neighbours
 from pipelines.evaluation.images import thumbnails
 from pipelines.provenance.prints import read_images
@@ -80,7 +81,7 @@ class NearestTar:
     uri: str
     storage: Storage
     left_out: Mapping[str, Collection[int] | None]
-    size: int
+    size: ImageSize
     channels: int
     images: NDArray[np.uint8]
 

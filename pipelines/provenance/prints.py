@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ddpm.image_size import ImageSize
 from pipelines.shards.audit.recorded import (
     Advance,
     Tar,
@@ -70,7 +71,7 @@ def file_digest(data: bytes | memoryview) -> bytes:
 
 
 def as_image(pixels: NDArray[np.uint8]) -> Image.Image:
-    """Return pixels [size, size, channels] as an image of Pillow."""
+    """Return pixels [H, W, channels] as an image of Pillow."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
@@ -81,13 +82,13 @@ class PrintTar:
     Attributes:
         uri: folder of the dataset.
         storage: the store.
-        size: height and width of its images.
+        size: height and width of its images, one number for square ones.
         channels: of its images.
     """
 
     uri: str
     storage: Storage
-    size: int
+    size: ImageSize
     channels: int
 
     def inputs(self, tar: Tar) -> Any:

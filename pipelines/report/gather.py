@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from ddpm.generate import Sampling
+from ddpm.image_size import height_width
 from ddpm.model import ModelSpec
 from ddpm.models import NETWORKS
 from pipelines import tracking
@@ -213,10 +214,10 @@ class _Reader:
         with self._part("the index of the dataset"):
             whole = DataConfig.model_validate(settings["data"]) if sources else None
             dataset = read_data(whole, self.storage)[0] if whole else read_dataset(uri, self.storage)
-            size, colours = dataset.image_size, {1: "grey", 3: "colour"}.get(dataset.channels, "")
+            sides, colours = height_width(dataset.image_size), {1: "grey", 3: "colour"}.get(dataset.channels, "")
             counts = ", ".join(f"{dataset.samples(split):,} {split}" for split in dataset.splits)
             now = "" if digest in (None, dataset.digest) else " (there now: the data have changed since)"
-            rows.append(("images", f"{counts}; {colours or dataset.channels} {size} x {size}{now}"))
+            rows.append(("images", f"{counts}; {colours or dataset.channels} {sides[0]} x {sides[1]}{now}"))
             shown = ", ".join(dataset.classes[:NAMES])
             more = len(dataset.classes) - NAMES
             listed = f": {shown}{f' and {more:,} more' if more > 0 else ''}" if shown else ""

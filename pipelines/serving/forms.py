@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ddpm.image_size import ImageSize, central_part, height_width
 from pipelines.inference.request import Request, RequestError, read_fields
 from pipelines.serving.bodies import decode_png, encode_png
 from pipelines.shards.members import on_white
@@ -59,14 +60,15 @@ def enlarged(picture: str) -> Image.Image:
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
-def picture_and_mask(drawing: Mapping[str, Any] | None, filled: str, size: int) -> tuple[str, str]:
+def picture_and_mask(drawing: Mapping[str, Any] | None, filled: str, size: ImageSize) -> tuple[str, str]:
     """Return a picture and the mask of what is to be filled, as fields of a request.
 
     Args:
         drawing: of an image editor: `background`, and `layers` with what was brushed, each uint8 [H, W, 3 or 4]. What
             is transparent in the background is white, as for the command.
         filled: `BRUSH`, or a key of `HALVES`.
-        size: of the model's images; the mask of a brush has it, and hides a pixel of which any part was brushed.
+        size: of the model's images, to whose proportions the picture is cut; the mask of a brush has it, and hides a
+            pixel of which any part was brushed.
 
     Raises:
         RequestError: there is no picture, or one of another form, or nothing was brushed.
@@ -74,8 +76,9 @@ def picture_and_mask(drawing: Mapping[str, Any] | None, filled: str, size: int) 
     background = None if drawing is None else drawing.get("background")
     if drawing is None or background is None:
         raise RequestError("there is no picture yet: drop one onto the field, or take the one that was sampled")
-    square = _square(_colours(np.asarray(background)))
-    picture = encode_png(np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BOX)))
+    height, width = height_width(size)
+    part = _central(_colours(np.asarray(background)), size)
+    picture = encode_png(np.asarray(Image.fromarray(part).resize((width, height), Image.Resampling.BOX)))
     if filled != BRUSH:
         return picture, HALVES[filled]
     brushed = np.zeros(np.asarray(background).shape[:2], bool)
@@ -84,7 +87,7 @@ def picture_and_mask(drawing: Mapping[str, Any] | None, filled: str, size: int) 
             brushed |= np.asarray(layer)[..., -1] > 0
     if not brushed.any():
         raise RequestError("nothing is brushed yet: paint over what should be filled, or choose a half of the picture")
-    mask = Image.fromarray(_square(brushed) * np.uint8(255)).resize((size, size), Image.Resampling.BOX)
+    mask = Image.fromarray(_central(brushed, size) * np.uint8(255)).resize((width, height), Image.Resampling.BOX)
     return picture, encode_png((np.asarray(mask) > 0)[..., None] * np.uint8(255))
 
 
@@ -120,11 +123,10 @@ def _colours(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     return np.asarray(on_white(Image.fromarray(pixels))[0])
 
 
-def _square(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Return the central square of an image [H, W, ...]."""
-    side = min(pixels.shape[:2])
-    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-    return pixels[top : top + side, left : left + side]
+def _central(pixels: NDArray[Any], size: ImageSize) -> NDArray[Any]:
+    """Return the largest central part of an image [H, W, ...] that has the proportions of a size."""
+    top, left, height, width = central_part(pixels.shape[0], pixels.shape[1], size)
+    return pixels[top : top + height, left : left + width]
 
 
 def _named(row: Mapping[str, Any]) -> str:

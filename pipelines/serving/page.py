@@ -20,6 +20,7 @@ import numpy as np
 from fastapi import FastAPI
 from ray import serve
 
+from ddpm.image_size import of_sides
 from pipelines.inference.request import EditRequest, InpaintRequest, RequestError, SampleRequest
 from pipelines.serving.application import ask_front
 from pipelines.serving.bodies import decode_base64
@@ -166,6 +167,7 @@ class _Panel:
 
     def __init__(self, told: Mapping[str, Any], ask: Ask, limits: Limits) -> None:
         self.told, self.ask, self.limits = told, ask, limits
+        self._size = of_sides(*told["shape"][1:])
 
     def build(self) -> None:
         """Add the forms to the page that is being made."""
@@ -215,7 +217,7 @@ class _Panel:
 
         async def draw(drawing: Any, filled: str, *values: Any) -> str:
             with _shown_errors():
-                picture, mask = await asyncio.to_thread(picture_and_mask, drawing, filled, self.told["shape"][-1])
+                picture, mask = await asyncio.to_thread(picture_and_mask, drawing, filled, self._size)
             return figures(await self._asked(form, values, images=[picture], masks=[mask]))
 
         take.click(self._take, last, editor, api_visibility="private")
@@ -233,7 +235,7 @@ class _Panel:
         async def draw(given: Any, *values: Any) -> str:
             def shaped() -> str:
                 background = None if given is None else np.asarray(given.convert("RGBA"))
-                return picture_and_mask({"background": background}, next(iter(HALVES)), self.told["shape"][-1])[0]
+                return picture_and_mask({"background": background}, next(iter(HALVES)), self._size)[0]
 
             with _shown_errors():
                 picture = await asyncio.to_thread(shaped)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddpm.conditioning import Conditioning
 from ddpm.generate import to_uint8
+from ddpm.image_size import height_width
 from ddpm.inference import COLUMNS, Drawing, Drawn, Noise, can_inpaint, parameters, table_drawings
 from ddpm.model import Model
 from pipelines import tracking
@@ -178,12 +179,13 @@ class Served:
     def _decode(self, value: Any, channels: int, what: str) -> Tensor:
         """Return the pixels of an image, on white, or of a mask of a table, uint8 [H, W, C], of the model's size."""
         data = decode_base64(f"the {what}", value) if isinstance(value, str) else bytes(value)
-        _, height, width = self.model.spec.shape
+        size = self.model.spec.image_size
+        height, width = height_width(size)
         self.limits.check_picture(f"the {what}", data, size=(width, height))
         try:
             if what == "mask":
                 return torch.from_numpy(decode_grey(data))[..., None]
-            return torch.tensor(encode_image(data, ImageFormat(height, channels, "keep", "npy")).pixels)
+            return torch.tensor(encode_image(data, ImageFormat(size, channels, "keep", "npy")).pixels)
         except UnreadableError as error:
             raise RequestError(f"the {what} {error}") from error
 

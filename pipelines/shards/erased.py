@@ -193,7 +193,7 @@ def stream_before(uri: str, digest: str, storage: Storage) -> tuple[Dataset, Qua
 
 
 def pixels_digest(pixels: NDArray[np.uint8]) -> bytes:
-    """Return the digest of decoded pixels [size, size, channels]."""
+    """Return the digest of decoded pixels [H, W, channels]."""
     return hashlib.sha256(pixels.tobytes()).digest()
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpm.image_size import ImageSize, height_width
 from pipelines.presentation.errors import PipelineError
 from pipelines.shards.columns import PARTS, Texts, member_column, member_rows, without_numbers
 from pipelines.storage import NotFoundError, Storage, join, layout
@@ -183,7 +184,7 @@ class Dataset:
         splits: name, such as "train" or "test" -> shards in order, kept as `ShardTable`.
         classes: class names; a sample's `cls` is an index into them. Empty for data without labels.
         channels: 1 (grey) or 3 (RGB).
-        image_size: height and width in pixels.
+        image_size: height and width in pixels; one number for square images.
         mean: mean of the train split's pixels in [-1, 1], per channel.
         std: standard deviation of these pixels, per channel.
         digest: SHA-256 over all of the above except `uri`.
@@ -195,7 +196,7 @@ class Dataset:
     splits: Mapping[str, Sequence[ShardInfo]]
     classes: tuple[str, ...]
     channels: int
-    image_size: int
+    image_size: ImageSize
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str
@@ -205,6 +206,11 @@ class Dataset:
     def __post_init__(self) -> None:
         """Keep the shards as tables."""
         object.__setattr__(self, "splits", {name: ShardTable.of(shards) for name, shards in self.splits.items()})
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of an image."""
+        return self.channels, *height_width(self.image_size)
 
     def samples(self, split: str) -> int:
         """Return the number of samples of a split."""

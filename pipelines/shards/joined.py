@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ddpm.image_size import as_setting
 from pipelines.config import DataConfig
 from pipelines.shards.index import Dataset, DatasetError, MixtureSource, read_dataset
 from pipelines.shards.mixture import Schedule, by_stretch
@@ -135,7 +136,7 @@ def _read_part(name: str, uri: str, data: DataConfig, storage: Storage) -> _Part
     except DatasetError as error:
         raise DatasetError(f"data.sources: source '{name}': {error}") from error
     for field in ("image_size", "channels"):
-        there, wanted = getattr(part.dataset, field), getattr(data, field)
+        there, wanted = (as_setting(getattr(each, field)) for each in (part.dataset, data))
         if there != wanted:
             raise DatasetError(
                 f"data.sources: source '{name}': {uri} has {field} {there}, and data.{field} = {wanted} for all "

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from ddpm.image_size import ImageSize, height_width, in_words
 from pipelines.presentation.errors import PipelineError
 
 IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp", "npy")
@@ -62,13 +63,13 @@ class SampleFormat:
     """The properties that every sample of a dataset has; None where a property is not known and not checked.
 
     Attributes:
-        image_size: height and width in pixels.
+        image_size: height and width in pixels; one number for square images.
         channels: 1 (grey) or 3 (RGB).
         labelled: whether each sample has a `cls`.
         classes: number of classes.
     """
 
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     channels: int | None = None
     labelled: bool | None = None
     classes: int | None = None
@@ -127,8 +128,8 @@ def on_white(image: Image.Image) -> tuple[Image.Image, bool]:
     return white.convert("L" if image.mode in _GREY else "RGB"), rgba.getchannel("A").getextrema() != (255, 255)
 
 
-def decode_pixels(members: Mapping[str, bytes | memoryview], size: int, channels: int) -> NDArray[np.uint8]:
-    """Decode an image of known form into pixels [size, size, channels]: `decode_image`, three times as fast.
+def decode_pixels(members: Mapping[str, bytes | memoryview], size: ImageSize, channels: int) -> NDArray[np.uint8]:
+    """Decode an image of known form into pixels [H, W, channels]: `decode_image`, three times as fast.
 
     Raises:
         FlawError: there is no image, it cannot be read, or it has another size.
@@ -137,8 +138,8 @@ def decode_pixels(members: Mapping[str, bytes | memoryview], size: int, channels
     pixels = None if name is None else _decode_fast(name, memoryview(members[name]), channels)
     if pixels is None:
         pixels = decode_image(members, channels)
-    if pixels.shape[:2] != (size, size):
-        raise FlawError("shape", f"is {pixels.shape[0]}x{pixels.shape[1]}, dataset.json says {size}x{size}")
+    if pixels.shape[:2] != height_width(size):
+        raise FlawError("shape", f"is {pixels.shape[0]}x{pixels.shape[1]}, dataset.json says {in_words(size)}")
     return pixels
 
 
@@ -334,8 +335,8 @@ def examine(members: Mapping[str, bytes], form: SampleFormat, others: Collection
 def _check_pixels(pixels: NDArray[np.uint8], form: SampleFormat) -> list[Flaw]:
     height, width, channels = pixels.shape
     flaws = []
-    if form.image_size is not None and (height, width) != (form.image_size, form.image_size):
-        flaws.append(Flaw("shape", f"is {height}x{width} pixels, the dataset is {form.image_size}x{form.image_size}"))
+    if form.image_size is not None and (height, width) != height_width(form.image_size):
+        flaws.append(Flaw("shape", f"is {height}x{width} pixels, the dataset is {in_words(form.image_size)}"))
     if form.channels == 1 and channels == 3:
         flaws.append(Flaw("channels", "is in colour, the dataset is grey (1 channel)"))
     return flaws

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections import defaultdict
@@ -106,7 +107,7 @@ class ShardReader:
     ) -> None:
         self.dataset, self.split, self.fetcher, self.quarantine, self.text = dataset, split, fetcher, quarantine, text
         self.shards = kept_shards(dataset, split, quarantine)
-        decoded = self.total * dataset.channels * dataset.image_size**2
+        decoded = self.total * math.prod(dataset.shape)
         self._memory = _Memory(dataset, self.shards.samples) if decoded <= memory_bytes and not text else None
         self._selected: dict[str, ShardIndex] = {}
         counts = None if quarantine is None else kept_counts(dataset, split, quarantine)
@@ -172,16 +173,16 @@ class ShardReader:
         """Read and decode samples; see `batch`.
 
         Returns:
-            Pixels, uint8 [B, C, S, S]; labels, int64 [B], all 0 for data without any; and embeddings.
+            Pixels, uint8 [B, C, H, W]; labels, int64 [B], all 0 for data without any; and embeddings.
         """
-        size, channels, count = self.dataset.image_size, self.dataset.channels, len(located.shards)
-        pixels = np.empty((count, size, size, channels), np.uint8)
+        (channels, *sides), count = self.dataset.shape, len(located.shards)
+        pixels = np.empty((count, *sides, channels), np.uint8)
         labels = np.zeros(count, np.int64)
         embeddings: list[Embedding] = [(None, None)] * count
         for group, contents in self._read(located, self._needed):
             for place, i, members in zip(group.places, group.at, contents, strict=True):
                 try:
-                    pixels[place] = decode_pixels(members, size, channels)
+                    pixels[place] = decode_pixels(members, self.dataset.image_size, channels)
                     if self.dataset.classes:
                         labels[place] = _label(group.shard, members)
                     if self.text:
@@ -283,7 +284,7 @@ class _Memory:
     def __init__(self, dataset: Dataset, counts: NDArray[np.int64]) -> None:
         ends = np.cumsum(counts)
         self.firsts = np.concatenate([[0], ends[:-1]])
-        self.pixels = np.empty((ends[-1], dataset.channels, dataset.image_size, dataset.image_size), np.uint8)
+        self.pixels = np.empty((ends[-1], *dataset.shape), np.uint8)
         self.labels = np.zeros(ends[-1], np.int64)
         self.known = np.zeros(ends[-1], bool)
 

@@ -47,7 +47,7 @@ def activation_bytes(
         gathered: dtype of the weights in forward and backward; None for that of the configuration.
     """
     data, dtype = config.data, weight_dtype(config.optim)
-    case = _Case((images, data.channels, data.image_size, data.image_size), dtype, gathered, device, precision)
+    case = _Case((images, *data.shape), dtype, gathered, device, precision)
     key = f"{config.task} {network_config(config)!r}", case
     if key not in _known:
         with torch.device("meta"):

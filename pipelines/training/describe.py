@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import os
 
+from ddpm.image_size import in_words
 from pipelines import tracking
 from pipelines.config import Config
 from pipelines.presentation import html
@@ -86,8 +87,8 @@ def workers_text(config: Config) -> str:
 
 def training_text(config: Config, dataset: Dataset) -> str:
     """Return a sentence on the network, the data and the workers of a training."""
-    size, classes = dataset.image_size, len(dataset.classes)
-    pictures = f"{size}x{size}{f', {classes} classes' if classes > 1 else ''}"
+    classes = len(dataset.classes)
+    pictures = f"{in_words(dataset.image_size)}{f', {classes} classes' if classes > 1 else ''}"
     classifier = config.task == "classifier"
     what = (
         f"a classifier of noisy images{' by caption' if config.model.text_dim else ''}"

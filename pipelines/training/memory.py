@@ -229,7 +229,7 @@ def _staged(state: _State, network: nn.Module, placement: Placement) -> int:
 def _batches(config: Config, placement: Placement) -> int:
     """Return the bytes of the batches that a rank reads ahead, and of pixels that it keeps."""
     data, images = config.data, -(-config.batch_size // placement.ranks)
-    floats = data.channels * data.image_size**2 + (TOKENS + 1) * config.model.text_dim
+    floats = math.prod(data.shape) + (TOKENS + 1) * config.model.text_dim
     return 4 * images * floats * (data.prefetch_batches + 2) + round(data.memory_mib * MIB)
 
 

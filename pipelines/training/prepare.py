@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ddpm import first_weights
+from ddpm.image_size import as_setting
 from pipelines import checkpoints
 from pipelines.checkpoints import newest_checkpoint, references
 from pipelines.config import Config, ConfigError
@@ -209,8 +210,8 @@ def check_dataset(dataset: Dataset, config: Config) -> None:
         DatasetError: names each field that differs.
     """
     data = config.data
-    pairs = {
-        "image_size": (dataset.image_size, data.image_size),
+    pairs: dict[str, tuple[object, object]] = {
+        "image_size": (as_setting(dataset.image_size), as_setting(data.image_size)),
         "channels": (dataset.channels, data.channels),
     }
     if dataset.sources or not data.sources:  # classes are those of all sources, not of the dataset that judges

@@ -126,6 +126,19 @@ def test_the_whole_pipeline_draws_our_images(tmp_path):
     torch.testing.assert_close((ours / 2 + 0.5).clamp(0, 1), images, rtol=1e-4, atol=1e-4)
 
 
+def test_images_that_are_not_square_go_over_and_come_back(tmp_path):
+    model = make(replace(SMALL, in_channels=3, out_channels=3), sampling=Sampling.of(clip=1.0))
+    model = replace(model, spec=replace(model.spec, image_size=(8, 16)))
+    export_diffusers(model, tmp_path)
+    pipeline = diffusers.DDIMPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    assert pipeline(generator=generator, num_inference_steps=2, output_type="pt").images.shape == (1, 3, 8, 16)
+    assert import_diffusers(tmp_path).spec == model.spec
+    (tmp_path / "model.json").unlink()
+    assert import_diffusers(tmp_path).spec.shape == (3, 8, 16)
+
+
 @pytest.mark.parametrize("shift", [{}, {"shift": 3.0}, {"shift": 1.5, "log_snr_shift": -1.0}])
 @pytest.mark.parametrize("num_classes", [0, 3])
 def test_a_model_of_flow_matching_draws_the_same_with_their_scheduler(tmp_path, num_classes, shift):
@@ -479,8 +492,9 @@ def edit(path, **changes):
         ({"norm_num_groups": None}, "norm_num_groups = null must be a whole number"),
         ({"layers_per_block": [1, 2]}, "layers_per_block"),
         ({"down_block_types": 7}, r"unet/config\.json: 'int' object is not iterable"),
-        ({"sample_size": [8, 16]}, "equal and a multiple of 2"),
-        ({"sample_size": 9}, "equal and a multiple of 2"),
+        ({"sample_size": [8, 15]}, "must be multiples of 2"),
+        ({"sample_size": 9}, "must be multiples of 2"),
+        ({"sample_size": [8, 8, 8]}, "HEIGHTxWIDTH"),
         ({"sample_size": None}, "say image_size"),
         ({"num_class_embeds": 3}, "say last_row='null'"),
         ({"block_out_channels": [16, 64]}, "do not fit"),

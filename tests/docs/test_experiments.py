@@ -101,4 +101,4 @@ def test_what_autograd_keeps_of_an_image_does_not_count_weights():
         def forward(self, x, t):
             return self.conv(x).square()
 
-    assert experiments._kept(Network(), 3, 8) == 4 * (3 + 5) * 8 * 8
+    assert experiments._kept(Network(), (3, 8, 8)) == 4 * (3 + 5) * 8 * 8

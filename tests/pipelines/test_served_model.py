@@ -290,7 +290,11 @@ def test_a_picture_that_promises_too_many_pixels_is_refused(served):
         ({"image": ["x"]}, {}, "needs either a mask"),
         ({"image": ["eA=="], "strength": [0.5]}, {}, "the image cannot be read"),
         ({"image": ["8"], "strength": [1.5]}, {}, r"strength must be in \[0, 1\]"),
-        ({"image": ["9"], "strength": [0.5]}, {}, "the image is 9x8 pixels, the model's images are 8x8"),
+        (
+            {"image": ["9"], "strength": [0.5]},
+            {},
+            r"the image is 8x9 pixels \(height x width\), the model's images are 8x8",
+        ),
         ({"image": ["8"], "mask": ["8"]}, {"method": "magic"}, "unknown inpainting method 'magic'"),
         ({"image": ["8"], "mask": ["8"]}, {"method": "trained"}, "was not trained for inpainting"),
         ({"image": ["8"], "mask": ["8"]}, {"method": "replacement", "jump_length": 2}, "no setting of replacement"),

@@ -5,12 +5,14 @@ It is never used for guidance.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from ddpm.image_size import ImageSize, height_width, of_sides
 from ddpm.noise import Purpose, integers, words
 from pipelines.evaluation.evaluators.base import Encoded, in_parts
 
@@ -19,7 +21,7 @@ MAX_STEPS = 5_000
 """Upper bound of optimizer steps, for large datasets."""
 BATCH = 64
 MAX_SIDE = 64
-"""Height and width to which larger images are reduced, so that training takes no longer and needs no more memory."""
+"""Longer side to which larger images are reduced, so that training takes no longer and needs no more memory."""
 
 
 class Trunk(nn.Module):
@@ -27,7 +29,7 @@ class Trunk(nn.Module):
 
     Args:
         in_channels: of the images.
-        image_size: height and width, in pixels, to which larger images are reduced.
+        image_size: height and width, in pixels, to which larger images are reduced; one number for square images.
 
     Attributes:
         width: number of features that `encode` returns.
@@ -35,22 +37,21 @@ class Trunk(nn.Module):
 
     width = FEATURES
 
-    def __init__(self, in_channels: int, image_size: int) -> None:
+    def __init__(self, in_channels: int, image_size: ImageSize) -> None:
         super().__init__()
         self.image_size = image_size
         layers: list[nn.Module] = []
-        width, size = in_channels, image_size
-        out = 32
+        width, out, sides = in_channels, 32, height_width(image_size)
         while True:
             layers += [nn.Conv2d(width, out, 3, padding=1), nn.GroupNorm(8, out), nn.ReLU()]
             layers += [nn.Conv2d(out, out, 3, padding=1), nn.GroupNorm(8, out), nn.ReLU()]
             width, out = out, min(2 * out, 256)
-            if size <= 4:
+            if max(sides) <= 4:
                 break
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
-            size = (size + 1) // 2
+            sides = (sides[0] + 1) // 2, (sides[1] + 1) // 2
         self.convolutions = nn.Sequential(*layers)
-        self.to_features = nn.Linear(width * size * size, FEATURES)
+        self.to_features = nn.Linear(width * math.prod(sides), FEATURES)
 
     def features(self, images: Tensor) -> Tensor:
         """Return features [B, 64] of images in [-1, 1], [B, C, H, W]."""
@@ -69,7 +70,7 @@ class Trunk(nn.Module):
 class Classifier(Trunk):
     """A trunk with class logits: the evaluator of labelled data."""
 
-    def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
+    def __init__(self, in_channels: int, image_size: ImageSize, num_classes: int) -> None:
         super().__init__(in_channels, image_size)
         self.to_logits = nn.Linear(FEATURES, num_classes)
 
@@ -83,11 +84,19 @@ class Classifier(Trunk):
         return features, self.to_logits(features).softmax(1)
 
 
-def reduced(images: Tensor, side: int) -> Tensor:
-    """Return images uint8 [N, C, S, S] at `side` pixels where they are larger, averaged and rounded."""
-    if images.shape[-1] <= side:
+def reduced_size(size: ImageSize) -> ImageSize:
+    """Return the size at which an evaluator looks at images: theirs, or `MAX_SIDE` for the longer side."""
+    height, width = height_width(size)
+    times = min(1.0, MAX_SIDE / max(height, width))
+    return of_sides(max(1, round(height * times)), max(1, round(width * times)))
+
+
+def reduced(images: Tensor, size: ImageSize) -> Tensor:
+    """Return images uint8 [N, C, H, W] at a size where they are larger, averaged and rounded."""
+    sides = height_width(size)
+    if images.shape[-2] <= sides[0] and images.shape[-1] <= sides[1]:
         return images
-    smaller = F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
+    smaller = F.interpolate(images.float(), size=sides, mode="bilinear", antialias=True)
     return smaller.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -123,7 +132,7 @@ def train_classifier(
     """Train a classifier on real images, augmented by shifts of one pixel; the same for a seed, on one thread of a CPU.
 
     Args:
-        images: uint8 [N, C, S, S], of the size at which the network looks at them.
+        images: uint8 [N, C, H, W], of the size at which the network looks at them.
         labels: int64 [N].
         num_classes: number of classes.
         seed: of the first weights and of what each step is given.
@@ -132,7 +141,7 @@ def train_classifier(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Classifier(images.shape[1], images.shape[2], num_classes).to(device)
+        network = Classifier(images.shape[1], of_sides(*images.shape[2:]), num_classes).to(device)
 
     def loss(step: int) -> Tensor:
         n = torch.arange(step * BATCH, (step + 1) * BATCH)

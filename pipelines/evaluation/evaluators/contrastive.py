@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from ddpm.image_size import of_sides
 from pipelines.evaluation.evaluators.classifier import FEATURES, Trunk, fit, scaled
 
 BATCH = 128
@@ -40,14 +41,14 @@ def train_contrastive(
     """Train a network to know images again in another view; the same for a seed, on one thread of a CPU.
 
     Args:
-        images: uint8 [N, C, S, S], of the size at which the network looks at them.
+        images: uint8 [N, C, H, W], of the size at which the network looks at them.
         seed: of the first weights, the images of each step and their views.
         passes: over the images, while that takes at most `MAX_STEPS` steps.
         device: on which it is trained; the CPU by default, where the images are and it is returned.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Contrastive(images.shape[1], images.shape[2]).to(device)
+        network = Contrastive(images.shape[1], of_sides(*images.shape[2:])).to(device)
         head = nn.Sequential(nn.Linear(FEATURES, 128), nn.ReLU(), nn.Linear(128, PROJECTION)).to(device)
     generator = torch.Generator().manual_seed(seed)
 
@@ -63,7 +64,7 @@ def train_contrastive(
 
 
 def view(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random view of each image [N, C, S, S] in [-1, 1]: cropped, turned, shifted, brighter, noisy.
+    """Return a random view of each image [N, C, H, W] in [-1, 1]: cropped, turned, shifted, brighter, noisy.
 
     None is mirrored: a network that took an image for its mirror image could not tell a model that mixes them up.
 

@@ -170,12 +170,11 @@ def open_encoder(path: Path, config: EvaluationConfig, dataset: Dataset) -> Eval
     try:
         encoder = FileEncoder(files, form, preparation)
         for count in (1, 3):
-            encoder(torch.zeros(count, dataset.channels, dataset.image_size, dataset.image_size, dtype=torch.uint8))
+            encoder(torch.zeros(count, *dataset.shape, dtype=torch.uint8))
     except Exception as error:  # whatever a foreign file or network raises
         raise ConfigError(
-            f"evaluation.weights = {path} cannot encode images of {dataset.channels} x {dataset.image_size} x "
-            f"{dataset.image_size} pixels, {preparation.words}: {_reason(error)}. It must be {FORMS}, for any number "
-            "of images"
+            f"evaluation.weights = {path} cannot encode images of {' x '.join(map(str, dataset.shape))} "
+            f"pixels, {preparation.words}: {_reason(error)}. It must be {FORMS}, for any number of images"
         ) from error
     content = hashlib.sha256(preparation.words.encode())
     for name in sorted(files):

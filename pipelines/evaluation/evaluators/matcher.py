@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from ddpm.image_size import ImageSize, of_sides
 from ddpm.models.classifier import same_text, shared_cross_entropy
 from pipelines.evaluation.evaluators.classifier import FEATURES, Trunk, fit, scaled
 
@@ -38,7 +39,7 @@ class Matcher(Trunk):
 
     width = JOINT
 
-    def __init__(self, in_channels: int, image_size: int, text_dim: int) -> None:
+    def __init__(self, in_channels: int, image_size: ImageSize, text_dim: int) -> None:
         super().__init__(in_channels, image_size)
         self.text_dim = text_dim
         self.of_image = nn.Linear(FEATURES, JOINT)
@@ -66,7 +67,7 @@ def train_matcher(
     Images are shifted by up to a pixel. None is mirrored: a caption may say on which side something is.
 
     Args:
-        images: uint8 [N, C, S, S], of the size at which the network looks at them.
+        images: uint8 [N, C, H, W], of the size at which the network looks at them.
         pooled: embeddings of their captions, float32 [N, D].
         seed: of the first weights, and of the images of each step and their shifts.
         passes: over the images, while that takes at most `MAX_STEPS` steps.
@@ -74,7 +75,7 @@ def train_matcher(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Matcher(images.shape[1], images.shape[2], pooled.shape[1]).to(device)
+        network = Matcher(images.shape[1], of_sides(*images.shape[2:]), pooled.shape[1]).to(device)
     generator = torch.Generator().manual_seed(seed)
 
     def loss(_: int) -> Tensor:

@@ -16,9 +16,10 @@ from typing import Any
 
 from safetensors.torch import load
 
+from ddpm.image_size import ImageSize, as_setting, parse_image_size
 from pipelines.config import Config, RegistryConfig
 from pipelines.evaluation.evaluators.base import Evaluator
-from pipelines.evaluation.evaluators.classifier import MAX_SIDE
+from pipelines.evaluation.evaluators.classifier import reduced_size
 from pipelines.evaluation.evaluators.share import TrainShare
 from pipelines.evaluation.evaluators.train import SEED, Trainable, Trained, untrained
 from pipelines.shards.index import Dataset, DatasetError
@@ -57,8 +58,8 @@ def store(kind: Trainable, trained: Trained, dataset: Dataset, config: Config) -
     place, authority = _place(kind, dataset, Storage.of(config)), Authority.of(config.registry)
     weights_digest = hashlib.sha256(trained.weights).hexdigest()
     name = f"{weights_digest[:16]}.safetensors"
-    side = min(dataset.image_size, MAX_SIDE)
-    parts = [kind, weights_digest, _preparation(dataset, side)]
+    size = reduced_size(dataset.image_size)
+    parts = [kind, weights_digest, _preparation(dataset, size)]
     record = {
         "kind": kind,
         "digest": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
@@ -66,7 +67,7 @@ def store(kind: Trainable, trained: Trained, dataset: Dataset, config: Config) -
         "weights_digest": weights_digest,
         "test_accuracy": trained.accuracy,
         **({"text_dim": trained.text_dim} if trained.text_dim else {}),
-        "image_size": side,
+        "image_size": size,
         "seed": SEED,
         "dataset_digest": dataset.digest,
         "total": trained.share.total,
@@ -123,8 +124,8 @@ def _opened(kind: Trainable, dataset: Dataset, place: Derived, record: dict[str,
             f"{place.folder}: the evaluator's weights are not those that {layout.EVALUATOR} records; delete this "
             "folder, and the next evaluation trains an evaluator anew"
         )
-    side = record.get("image_size", dataset.image_size)
-    network = untrained(kind, dataset, side, record.get("text_dim", 0)).eval().requires_grad_(False)
+    size = parse_image_size(record.get("image_size", dataset.image_size))
+    network = untrained(kind, dataset, size, record.get("text_dim", 0)).eval().requires_grad_(False)
     network.load_state_dict(load(weights))
     total = dataset.samples("train")
     return Evaluator(
@@ -132,14 +133,14 @@ def _opened(kind: Trainable, dataset: Dataset, place: Derived, record: dict[str,
         kind,
         record["digest"],
         f"trained on {dataset.uri}",
-        _preparation(dataset, side),
+        _preparation(dataset, size),
         labels=kind == "classifier",
         accuracy=record["test_accuracy"],
         share=TrainShare(dataset.digest, record.get("total", total), record.get("trained_on", total)),
     )
 
 
-def _preparation(dataset: Dataset, side: int) -> str:
-    """Return what a network that looks at so many pixels does to the images of a dataset, in words."""
-    smaller = f"reduced to {side} pixels (bilinear, antialiased); " if side < dataset.image_size else ""
+def _preparation(dataset: Dataset, size: ImageSize) -> str:
+    """Return what a network that looks at images of a size does to the images of a dataset, in words."""
+    smaller = f"reduced to {as_setting(size)} pixels (bilinear, antialiased); " if size != dataset.image_size else ""
     return f"{smaller}scaled from 0..255 to [-1, 1]"

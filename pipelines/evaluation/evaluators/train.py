@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ddpm.image_size import ImageSize
 from pipelines.config import Config
 from pipelines.evaluation.devices import one_thread, task_device
 from pipelines.evaluation.evaluators.base import FeatureEncoder
-from pipelines.evaluation.evaluators.classifier import MAX_SIDE, Classifier, reduced, train_classifier
+from pipelines.evaluation.evaluators.classifier import Classifier, reduced, reduced_size, train_classifier
 from pipelines.evaluation.evaluators.contrastive import Contrastive, train_contrastive
 from pipelines.evaluation.evaluators.matcher import Matcher, matched, train_matcher
 from pipelines.evaluation.evaluators.share import TrainShare, default_share, split_positions
@@ -115,12 +117,12 @@ def train_on_ray(training: Training, *, use_gpu: bool) -> Trained:
 
 
 def untrained(
-    kind: Trainable, dataset: Dataset, image_size: int, text_dim: int = 0
+    kind: Trainable, dataset: Dataset, image_size: ImageSize, text_dim: int = 0
 ) -> Classifier | Contrastive | Matcher:
     """Return the network of a kind for the images of a dataset, for stored weights to be loaded into.
 
     Args:
-        image_size: height and width, in pixels, at which it looks at them.
+        image_size: height and width, in pixels, at which it looks at them; one number for square images.
         text_dim: width of the embeddings of the captions, for a matcher.
     """
     if kind == "captions":
@@ -132,7 +134,7 @@ def untrained(
 
 def at_a_time(dataset: Dataset) -> int:
     """Return how many images are read at a time: few where they are large."""
-    return max(1, min(READ, READ_BYTES // (4 * dataset.channels * dataset.image_size**2)))
+    return max(1, min(READ, READ_BYTES // (4 * math.prod(dataset.shape))))
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class SharedImages:
     """The images of a share, in shard order.
 
     Attributes:
-        images: uint8 [N, C, S, S] with S <= `MAX_SIDE`, to which larger ones are reduced.
+        images: uint8 [N, C, H, W] of `reduced_size`, to which larger ones are reduced.
         labels: int64 [N]; None for data without labels.
         pooled: embeddings of their captions, float32 [N, D]; None where the reader gives none.
     """
@@ -162,7 +164,7 @@ def read_share(reader: ShardReader, share: TrainShare) -> SharedImages:
         if not len(chosen):
             continue
         batch = reader.at(chosen)
-        images.append(reduced(to_levels(batch.images), MAX_SIDE))
+        images.append(reduced(to_levels(batch.images), reduced_size(reader.dataset.image_size)))
         if batch.labels is not None:
             labels.append(batch.labels)
         if batch.pooled is not None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from ddpm.image_size import ImageSize, as_setting, of_sides
 from pipelines.shards.audit.indexed import IndexedTar, IndexTar, Tally
 from pipelines.shards.audit.recorded import (
     IN_THREADS,
@@ -79,7 +80,8 @@ class Indexed:
         counts = ", ".join(f"{data.samples(split):,} {split}" for split in data.splits)
         lines = [
             f"{counts} samples in {sum(len(s) for s in data.splits.values()):,} shards; digest {data.digest[:12]}",
-            f"train on it with data.uri={data.uri} data.image_size={data.image_size} data.channels={data.channels} "
+            f"train on it with data.uri={data.uri} data.image_size={as_setting(data.image_size)} "
+            f"data.channels={data.channels} "
             f"data.num_classes={len(data.classes)}",
         ]
         if "test" not in data.splits:
@@ -137,7 +139,7 @@ def index_tars(
     *,
     rules: Sequence[SplitRule] = (),
     classes: Sequence[str] = (),
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     replace: bool = False,
     quarantine: bool = False,
     reading: TarReading = IN_THREADS,
@@ -152,7 +154,7 @@ def index_tars(
         uri: the folder; tars in folders below it are included.
         rules: rules that assign tars to splits; default: folders or name prefixes `train` and `test`.
         classes: class names; default: those of the replaced dataset.json, else "0", "1", ….
-        image_size: height and width in pixels; by default those of the first image.
+        image_size: height and width in pixels, one number for square images; by default those of the first image.
         replace: replace an existing dataset.json.
         quarantine: write problems to `quarantine.json` instead of raising an error.
         reading: where the tars are read, and who is told.
@@ -208,12 +210,14 @@ def _described(uri: str, storage: Storage, replace: bool) -> Dataset | None:
         return None
 
 
-def find_form(shards: Sequence[Tar], storage: Storage, image_size: int | None, classes: int | None) -> SampleFormat:
+def find_form(
+    shards: Sequence[Tar], storage: Storage, image_size: ImageSize | None, classes: int | None
+) -> SampleFormat:
     """Return the properties that every sample must have: those of the first sample whose image can be read.
 
     Raises:
         IndexRefusedError: no image can be read; the error has the problems of the samples.
-        DatasetError: the image is not square, or there are no samples.
+        DatasetError: there are no samples.
     """
     problems = []
     for tar in shards:
@@ -225,12 +229,7 @@ def find_form(shards: Sequence[Tar], storage: Storage, image_size: int | None, c
                 except FlawError as error:
                     problems.append(Problem(name, number, sample.key, error.flaw.kind, error.flaw.reason))
                     continue
-                if image_size is None and height != width:
-                    raise DatasetError(
-                        f"{name}: {sample.key} is {height}x{width}: images must be square and of one size; unpack and "
-                        "ingest them with `ddpm ingest FOLDER`, or give --image-size if this one is the exception"
-                    )
-                return SampleFormat(image_size or height, None, "cls" in sample.contents, classes)
+                return SampleFormat(image_size or of_sides(height, width), None, "cls" in sample.contents, classes)
         except TarFaultError as error:
             problems.append(error.problem(name))
     raise (

@@ -25,6 +25,7 @@ from PIL import (
 )
 
 from ddpm.conditioning import Conditioning
+from ddpm.image_size import ImageSize, as_setting, central_part, height_width, in_words
 from pipelines.config.sections import Encoding, Geometry
 from pipelines.shards.index import DatasetError
 from pipelines.shards.ingest.readers import UnreadableError
@@ -91,15 +92,15 @@ class ImageFormat:
     """The format to which every image of a dataset is converted.
 
     Attributes:
-        size: height and width in pixels.
+        size: height and width in pixels; one number for square images.
         channels: 1 (grey) or 3 (RGB).
-        geometry: "crop" resizes the central square, "resize" resizes the whole image regardless of shape, "keep"
-            accepts only images of this size and changes no pixel.
+        geometry: "crop" resizes the largest central part that has the format's proportions, "resize" the whole
+            image, "keep" accepts only images of this size and changes no pixel.
         encoding: "png" and "webp" are lossless, "jpg" has quality 95 without chroma subsampling, "npy" is the uint8
-            array [size, size, channels].
+            array [H, W, channels].
     """
 
-    size: int
+    size: ImageSize
     channels: int
     geometry: Geometry = "crop"
     encoding: Encoding = "png"
@@ -110,8 +111,8 @@ class ImageFormat:
         Raises:
             DatasetError: a setting is invalid; names the value and what is allowed.
         """
-        if self.size < 1:
-            raise DatasetError(f"the image size must be at least 1 pixel, got {self.size}")
+        if min(height_width(self.size)) < 1:
+            raise DatasetError(f"the image size must be at least 1 pixel, got {as_setting(self.size)}")
         if self.channels not in (1, 3):
             raise DatasetError(f"images have 1 channel (grey) or 3 (RGB), got {self.channels}")
         if self.geometry not in get_args(Geometry):
@@ -131,7 +132,7 @@ class EncodedImage:
 
     Attributes:
         data: bytes of the member.
-        pixels: the pixels that a reader decodes from it, uint8 [S, S, C].
+        pixels: the pixels that a reader decodes from it, uint8 [H, W, C].
         changes: changes to the image beyond crop and resize.
         size: width and height in pixels of the upright image before crop and resize.
     """
@@ -163,10 +164,11 @@ def encode_image(data: bytes, form: ImageFormat) -> EncodedImage:
     if mode != form.mode:
         changes.append(f"{mode} made {form.mode}")
         image = _convert(image, form.mode)
-    if min(image.size) < form.size and form.geometry != "keep":
-        changes.append(f"smaller than {form.size} pixels, enlarged")
+    height, width = height_width(form.size)
+    if (image.height < height or image.width < width) and form.geometry != "keep":
+        changes.append(f"smaller than {as_setting(form.size)} pixels, enlarged")
     image = _reshape(image, form)
-    pixels = np.asarray(image, dtype=np.uint8).reshape(form.size, form.size, form.channels)
+    pixels = np.asarray(image, dtype=np.uint8).reshape(height, width, form.channels)
     if form.encoding == "npy":
         return EncodedImage(npy(pixels), pixels, tuple(changes), size)
     pillow, options = _PILLOW[form.encoding]
@@ -326,16 +328,19 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _reshape(image: Image.Image, form: ImageFormat) -> Image.Image:
-    size = form.size
+    height, width = height_width(form.size)
     if form.geometry == "keep":
-        if image.size != (size, size):
-            found = f"{image.width}x{image.height}"
-            raise UnreadableError(f"is {found}, not {size}x{size}: use the geometry crop or resize, or another size")
+        if image.size != (width, height):
+            found, wanted = f"{image.height}x{image.width}", in_words(form.size)
+            raise UnreadableError(
+                f"is {found} pixels (height x width), not {wanted}: use the geometry crop or resize, or another size"
+            )
         return image
-    side = min(image.size)
-    if form.geometry == "crop" and image.size != (side, side):
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    if image.size == (size, size):
+    if form.geometry == "crop":
+        top, left, rows, columns = central_part(image.height, image.width, form.size)
+        if (rows, columns) != (image.height, image.width):
+            image = image.crop((left, top, left + columns, top + rows))
+    if image.size == (width, height):
         return image
-    return image.resize((size, size), Image.Resampling.BOX if side > 2 * size else Image.Resampling.BICUBIC)
+    times = min(image.height / height, image.width / width)
+    return image.resize((width, height), Image.Resampling.BOX if times > 2 else Image.Resampling.BICUBIC)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from ddpm.image_size import ImageSize, in_words
 from pipelines.config.sections import Encoding, Geometry
 from pipelines.environment.scratch import temporary_folder
 from pipelines.presentation.progress import Notice, Progress, no_notice, no_progress
@@ -73,7 +74,7 @@ def ingest(
     uri: str,
     storage: Storage,
     *,
-    image_size: int,
+    image_size: ImageSize,
     channels: int,
     shard_samples: int = 1000,
     shard_bytes: int | None = None,
@@ -97,7 +98,7 @@ def ingest(
             metadata.jsonl, .csv or .parquet; a .zip of either; a .csv, .jsonl or .parquet of paths; a .parquet file or
             WebDataset tar that holds pictures, or a folder of such. Paths, file:/// or s3://.
         uri: the folder to write to; `dataset.json` is written last, and then shards of earlier ingests are deleted.
-        image_size: height and width of the written images, in pixels.
+        image_size: height and width of the written images, in pixels; one number for square ones.
         channels: 1 (grey) or 3 (RGB); other images are converted and counted in the report.
         shard_samples: images per shard; images that cannot be read are missing from their shard.
         shard_bytes: approximate size of a shard, instead of `shard_samples`; estimated from the first images.
@@ -158,7 +159,7 @@ def _check_settings(
         if value is not None and value < 1:
             raise DatasetError(f"{name} must be at least 1, got {value}")
     if source == "digits" and (form.size, form.channels) != (8, 1):
-        size = f"{form.size}x{form.size}"
+        size = in_words(form.size)
         raise DatasetError(f"digits are 8x8 grey, not {size} with {form.channels} channels: use data=digits")
 
 

@@ -97,14 +97,15 @@ def to_device(images: Tensor, config: Config, device: torch.device) -> Tensor:
     return images.to(device, weight_dtype(config.optim), non_blocking=True, memory_format=layout)
 
 
-def flops_per_image(network: nn.Module, channels: int, size: int) -> int:
+def flops_per_image(network: nn.Module, shape: tuple[int, int, int]) -> int:
     """Return the FLOPs of one image's forward and backward (twice the forward), multiply and add counted as two.
 
     Args:
         network: on the meta device: shapes are counted, nothing is computed.
+        shape: (C, H, W) of an image.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.empty(1, channels, size, size, device="meta"), torch.empty(1, device="meta"))
+        network(torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta"))
     return 3 * int(counter.get_total_flops())
 
 

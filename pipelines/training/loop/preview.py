@@ -102,7 +102,7 @@ class Preview:
         """
         context, spec, device = self.context, self.context.spec, self.context.device
         there = sum(shard.samples for shard in self.test_images.shards)
-        count = min(there, JUDGED if spec.image_size <= 64 else JUDGED // 4)
+        count = min(there, JUDGED if max(spec.shape[1:]) <= 64 else JUDGED // 4)
         if count < max(2, context.world_size):
             return  # every rank takes part, with an image at least
         image_ids = rank_indices(count, context.rank)

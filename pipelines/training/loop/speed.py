@@ -90,7 +90,7 @@ def made_up(config: Config) -> Batch:
     """Return a batch of noise with the shapes, labels and texts that a configuration trains on."""
     data, count = config.data, config.batch_size
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(count, data.channels, data.image_size, data.image_size, generator=generator) * 2 - 1
+    images = torch.rand(count, *data.shape, generator=generator) * 2 - 1
     labels = torch.arange(count) % data.num_classes if data.num_classes else None
     batch = Batch(torch.arange(count), images, labels)
     width = config.model.text_dim

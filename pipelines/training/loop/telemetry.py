@@ -31,7 +31,7 @@ class StepStatistics:
         self.flops, self.peak = 0, peak_flops(config, context.device)
         if self.peak is not None:
             with torch.device("meta"):
-                self.flops = flops_per_image(make_network(config), config.data.channels, config.data.image_size)
+                self.flops = flops_per_image(make_network(config), config.data.shape)
         self._reset(images_seen)
 
     def add(self, result: StepResult) -> None:

@@ -78,9 +78,12 @@ REFUSED = {
     "a mask of nothing": (NONE, "hides no pixel"),
     "a mask of everything": (FULL, "hides every pixel"),
     "a mask that is too dark to hide anything": (PART // 2, "hides no pixel"),
-    "a mask of another size": (np.zeros((5, 7), np.uint8), "is 7x5: it must have the size of"),
-    "a mask of a pixel": (np.zeros((1, 1), np.uint8), "is 1x1: it must have the size of"),
-    "a mask of 10,000 pixels in a line": (np.zeros((1, 10_000), np.uint8), "is 10000x1: it must have the size of"),
+    "a mask of another size": (np.zeros((5, 7), np.uint8), r"is 5x7 \(height x width\): it must have the size of"),
+    "a mask of a pixel": (np.zeros((1, 1), np.uint8), r"is 1x1 \(height x width\): it must have the size of"),
+    "a mask of 10,000 pixels in a line": (
+        np.zeros((1, 10_000), np.uint8),
+        r"is 1x10000 \(height x width\): it must have the size of",
+    ),
 }
 
 
@@ -94,7 +97,10 @@ def test_a_mask_that_cannot_be_used_is_refused_with_what_it_would_have_to_be(tmp
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("mask, message", [("box:0,0,9,1", "does not lie within the model's 8x8"), ("half:left", None)])
+@pytest.mark.parametrize(
+    "mask, message",
+    [("box:0,0,9,1", "does not lie within the model's images, 8 pixels wide and 8 high"), ("half:left", None)],
+)
 def test_a_box_has_to_lie_within_the_model(tmp_path, mask, message):
     image = saved(tmp_path / "image.png", np.zeros((8, 8, 3), np.uint8))
     if message is None:

@@ -9,6 +9,7 @@ from PIL import Image
 from ddpm.model import load_model
 from pipelines.checkpoints.references import Resolved
 from pipelines.inference.files import PictureSource, file_name, grid_of, write, written_as_drawn
+from pipelines.inference.inputs import read_images, read_mask
 from pipelines.inference.pictures import encoder_of, picture
 from pipelines.inference.request import (
     EditRequest,
@@ -295,10 +296,27 @@ def test_given_images_are_brought_to_the_models_form_and_that_is_said(models, tm
     found = picture(EditRequest.of(images=[wide], strength=0), models["colour"], notice=said.append)
     assert found.pixels.shape == (1, 8, 8, 3)
     assert "RGBA made RGB" in said[0]
-    assert "central square of 40x24 pixels, resized from 24 to the model's 8 pixels" in said[0]
+    assert "central square of 24x40 pixels, resized from 24 to the model's 8 pixels" in said[0]
     exact = save_picture(tmp_path / "exact.png", mode="RGB")
     picture(EditRequest.of(images=[exact], strength=0), models["colour"], notice=said.append)
     assert len(said) == 1
+
+
+def test_images_and_masks_are_brought_to_a_form_that_is_not_square(tmp_path):
+    tall, said = np.zeros((30, 16, 3), np.uint8), []
+    tall[9:21] = 200  # the central part of 12x16
+    Image.fromarray(tall).save(tmp_path / "tall.png")
+    Image.fromarray(np.where(np.arange(30)[:, None] < 15, 255, np.zeros(16)).astype(np.uint8)).save(tmp_path / "m.png")
+    (given,) = read_images([tmp_path / "tall.png"], (3, 6, 8), said.append)
+    assert given.pixels.shape == (6, 8, 3)
+    assert (given.pixels == 200).all()
+    assert "cut to the central 12x16 pixels of 30x16 pixels, resized from 12x16 to the model's 6x8 pixels" in said[0]
+    upper = read_mask(str(tmp_path / "m.png"), given, (3, 6, 8))
+    assert np.array_equal(upper, np.arange(6)[:, None] < np.full(8, 3))
+    assert np.array_equal(read_mask("half:top", given, (3, 6, 8)), upper)
+    assert read_mask("box:1,0,7,6", given, (3, 6, 8)).sum() == 42
+    with pytest.raises(RequestError, match="images, 8 pixels wide and 6 high"):
+        read_mask("box:0,0,6,8", given, (3, 6, 8))
 
 
 def test_a_mask_of_the_size_of_the_given_image_is_cut_as_the_image_is(models, tmp_path):
@@ -324,7 +342,7 @@ def test_an_image_whose_exif_is_damaged_is_taken_as_upright(models, tmp_path, ta
     }[task]
     found = picture(request, models["colour"], notice=said.append)
     assert (found.originals[0] == [255, 0, 0]).all()
-    assert "EXIF is damaged, taken as upright, cut to the central square of 16x8 pixels" in said[0]
+    assert "EXIF is damaged, taken as upright, cut to the central square of 8x16 pixels" in said[0]
 
 
 def test_a_mask_is_turned_as_its_exif_says_and_its_16_bits_are_scaled(models, image, tmp_path):
@@ -417,7 +435,7 @@ def test_a_request_that_is_wrong_by_itself_is_refused_before_a_model_is_read(kin
         (
             "classes",
             lambda p: InpaintRequest.of(images=[p / "8.png"], masks=[str(p / "7x5.png")]),
-            "7x5.png is 7x5: it must have the size of",
+            "7x5.png is 5x7 (height x width): it must have the size of",
         ),
         (
             "classes",
@@ -432,7 +450,7 @@ def test_a_request_that_is_wrong_by_itself_is_refused_before_a_model_is_read(kin
         (
             "classes",
             lambda p: InpaintRequest.of(images=[p / "8.png"], masks=["box:1,2,9,1"]),
-            "within the model's 8x8 pixels",
+            "within the model's images, 8 pixels wide",
         ),
         ("classes", lambda p: InpaintRequest.of(images=[p / "8.png"], masks=["box:1,2"]), "write box:X,Y,WIDTH,HEIGHT"),
         (

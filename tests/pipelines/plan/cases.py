@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
+from ddpm.image_size import ImageSize, as_setting, height_width
+from pipelines.evaluation.evaluators.classifier import reduced_size
 from pipelines.plan.facts import MachineFacts, Mirror, SourceFacts, Speed
 
 DIGITS = SourceFacts(
@@ -57,7 +62,10 @@ UNLABELLED = SourceFacts(
     opened=900,
     mirror=Mirror(0.50, 450),
 )
-SOURCES = {"digits": DIGITS, "pictograms": PICTOGRAMS, "photos": PHOTOS, "unlabelled": UNLABELLED}
+CARDS = replace(PHOTOS, shorter_sides=(48, 48, 48), one_size=(64, 48))
+"""Pictures that are all 48 pixels high and 64 wide."""
+SIZES: tuple[ImageSize, ...] = (8, 16, 24, 28, 32, 64, 128, 256, (24, 32), (48, 64))
+SOURCES = {"digits": DIGITS, "pictograms": PICTOGRAMS, "photos": PHOTOS, "unlabelled": UNLABELLED, "cards": CARDS}
 
 
 def machine(cores: int = 2, gpus: int = 0, factor: float = 1.0, together: float = 0.8) -> MachineFacts:
@@ -65,12 +73,12 @@ def machine(cores: int = 2, gpus: int = 0, factor: float = 1.0, together: float 
     together = 1.0 if gpus else together
     at_32 = {"narrow": (150, 0.9), "plain": (80, 2.6), "wide": (25, 6.5), "widest": (7, 26.0), "hand": (20, 8.0)}
     speeds = {}
-    for size in (8, 16, 24, 28, 32, 64, 128, 256):
-        cost = max(size / 32, 0.25) ** 2
+    for size in SIZES:
+        cost = max(math.prod(height_width(size)) / 32**2, 0.0625)
         for name, (rate, millions) in at_32.items():
             train = factor * rate / cost * together
-            speeds[f"{name}@{size}"] = Speed(train, 4 * train, 2.5 * train, int(millions * 1e6))
-    judge = {size: 0.1 * (min(size, 64) / 32) ** 2 / factor for size in (8, 16, 24, 28, 32, 64, 128, 256)}
+            speeds[f"{name}@{as_setting(size)}"] = Speed(train, 4 * train, 2.5 * train, int(millions * 1e6))
+    judge = {as_setting(size): 0.1 * math.prod(height_width(reduced_size(size))) / 32**2 / factor for size in SIZES}
     return MachineFacts("this machine", cores, gpus, "bf16", speeds, judge, together, start_s=5.0, looking_s=8.0)
 
 

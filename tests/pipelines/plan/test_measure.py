@@ -47,7 +47,7 @@ def test_a_real_step_is_measured_for_each_network_that_the_budget_could_train(mo
     assert speed.train > 1
     assert speed.draw > speed.train
     assert 10_000 < speed.parameters < 200_000
-    assert found.judge_step_s[8] > 0
+    assert found.judge_step_s["8"] > 0
     assert found.looking_s > 0
     plan = propose(small, found, 600.0, {"model.channels": [32], "model.attention": [False]})
     assert plan.network == "hand@8"
@@ -156,7 +156,7 @@ def test_stages_after_the_training_are_planned_by_longer_measurements(drawing, j
     def run(measurement: LongerMeasurement, gpus: int) -> MeasuredLonger:
         asked.append((measurement, gpus))
         known = before.speeds[measurement.candidate.key]
-        return MeasuredLonger(drawing * known.draw, before.judge_step_s[28] / judging, 3.0)
+        return MeasuredLonger(drawing * known.draw, before.judge_step_s["28"] / judging, 3.0)
 
     before = replace(
         LAPTOP, speeds={key: replace(speed, piece=32, step_s=0.01) for key, speed in LAPTOP.speeds.items()}

@@ -12,6 +12,7 @@ import torch
 from benchmarks.methods import METHODS
 from benchmarks.results import ROOT
 from pipelines.config import ConfigError, compose, override_settings
+from pipelines.config.build import network_config
 from pipelines.plan import clock
 from pipelines.plan.advice import more_time
 from pipelines.plan.calibration import CALIBRATION
@@ -21,7 +22,7 @@ from pipelines.plan.lines import source_name
 from pipelines.plan.measure import trial_config
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.plan.propose import propose
-from tests.pipelines.plan.cases import DIGITS, GPU, LAPTOP, PHOTOS, PICTOGRAMS, SOURCES, UNLABELLED, machine
+from tests.pipelines.plan.cases import CARDS, DIGITS, GPU, LAPTOP, PHOTOS, PICTOGRAMS, SOURCES, UNLABELLED, machine
 
 HALF_HOUR = 1_800.0
 
@@ -108,7 +109,7 @@ def test_prompts_are_judged_by_a_network_that_is_trained_as_long_as_the_evaluato
     )
     assert both.passes == alone.passes
     assert both.seconds["evaluator"] == pytest.approx(alone.seconds["evaluator"])
-    encoded = PICTOGRAMS.images * CALIBRATION.judging.encode_share * LAPTOP.judge_step_s[32] / clock.JUDGE_BATCH
+    encoded = PICTOGRAMS.images * CALIBRATION.judging.encode_share * LAPTOP.judge_step_s["32"] / clock.JUDGE_BATCH
     encoded /= 2 * clock.together(LAPTOP)
     trained = alone.seconds["evaluator"] - CALIBRATION.stages.evaluator_s
     assert both.seconds["scores"] - alone.seconds["scores"] == pytest.approx(trained + encoded, rel=0.01)
@@ -119,6 +120,25 @@ def test_captions_are_left_out_by_hand_and_the_plan_says_so():
     config = composed(plan, "data.text_encoder=null")
     assert (config.data.text_encoder, config.model.text_dim, config.guidance.scale) == (None, 0, 1.0)
     assert "the captions of 3,000 images are not used" in plan.warnings
+
+
+@pytest.mark.parametrize(
+    ("budget_s", "hand", "size", "geometry"),
+    [
+        (HALF_HOUR, [], (24, 32), "crop"),
+        (24 * 3600.0, [], (48, 64), "keep"),
+        (24 * 3600.0, ["data.image_size=48x64"], (48, 64), "keep"),
+        (24 * 3600.0, ["data.image_size=32x24"], (32, 24), "crop"),
+    ],
+)
+def test_small_pictures_of_one_size_keep_their_proportions(budget_s, hand, size, geometry):
+    speeds = LAPTOP.speeds | {key.replace("@24x32", "@32x24"): speed for key, speed in LAPTOP.speeds.items()}
+    plan = propose(CARDS, replace(LAPTOP, speeds=speeds), budget_s, override_settings(hand))
+    config = composed(plan, *hand)
+    assert (config.data.image_size, config.data.geometry) == (size, geometry)
+    assert all(side % network_config(config).downsampling == 0 for side in size)
+    assert f"{size[0]}x{size[1]}" in next(line.value for line in plan.lines if line.title == "image size")
+    assert f"{size[0]}x{size[1]}px" in config.data.uri
 
 
 def test_photographs_of_mixed_sizes_are_cropped_mirrored_and_conditioned_on_their_folders():
@@ -328,7 +348,7 @@ def test_a_training_ends_when_what_comes_after_it_still_fits(kind):
 
 def test_more_real_images_take_longer_to_look_at():
     few, many = (propose(replace(DIGITS, images=count), LAPTOP, HALF_HOUR) for count in (10_000, 20_000))
-    of_image = CALIBRATION.judging.encode_share * LAPTOP.judge_step_s[28] / clock.JUDGE_BATCH
+    of_image = CALIBRATION.judging.encode_share * LAPTOP.judge_step_s["28"] / clock.JUDGE_BATCH
     more = 10_000 * of_image / (2 * clock.together(LAPTOP))
     assert many.seconds["scores"] - few.seconds["scores"] == pytest.approx(more, rel=0.01)
 

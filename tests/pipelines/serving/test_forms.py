@@ -72,6 +72,19 @@ def test_a_wide_picture_and_its_mask_are_cut_to_the_same_square():
     assert (hidden[:, 4:] == 0).all()
 
 
+def test_a_picture_and_its_mask_are_cut_to_the_proportions_of_the_model():
+    tall = {"background": np.zeros((100, 80, 4), np.uint8), "layers": [np.zeros((100, 80, 4), np.uint8)]}
+    tall["background"][20:80] = 255
+    tall["layers"][0][20:80, :40] = 255
+    picture, mask = picture_and_mask(tall, BRUSH, (6, 8))
+    assert decode_png(picture).shape[:2] == (6, 8)
+    assert (decode_png(picture) == 255).all()
+    hidden = decode_png(mask)
+    assert hidden.shape[:2] == (6, 8)
+    assert (hidden[:, :4] == 255).all()
+    assert (hidden[:, 4:] == 0).all()
+
+
 def test_what_is_transparent_in_a_picture_is_white():
     background = np.full((8, 8, 4), 90, np.uint8)  # of which a little shows
     background[:4, :, 3] = 0

@@ -268,7 +268,7 @@ KINDS = {
             {"cat/x.png": png(1, 9)} | {f"{c}/k{i}.png": png(i) for c in "ab" for i in range(9)}, geometry="keep"
         ),
         0,
-        "left out cat/x.png: is 9x9, not 8x8: use the geometry crop or resize, or another size",
+        "left out cat/x.png: is 9x9 pixels (height x width), not 8x8: use the geometry crop or resize, or another size",
     ),
     "channels that are converted": (
         with_files({"cat/x.png": picture(3, mode="RGBA"), "cat/y.png": picture(4, mode="L")}),

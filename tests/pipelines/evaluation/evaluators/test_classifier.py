@@ -2,7 +2,7 @@ import pickle
 
 import torch
 
-from pipelines.evaluation.evaluators.classifier import Classifier, train_classifier
+from pipelines.evaluation.evaluators.classifier import Classifier, reduced, reduced_size, train_classifier
 from tests.pipelines.evaluation.evaluators.bars import bars
 
 
@@ -25,6 +25,26 @@ def test_it_takes_images_of_any_size_and_any_number_of_them():
         assert (found.features.shape, found.probabilities.shape) == ((2, 64), (2, 5))
     many = Classifier(1, 4, 5)(torch.zeros(600, 1, 4, 4, dtype=torch.uint8))
     assert many.features.shape == (600, 64)
+
+
+def test_it_looks_at_images_that_are_not_square_in_their_proportions():
+    assert [reduced_size(size) for size in (28, 64, 256, (48, 64), (96, 128), (512, 128))] == [
+        28,
+        64,
+        64,
+        (48, 64),
+        (48, 64),
+        (64, 16),
+    ]
+    images = torch.randint(0, 256, (3, 3, 96, 128), dtype=torch.uint8)
+    network = Classifier(3, reduced_size((96, 128)), 5)
+    found = network(images)
+    assert (found.features.shape, found.probabilities.shape) == ((3, 64), (3, 5))
+    assert torch.equal(found.features, network(reduced(images, (48, 64))).features)
+    turned, labels = bars(96)
+    wide = torch.cat([turned, turned], dim=3)
+    learnt = train_classifier(wide, labels, 2, seed=0, passes=6)
+    assert (learnt(wide).probabilities.argmax(1) == labels).float().mean() > 0.95
 
 
 def test_it_travels_to_a_task():

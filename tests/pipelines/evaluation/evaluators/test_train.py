@@ -3,8 +3,8 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from pipelines.evaluation.evaluators import classifier, stored, train
 from pipelines.evaluation.evaluators import share as shares
-from pipelines.evaluation.evaluators import stored, train
 from pipelines.evaluation.evaluators.train import Training, train_on_ray, untrained
 from pipelines.evaluation.images import to_levels
 from pipelines.shards.cache import ShardCache
@@ -70,8 +70,7 @@ def test_memory_is_bounded_whatever_the_size_of_the_dataset(labelled, config, ha
 
 
 def test_large_images_are_reduced_once_and_at_every_judgement(labelled, config, seen, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "MAX_SIDE", 6)
-    monkeypatch.setattr(stored, "MAX_SIDE", 6)
+    monkeypatch.setattr(classifier, "MAX_SIDE", 6)
     trained = Training("classifier", labelled, config())()
     images = to_levels(split(labelled, "train", tmp_path).images)
     assert seen["images"][0].shape[1:] == (1, 6, 6)

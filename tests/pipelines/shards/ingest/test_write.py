@@ -443,8 +443,30 @@ def test_each_geometry_takes_what_it_says():
     resized = encode_image(buffer.getvalue(), ImageFormat(8, 3, "resize")).pixels
     assert resized[:, 0].max() < 20
     assert resized[:, 4].min() > 180
-    with pytest.raises(UnreadableError, match="is 24x8, not 8x8: use the geometry crop or resize"):
+    with pytest.raises(
+        UnreadableError, match=r"is 8x24 pixels \(height x width\), not 8x8: use the geometry crop or resize"
+    ):
         encode_image(buffer.getvalue(), ImageFormat(8, 3, "keep"))
+
+
+def test_geometries_of_a_size_that_is_not_square():
+    tall = np.zeros((40, 32, 3), np.uint8)
+    tall[8:32, :16] = 100
+    tall[8:32, 16:] = 200
+    buffer = io.BytesIO()
+    Image.fromarray(tall).save(buffer, "png")
+    cropped = encode_image(buffer.getvalue(), ImageFormat((24, 32), 3, "crop")).pixels
+    assert np.array_equal(cropped, tall[8:32])  # the middle has the proportions, and no pixel changes
+    smaller = encode_image(buffer.getvalue(), ImageFormat((12, 16), 3, "crop"))
+    assert smaller.pixels.shape == (12, 16, 3)
+    assert set(smaller.pixels[:, [0, -1]].flatten().tolist()) == {100, 200}
+    assert not smaller.changes
+    assert encode_image(buffer.getvalue(), ImageFormat((12, 16), 3, "resize")).pixels[0].max() < 100
+    enlarged = encode_image(buffer.getvalue(), ImageFormat((20, 40), 3, "crop")).changes
+    assert enlarged == ("smaller than 20x40 pixels, enlarged",)
+    assert np.array_equal(encode_image(buffer.getvalue(), ImageFormat((40, 32), 3, "keep")).pixels, tall)
+    with pytest.raises(UnreadableError, match=r"is 40x32 pixels \(height x width\), not 32x40: use"):
+        encode_image(buffer.getvalue(), ImageFormat((32, 40), 3, "keep"))
 
 
 @pytest.mark.parametrize("kind, encoding", [("jpeg", "jpg"), ("png", "png"), ("webp", "webp"), ("jpeg", "png")])

@@ -27,7 +27,7 @@ class Convolution(nn.Module):
 
 def test_operations_of_a_convolution_are_those_counted_by_hand_forward_and_twice_backward():
     with torch.device("meta"):
-        assert flops_per_image(Convolution(), 3, 8) == 3 * 2 * (8 * 8) * 5 * 3 * 9
+        assert flops_per_image(Convolution(), (3, 8, 8)) == 3 * 2 * (8 * 8) * 5 * 3 * 9
 
 
 def test_the_peak_is_the_configured_one_or_the_cards_or_unknown():
