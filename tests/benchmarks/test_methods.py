@@ -13,6 +13,7 @@ from ddpm.quality import FeatureMoments
 from pipelines.config import compose
 from pipelines.evaluation.evaluators.base import Encoded, Evaluator
 from pipelines.shards.read import Batch
+from pipelines.training.loop.state import make_network
 
 TINY = ["model.channels=[8]", "model.norm_groups=4", "model.head_dim=8", "model.attention=[true]", "images=16"]
 BASE = ["+experiment=digits", *TINY, "model.layers_per_block=1", "batch_size=8", "data.lanes=4", "sampler.steps=2"]
@@ -39,7 +40,7 @@ def published(tmp_path, monkeypatch):
     reference = FeatureMoments.of(Means()(images * 255).features)
     real = RealImages(batch, batch, evaluator, reference)
     base = (*BASE, "objective.prediction=v")
-    plan = methods.Plan(base, range(2), 20, real, tmp_path, torch.device("cpu"))
+    plan = methods.Plan(methods.METHODS, base, range(2), 20, real, tmp_path, torch.device("cpu"))
     found = []
     monkeypatch.setattr(methods, "make_plan", lambda options: plan)
     monkeypatch.setattr(methods, "publish", lambda result, name, options: found.append(result))
@@ -81,7 +82,9 @@ def test_the_difference_to_the_plain_training_is_paired_by_seed(published, tmp_p
 
 
 def test_every_method_is_a_configuration_and_all_see_equally_many_images():
-    plan = methods.Plan(("+experiment=digits", "objective.prediction=v"), range(1), 1, None, None, None)
+    plan = methods.Plan(
+        methods.METHODS, ("+experiment=digits", "objective.prediction=v"), range(1), 1, None, None, None
+    )
     identities = {name: plan.config(name, 0).identity() for name in methods.METHODS}
     assert len({json.dumps(identity, sort_keys=True) for identity in identities.values()}) == len(methods.METHODS)
     size = compose(["+experiment=digits"]).batch_size
@@ -98,3 +101,37 @@ def test_a_method_is_also_given_as_the_settings_that_it_changes(published):
     assert (config.optim.lr, config.optim.betas) == (0.01, (0.9, 0.9))
     with pytest.raises(SystemExit):
         methods.main(["--methods", "base,nothing"])
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_networks_are_compared_at_equal_time_and_similar_size(side, tmp_path):
+    places = ("storage=file", f"storage.root=file://{tmp_path}", "data=folder", f"data.image_size={side}")
+    base = (*places, "data.num_classes=3", "data.channels=3", *methods.SHORT)
+    rates = dict(zip(methods.NETWORKS, (40.0, 41.0, 70.0, 70.0, 60.0, 100.0), strict=True))
+    of = methods.networks(side)
+    plan = methods.Plan(of, base, range(1), 1, None, None, torch.device("cpu"), rates, 10.0)
+    found = {name: plan.config(name, 0) for name in of}
+    assert tuple(found) == methods.NETWORKS
+    assert [config.images for config in found.values()] == [384, 416, 704, 704, 608, 992]
+    patches = {name: side // config.model.patch_size for name, config in found.items() if "unet" not in name}
+    assert patches == {"dit": 8, "dit_flow": 8, "jit_fine": 8, "jit_coarse": 4}
+    millions = [sum(p.numel() for p in make_network(config).parameters()) / 1e6 for config in found.values()]
+    assert max(millions) < 2.2 * min(millions)
+    objectives = {name: (config.schedule.kind, config.objective.prediction) for name, config in found.items()}
+    flow, jit = ("flow", "flow"), ("flow", "x0")
+    assert list(objectives.values()) == [("cosine", "v"), flow, ("cosine", "v"), flow, jit, jit]
+
+
+def test_the_interval_of_a_difference_holds_what_trainings_differ_by():
+    found = methods.difference("d", [1.0, 2.0, 3.0])
+    low, high = found["d_interval"]
+    assert (found["d"], round(high - low, 3)) == (2.0, round(2 * 4.302652729911275 / 3**0.5, 3))
+    assert "d_interval" not in methods.difference("d", [1.0])
+
+
+def test_rates_are_measured_once(published, tmp_path, monkeypatch):
+    told = iter([5.0, 50.0, 7.0, 40.0, 6.0, 45.0, 5.0, 44.0, 5.0, 43.0])
+    monkeypatch.setattr(methods, "measure_training", lambda config, device, seconds: next(told))
+    plan = methods.make_plan(None)
+    assert methods.measured_rates(plan, ["base", "muon"], 1.0) == {"base": 7.0, "muon": 50.0}
+    assert methods.measured_rates(plan, ["muon"], 1.0) == {"muon": 50.0}
