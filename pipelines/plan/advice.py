@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ddpm.image_size import in_words, parse_image_size
 from pipelines.plan.budget import written
 from pipelines.plan.facts import MachineFacts, Plan, SourceFacts
+from pipelines.plan.networks import WIDTHS
 from pipelines.plan.propose import propose
 from pipelines.presentation.errors import ConfigError
 
@@ -45,4 +47,4 @@ def more_time(
 
 def _named(key: str) -> str:
     network, _, size = key.partition("@")
-    return f"{network} UNet at {size}x{size}"
+    return f"{network if network not in WIDTHS else f'{network} UNet'} at {in_words(parse_image_size(size))}"

@@ -56,6 +56,8 @@ class Basis:
     @property
     def scale(self) -> float:
         """The guidance scale of samples."""
+        if self.candidate.recipe is not None:
+            return self.candidate.recipe.guidance_scale
         short = self.images < SAMPLING.short_training_images * self.candidate.effort
         return SAMPLING.short_guidance_scale if short else SAMPLING.guidance_scale
 
@@ -127,7 +129,9 @@ def _basis(
         and user.get("guidance.scale", SAMPLING.guidance_scale) != 1
         and user.get("guidance", "") != "none"
     )
-    evaluations = int(user.get("sampler.steps", SAMPLING.steps)) * (2 if guided else 1)
+    recipe = candidate.recipe
+    own = SAMPLING.steps if recipe is None else recipe.evaluations
+    evaluations = int(user.get("sampler.steps", own)) * (2 if guided else 1)
     speed = machine.speeds[candidate.key]
     judging = clock.judging(source, machine, candidate, budget_s, evaluations, texts, compared)
     fixed = clock.fixed_seconds(source, machine) | judging.seconds
@@ -139,7 +143,7 @@ def _basis(
     def possible(batch: int) -> float:
         return max(0.0, training_s - grids.seconds) * clock.training_rate(speed, machine, workers, batch)
 
-    batch = int(user.get("batch_size", batch_size(possible, machine)))
+    batch = int(user.get("batch_size", batch_size(possible, machine) if recipe is None else recipe.batch))
     rate = clock.training_rate(speed, machine, workers, batch)
     images = int(user.get("images", max(1, min(int(possible(batch)), most_images(source)) // batch) * batch))
     grids = clock.grids(speed, machine, images / rate / (1 - clock.GRID_SHARE), evaluations)

@@ -16,7 +16,7 @@ from pipelines.plan.budget import format_duration, written
 from pipelines.plan.calibration import CALIBRATION
 from pipelines.plan.choose import MOST_PASSES, PIECE, SAMPLING, Basis, drawing_precision, methods, most_images
 from pipelines.plan.facts import MachineFacts, PlanLine, SourceFacts, UserOverrides
-from pipelines.plan.networks import candidates, native_size
+from pipelines.plan.networks import JIT, Recipe, candidates, follows_own_method, native_size
 from pipelines.storage import layout
 
 FEW = 500
@@ -98,6 +98,9 @@ def network_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> lis
     why = "the largest network that sees the images it needs"
     if larger is not None:
         why = f"the next larger one would not see the {larger.needed:,} images that it needs to be better"
+    if candidate.recipe is not None:
+        return [*_recipe_lines(basis, candidate.recipe, user), _condition_line(source, basis, user)]
+    why += f"; {_no_transformer(basis, user)}"
     objective = {key: value for key, value in methods(user).items() if key.partition(".")[0] == "objective"}
     weight = ", learned weight" if "objective.learned_weight" in objective else ""
     shift = math.log(64**2 / candidate.pixels) if candidate.pixels > 64**2 else 0.0
@@ -121,6 +124,25 @@ def network_lines(source: SourceFacts, basis: Basis, user: UserOverrides) -> lis
     ]
 
 
+def _recipe_lines(basis: Basis, recipe: Recipe, user: UserOverrides) -> list[PlanLine]:
+    """Return the lines about the network, the objective and the schedule of a recipe."""
+    why = f"a transformer: this budget sees {basis.images:,} images, and its recipe {recipe.images:,} ({recipe.source})"
+    return [
+        user.line("network", recipe.model, f"{recipe.title}, {basis.speed.parameters / 1e6:.1f} M parameters", why),
+        user.line("objective", recipe.objective, "x_0-prediction, loss of the velocity", "the recipe's"),
+        user.line("schedule", {"schedule": "flow"}, "flow matching", "the recipe's"),
+    ]
+
+
+def _no_transformer(basis: Basis, user: UserOverrides) -> str:
+    """Return why the network is no transformer."""
+    if basis.candidate.size != JIT.size:
+        return f"no transformer: {JIT.title}, the one with a recipe, is for {in_words(JIT.size)} ({JIT.source})"
+    if follows_own_method(user):
+        return f"no transformer: the recipe of {JIT.title} has its own loss, path, optimizer and sampler"
+    return f"no transformer: the recipe of {JIT.title} sees {JIT.images:,} images ({JIT.source})"
+
+
 def _condition_line(source: SourceFacts, basis: Basis, user: UserOverrides) -> PlanLine:
     settings: dict[str, Any] = {"model.class_conditional": basis.labels}
     parts = [f"{len(source.class_counts)} classes"] if basis.labels else []
@@ -141,7 +163,6 @@ def _condition_line(source: SourceFacts, basis: Basis, user: UserOverrides) -> P
 def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, user: UserOverrides) -> list[PlanLine]:
     """Return the lines about the optimization."""
     images, batch = basis.images, basis.batch
-    rate = CALIBRATION.networks.learning_rates[basis.candidate.network] * math.sqrt(min(batch, 512) / 128)
     passes = images / source.train_images
     capped = images + batch > most_images(source) and not user.sets("images")
     known = capped or user.sets("images") or user.get("objective", user.get("objective.loss", "")) == "consistency"
@@ -150,9 +171,8 @@ def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, user: 
     why = f"{format_duration(basis.training_s)} at {rate_s:,.0f} images/s; each image is seen {passes:.0f} times" + (
         "" if known else "; corrected by the measured speed during training"
     )
-    optimizer = {"optim.kind": methods(user)["optim.kind"]}
     return [
-        user.line("optimizer", optimizer, "Muon", f"the better one in the comparison ({COMPARISON})"),
+        _optimizer_line(basis, user),
         user.line(
             "length",
             length,
@@ -160,18 +180,7 @@ def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, user: 
             f"each image is seen {MOST_PASSES:,} times, more would only memorise them" if capped else why,
         ),
         _batch_line(machine, basis, user),
-        user.line(
-            "learning rate",
-            {
-                "optim.lr": float(f"{rate:.2g}"),
-                "optim.betas": [0.9, 0.99],
-                "optim.weight_decay": 0.01,
-                "optim.warmup_images": max(batch, images // 20),
-                "optim.decay": "linear",
-            },
-            f"{rate:.2g}, decaying to the end",
-            "wider networks need lower rates; the decay ends with the budget",
-        ),
+        _rate_line(basis, user),
         user.line(
             "average",
             {"optim.ema_half_life": max(batch, images // 20)},
@@ -179,6 +188,34 @@ def optim_lines(source: SourceFacts, machine: MachineFacts, basis: Basis, user: 
             "a twentieth of the run: a longer half-life would keep its beginning",
         ),
     ]
+
+
+def _optimizer_line(basis: Basis, user: UserOverrides) -> PlanLine:
+    if basis.candidate.recipe is not None:
+        return user.line("optimizer", {"optim": "adamw"}, "AdamW", "the recipe's")
+    kind = {"optim.kind": methods(user)["optim.kind"]}
+    return user.line("optimizer", kind, "Muon", f"the better one in the comparison ({COMPARISON})")
+
+
+def _rate_line(basis: Basis, user: UserOverrides) -> PlanLine:
+    recipe, warmup = basis.candidate.recipe, {"optim.warmup_images": max(basis.batch, basis.images // 20)}
+    if recipe is not None:
+        scaled = recipe.optim["optim.lr"] * basis.batch / recipe.batch
+        settings = {**recipe.optim, "optim.lr": float(f"{scaled:.2g}"), **warmup}
+        return user.line("learning rate", settings, f"{scaled:.2g}, constant", "the recipe's, by the batch size")
+    rate = CALIBRATION.networks.learning_rates[basis.candidate.network] * math.sqrt(min(basis.batch, 512) / 128)
+    return user.line(
+        "learning rate",
+        {
+            "optim.lr": float(f"{rate:.2g}"),
+            "optim.betas": [0.9, 0.99],
+            "optim.weight_decay": 0.01,
+            **warmup,
+            "optim.decay": "linear",
+        },
+        f"{rate:.2g}, decaying to the end",
+        "wider networks need lower rates; the decay ends with the budget",
+    )
 
 
 def _batch_line(machine: MachineFacts, basis: Basis, user: UserOverrides) -> PlanLine:
@@ -244,15 +281,23 @@ def judging_lines(
     if basis.guided:
         guidance["guidance.scale"] = basis.scale
     judge = "contrastive network" if judging.kind == "contrastive" else judging.kind
+    sampler: dict[str, Any] = {"sampler": "dpm_solver", "sampler.steps": SAMPLING.steps}
+    drawn, why = (
+        f"DPM-Solver++, {SAMPLING.steps} steps",
+        "on digits its 8 steps are as good as 50 of DDIM (docs/few-steps.md)",
+    )
+    if (recipe := basis.candidate.recipe) is not None:
+        kept = lambda key: basis.guided or not key.startswith("guidance")  # noqa: E731
+        sampler = {key: value for key, value in recipe.sampler.items() if kept(key)}
+        drawn, why = f"Heun's method, {sampler['sampler.steps']} steps", "the recipe's"
     return [
         user.line(
             "sampler",
-            {"sampler": "dpm_solver", "sampler.steps": SAMPLING.steps, "sampler.precision": precision, **guidance},
-            f"DPM-Solver++, {SAMPLING.steps} steps"
+            {**sampler, "sampler.precision": precision, **guidance},
+            drawn
             + (f", guidance {basis.scale:g}" if basis.guided else "")
             + (", in bf16" if precision == "bf16" else ""),
-            "on digits its 8 steps are as good as 50 of DDIM (docs/few-steps.md)"
-            + ("; bf16 samples are as good and faster (docs/performance.md)" if precision == "bf16" else ""),
+            why + ("; bf16 samples are as good and faster (docs/performance.md)" if precision == "bf16" else ""),
         ),
         user.line(
             "scores",

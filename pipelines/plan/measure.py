@@ -267,7 +267,7 @@ def trial_config(
         "data.image_size": candidate.size,
         "data.channels": 1 if source.grey else 3,
         "model.class_conditional": classes > 1,
-        **methods(user),
+        **(methods(user) if candidate.recipe is None else candidate.recipe.settings),
         **candidate.settings,
     }
     if uses_captions(source, user):

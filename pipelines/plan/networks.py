@@ -19,6 +19,57 @@ WIDTHS = {"narrow": (32, 64), "plain": (64, 64), "wide": (64, 128), "widest": (1
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """A published training, which a plan follows as it is: its network, loss, path, optimizer and sampler.
+
+    Attributes:
+        title: of its network.
+        source: who published it, and for what.
+        size: height and width in pixels that it is for.
+        images: that its shortest published training sees.
+        batch: images per step.
+        model: settings of the network.
+        objective: settings of the loss.
+        optim: settings of the optimizer but for its warm-up and average, which are parts of the training.
+        sampler: settings of the sampler and of guidance.
+        guidance_scale: of samples.
+        evaluations: of the network for an unguided sample.
+    """
+
+    title: str
+    source: str
+    size: ImageSize
+    images: int
+    batch: int
+    model: Mapping[str, Any]
+    objective: Mapping[str, Any]
+    optim: Mapping[str, Any]
+    sampler: Mapping[str, Any]
+    guidance_scale: float
+    evaluations: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide how fast it trains and draws."""
+        return {**self.model, **self.objective, "schedule": "flow", **self.optim}
+
+
+JIT = Recipe(
+    title="JiT-B/16",
+    source="Li & He 2025, tables 2 and 9, for ImageNet at 256 pixels",
+    size=256,
+    images=256_233_400,  # 200 epochs of 1,281,167 images, as long as its ablations
+    batch=1024,
+    model={"model": "jit_base"},
+    objective={"objective": "jit"},
+    optim={"optim.lr": 0.0002, "optim.betas": [0.9, 0.95], "optim.decay": "constant", "optim.grad_clip": None},
+    sampler={"sampler": "heun", "sampler.steps": 50, "sampler.time": "flow", "guidance.interval": [0.0, 0.9]},
+    guidance_scale=2.9,
+    evaluations=99,
+)
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A network at an image size.
 
@@ -26,11 +77,13 @@ class Candidate:
         size: height and width in pixels; one number for square images.
         network: its name in `WIDTHS`, or "hand" for the user's own.
         settings: fields of the configuration that define it; empty for the user's own.
+        recipe: the published training that it is a part of; None for those of `WIDTHS`.
     """
 
     size: ImageSize
     network: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
 
     @property
     def key(self) -> str:
@@ -50,6 +103,8 @@ class Candidate:
     @property
     def needed(self) -> int:
         """Smallest number of images that it should see."""
+        if self.recipe is not None:
+            return self.recipe.images
         return round(CALIBRATION.networks.images_needed[self.network] * self.effort)
 
 
@@ -59,7 +114,17 @@ def candidates(source: SourceFacts, user: UserOverrides) -> tuple[Candidate, ...
     sizes = image_sizes(source) if given is None else (parse_image_size(given),)
     if user.sets_network():
         return tuple(Candidate(size, "hand") for size in sizes)
-    return tuple(Candidate(size, name, unet(size, *widths)) for size in sizes for name, widths in WIDTHS.items())
+    found: list[Candidate] = []
+    for size in sizes:
+        found += [Candidate(size, name, unet(size, *widths)) for name, widths in WIDTHS.items()]
+        if size == JIT.size and not follows_own_method(user):
+            found.append(Candidate(size, str(JIT.model["model"]), JIT.model, JIT))
+    return tuple(found)
+
+
+def follows_own_method(user: UserOverrides) -> bool:
+    """Return whether the user has set a part of the method that a recipe gives."""
+    return any(key.partition(".")[0] in ("objective", "schedule", "optim", "sampler") for key in user.settings)
 
 
 def image_sizes(source: SourceFacts) -> tuple[ImageSize, ...]:

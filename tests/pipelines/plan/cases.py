@@ -62,6 +62,14 @@ UNLABELLED = SourceFacts(
     opened=900,
     mirror=Mirror(0.50, 450),
 )
+CATALOGUE = replace(
+    PHOTOS,
+    images=1_300_000,
+    test_images=20_000,
+    class_counts={f"kind {i}": 1_300 for i in range(1_000)},
+    shorter_sides=(256, 375, 500),
+)
+"""As many photographs as ImageNet has."""
 CARDS = replace(PHOTOS, shorter_sides=(48, 48, 48), one_size=(64, 48))
 """Pictures that are all 48 pixels high and 64 wide."""
 SIZES: tuple[ImageSize, ...] = (8, 16, 24, 28, 32, 64, 128, 256, (24, 32), (48, 64))
@@ -84,3 +92,5 @@ def machine(cores: int = 2, gpus: int = 0, factor: float = 1.0, together: float 
 
 LAPTOP = machine()
 GPU = machine(cores=16, gpus=1, factor=150.0)
+CLUSTER = machine(cores=1_024, gpus=64, factor=150.0)
+CLUSTER = replace(CLUSTER, speeds={**CLUSTER.speeds, "jit_base@256": Speed(900.0, 3_600.0, 3_000.0, 131_000_000, 128)})

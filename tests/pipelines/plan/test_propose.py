@@ -22,7 +22,19 @@ from pipelines.plan.lines import source_name
 from pipelines.plan.measure import trial_config
 from pipelines.plan.networks import Candidate, candidates
 from pipelines.plan.propose import propose
-from tests.pipelines.plan.cases import CARDS, DIGITS, GPU, LAPTOP, PHOTOS, PICTOGRAMS, SOURCES, UNLABELLED, machine
+from tests.pipelines.plan.cases import (
+    CARDS,
+    CATALOGUE,
+    CLUSTER,
+    DIGITS,
+    GPU,
+    LAPTOP,
+    PHOTOS,
+    PICTOGRAMS,
+    SOURCES,
+    UNLABELLED,
+    machine,
+)
 
 HALF_HOUR = 1_800.0
 
@@ -139,6 +151,43 @@ def test_small_pictures_of_one_size_keep_their_proportions(budget_s, hand, size,
     assert all(side % network_config(config).downsampling == 0 for side in size)
     assert f"{size[0]}x{size[1]}" in next(line.value for line in plan.lines if line.title == "image size")
     assert f"{size[0]}x{size[1]}px" in config.data.uri
+
+
+def test_a_cluster_that_sees_what_a_published_training_saw_follows_its_recipe():
+    plan = propose(CATALOGUE, CLUSTER, 8 * 3600.0)
+    config, published = composed(plan), compose(["+experiment=imagenet256", "data.source=x"])
+    network = next(line for line in plan.lines if line.title == "network")
+    assert network.value == "JiT-B/16, 131.0 M parameters"
+    assert f"this budget sees {plan.images:,} images, and its recipe 256,233,400 (Li & He 2025" in network.reason
+    assert plan.images >= 256_233_400
+    for group in ("model", "objective", "schedule", "guidance"):
+        assert getattr(config, group) == getattr(published, group)
+    assert config.optim.model_dump(exclude={"warmup_images", "ema_half_life"}) == published.optim.model_dump(
+        exclude={"warmup_images", "ema_half_life"}
+    )
+    assert (config.sampler.kind, config.sampler.steps, config.sampler.time) == ("heun", 50, "flow")
+    assert (config.batch_size, config.data.image_size) == (published.batch_size, 256)
+
+
+@pytest.mark.parametrize(
+    ("source", "facts", "budget_s", "hand", "reason"),
+    [
+        (
+            CATALOGUE,
+            CLUSTER,
+            3600.0,
+            [],
+            "no transformer: the recipe of JiT-B/16 sees 256,233,400 images (Li",
+        ),
+        (CATALOGUE, CLUSTER, 8 * 3600.0, ["optim=muon"], "no transformer: the recipe of JiT-B/16 has its own loss"),
+        (PHOTOS, CLUSTER, 8 * 3600.0, [], "no transformer: the recipe of JiT-B/16 sees"),  # and the photographs are few
+        (DIGITS, LAPTOP, HALF_HOUR, [], "no transformer: JiT-B/16, the one with a recipe, is for 256x256 (Li & He"),
+    ],
+)
+def test_elsewhere_the_network_is_a_unet_and_the_plan_says_why(source, facts, budget_s, hand, reason):
+    plan = propose(source, facts, budget_s, override_settings(hand))
+    assert composed(plan, *hand).model.kind == "unet"
+    assert reason in next(line.reason for line in plan.lines if line.title == "network")
 
 
 def test_photographs_of_mixed_sizes_are_cropped_mirrored_and_conditioned_on_their_folders():
