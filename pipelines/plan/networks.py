@@ -56,9 +56,9 @@ class Recipe:
 
 JIT = Recipe(
     title="JiT-B/16",
-    source="Li & He 2025, tables 2 and 9, for ImageNet at 256 pixels",
+    source="Li & He 2025, 200 epochs of ImageNet at 256 pixels",
     size=256,
-    images=256_233_400,  # 200 epochs of 1,281,167 images, as long as its ablations
+    images=256_233_400,  # 200 epochs of 1,281,167 images
     batch=1024,
     model={"model": "jit_base"},
     objective={"objective": "jit"},
