@@ -21,7 +21,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.results import commit, make_parser, publish
-from benchmarks.train_step import UPDATE, best_method, machine, models, ours, prepared, say
+from benchmarks.train_step import UNETS, UPDATE, best_method, machine, models, ours, prepared, say
 
 KINDS = {
     "convolutions": ("conv",),
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the process")
     parser.add_argument("--channels-last", action="store_true", help="on a CPU too, where it is slower")
     parser.add_argument("--name", default="step_profile", help="of the result's file, where machines have one each")
+    parser.add_argument("--models", default=",".join(UNETS), help="of those of benchmarks.train_step")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         "method": method.title,
         "models": {},
     }
-    for name, model in models(options.size).items():
+    for name, model in models(options.size, options.models.split(",")).items():
         network, x_0 = prepared(model, device, options.size)
         step = ours(network, x_0, method)
         step()  # what is set up at the first step is no part of the others

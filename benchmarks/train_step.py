@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step [--quick] [--json] [--threads N]
     python -m benchmarks.train_step --methods   # our step alone, by arithmetic, memory layout and compiling
+    python -m benchmarks.train_step --models DiT-S/2 --name train_step_transformer
 
 It needs torch only; peers are measured if installed and otherwise listed as missing. Systems alternate in one process
 and medians are reported. Ours and diffusers' network start from the same weights and their outputs are compared.
@@ -11,7 +12,8 @@ numbers. Every loop clips gradients and averages weights.
 | system | meaning |
 |---|---|
 | ours | the loop of the training worker, with the fastest method on this machine: see `method` in the result |
-| stock | diffusers' UNet2DModel in the loop of its train_unconditional.py, float32 |
+| ours_float32 | of a transformer: the same in float32, where ours is bf16 |
+| stock | diffusers' network in the loop of its train_unconditional.py, float32 |
 | bf16 | the same under bf16 autocast, as by its --mixed_precision=bf16 |
 | lucidrains | denoising-diffusion-pytorch's Unet in the loop of its Trainer, float32 |
 | diffusers | on CUDA: stock with all optimizations of ours: bf16, channels-last, torch.compile, fused AdamW |
@@ -20,6 +22,7 @@ numbers. Every loop clips gradients and averages weights.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import os
@@ -27,7 +30,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +44,10 @@ from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.results import Size, commit, make_parser, publish
+from ddpm.conditioning import Conditioning
 from ddpm.ema import EMA
+from ddpm.models import NetworkConfig
+from ddpm.models.dit import DiT, DiTConfig
 from ddpm.models.unet import UNet, UNetConfig
 from ddpm.noise import Purpose, normal
 from ddpm.objectives import Objective
@@ -64,12 +70,12 @@ class Model:
 
     Attributes:
         config: configuration of our network, from which diffusers' is derived.
-        lucidrains: options of lucidrains' network with the same widths.
+        lucidrains: options of lucidrains' network with the same widths; None where there is none.
         batch: images per step on a CPU, on a CPU where it is not all measured, and on CUDA.
     """
 
-    config: UNetConfig
-    lucidrains: dict[str, Any]
+    config: NetworkConfig
+    lucidrains: dict[str, Any] | None
     batch: tuple[int, int, int]
 
 
@@ -81,7 +87,11 @@ MODELS = {
     ),
     # the network of google/ddpm-cifar10-32
     "35.7M": Model(UNetConfig(head_dim=None), {"dim": 128, "dim_mults": (1, 2, 2, 2)}, (16, 2, 256)),
+    # Peebles & Xie 2023, table 1, on pixels
+    "DiT-S/2": Model(DiTConfig(num_classes=1000), None, (8, 2, 512)),
 }
+UNETS = ("6.5M", "35.7M")
+"""What is measured without --models."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +120,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser("train_step", __doc__, quick="small batches, few turns, nothing compiled")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every system; default: all cores")
     parser.add_argument("--methods", action="store_true", help="compare the methods for our own step instead")
+    parser.add_argument("--models", default=",".join(UNETS), help=f"of {', '.join(MODELS)}; separated by commas")
     parser.add_argument("--name", help="of the result's file; default: train_step, or train_step_methods")
     options = parser.parse_args(arguments)
+    names = options.models.split(",")
+    if unknown := [name for name in names if name not in MODELS]:
+        parser.error(f"unknown model {unknown[0]!r}; allowed: {', '.join(MODELS)}")
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("high")  # TF32, for every system; no effect on a CPU without it
     measure, name = (compare_methods, "train_step_methods") if options.methods else (run, "train_step")
-    publish(measure(options.size, options.threads), options.name or name, options)
+    publish(measure(options.size, options.threads, names), options.name or name, options)
 
 
-def run(size: Size, threads: int) -> dict[str, Any]:
-    """Return the measurements of every model."""
+def run(size: Size, threads: int, names: Sequence[str]) -> dict[str, Any]:
+    """Return the measurements of the models of these names."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = best_method(device, size)
     result: dict[str, Any] = {
@@ -132,7 +146,7 @@ def run(size: Size, threads: int) -> dict[str, Any]:
         "method": vars(method),
         "models": {},
     }
-    for name, model in models(size).items():
+    for name, model in models(size, names).items():
         result["models"][name] = measure(model, method, device, size)
         say(
             f"{name}: " + ", ".join(f"{k} {v}" for k, v in result["models"][name]["images_per_s"].items()) + " images/s"
@@ -140,11 +154,11 @@ def run(size: Size, threads: int) -> dict[str, Any]:
     return result
 
 
-def compare_methods(size: Size, threads: int) -> dict[str, Any]:
-    """Return the rates of our own step on the smaller model by every method that this machine has instructions for."""
+def compare_methods(size: Size, threads: int, names: Sequence[str]) -> dict[str, Any]:
+    """Return the rates of our own step on the first of these models, by every method that the machine can compute."""
     device, (name, model) = (
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        next(iter(models(size).items())),
+        next(iter(models(size, names).items())),
     )
     network, x_0 = prepared(model, device, size)
     bf16 = computes_bf16(device) or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
@@ -169,17 +183,30 @@ def compare_methods(size: Size, threads: int) -> dict[str, Any]:
     }
 
 
-def models(size: Size) -> dict[str, Model]:
+def models(size: Size, names: Sequence[str]) -> dict[str, Model]:
     """Return the networks to train, by name."""
-    config = UNetConfig(channels=(32, 32), layers_per_block=1, attention=(False, True), head_dim=32)
-    return size.of(MODELS, MODELS, {"small": Model(config, {"dim": 32, "dim_mults": (1, 1)}, (2, 2, 2))})
+    unet = UNetConfig(channels=(32, 32), layers_per_block=1, attention=(False, True), head_dim=32)
+    dit = DiTConfig(width=32, depth=2, heads=2, patch_size=4, num_classes=10)
+    small = {
+        **dict.fromkeys(UNETS, ("small", Model(unet, {"dim": 32, "dim_mults": (1, 1)}, (2, 2, 2)))),
+        "DiT-S/2": ("small transformer", Model(dit, None, (2, 2, 2))),
+    }
+    whole = {name: MODELS[name] for name in names}
+    return size.of(whole, whole, dict(small[name] for name in names))
 
 
-def prepared(model: Model, device: torch.device, size: Size) -> tuple[UNet, Tensor]:
-    """Return our network with its first weights, and a batch of images in [-1, 1], the same in every call."""
+def prepared(model: Model, device: torch.device, size: Size) -> tuple[nn.Module, Tensor]:
+    """Return our network with its first weights, and a batch of images in [-1, 1], the same in every call.
+
+    A fresh transformer has output 0 whatever it computes: its zeros are replaced by small numbers.
+    """
     batch = model.batch[2 if device.type == "cuda" else 0 if size is Size.FULL else 1]
     torch.manual_seed(0)
-    network = UNet(model.config).to(device)
+    network = model.config.build().to(device)
+    if isinstance(network, DiT):
+        for parameter in network.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.02)
     return network, (torch.rand(batch, 3, SIZE, SIZE) * 2 - 1).to(device)
 
 
@@ -226,25 +253,29 @@ def measure(model: Model, method: Method, device: torch.device, size: Size) -> d
     batch = len(x_0)
     flops = step_flops(network, x_0)
     systems: dict[str, Step] = {"ours": ours(network, x_0, method)}
+    if isinstance(network, DiT) and method.bf16:
+        systems["ours_float32"] = ours(network, x_0, dataclasses.replace(method, bf16=False))
     twin, missing, not_measured = diffusers_twin(network), [], {}
     networks = {"ours": {"parameters": count(network), "gflop_per_image": round(flops / batch / 1e9, 2)}}
     row: dict[str, Any] = {"batch": batch, "size": networks}
+    labels = labels_of(network, x_0)
     if twin is None:
         missing.append("diffusers")
     else:
-        row["largest_difference"] = difference(network, twin, x_0, method)
-        systems["stock"] = diffusers_(copy.deepcopy(twin), x_0, bf16=False, tuned=False)
+        row["largest_difference"] = difference(network, twin, x_0, bf16=method.bf16)
+        row["largest_difference_float32"] = difference(network, twin, x_0, bf16=False)
+        systems["stock"] = diffusers_(copy.deepcopy(twin), x_0, labels, bf16=False, tuned=False)
         if method.bf16:
-            systems["bf16"] = diffusers_(copy.deepcopy(twin), x_0, bf16=True, tuned=False)
+            systems["bf16"] = diffusers_(copy.deepcopy(twin), x_0, labels, bf16=True, tuned=False)
         else:
             not_measured["bf16"] = "this machine only emulates bf16: a step takes more than ten times stock's"
             row["speedup_bf16"] = None
         if device.type == "cuda":
-            systems["diffusers"] = diffusers_(copy.deepcopy(twin), x_0, bf16=True, tuned=size is Size.FULL)
+            systems["diffusers"] = diffusers_(copy.deepcopy(twin), x_0, labels, bf16=True, tuned=size is Size.FULL)
     peer = lucidrains_network(model, device)
-    if peer is None:
+    if peer is None and model.lucidrains is not None:
         missing.append("lucidrains")
-    else:
+    elif peer is not None:
         per_image = round(step_flops(peer, x_0) / batch / 1e9, 2)
         networks["lucidrains"] = {"parameters": count(peer), "gflop_per_image": per_image}
         systems["lucidrains"] = lucidrains(peer, x_0)
@@ -252,7 +283,10 @@ def measure(model: Model, method: Method, device: torch.device, size: Size) -> d
     seconds = alternate(systems, turns, steps, device)
     median = {name: statistics.median(s) for name, s in seconds.items()}
     row["images_per_s"] = {name: round(batch / s, 2) for name, s in median.items()}
-    row |= {f"speedup_{name}": round(s / median["ours"], 3) for name, s in median.items() if name != "ours"}
+    peers = {name: s for name, s in median.items() if not name.startswith("ours")}
+    row |= {f"speedup_{name}": round(s / median["ours"], 3) for name, s in peers.items()}
+    if "stock" in median:
+        row["speedup_float32"] = round(median["stock"] / median.get("ours_float32", median["ours"]), 3)
     row["tflop_per_s"] = {name: round(flops / median[name] / 1e12, 3) for name in median if name != "lucidrains"}
     row["mfu"] = mfu(flops / median["ours"], device)
     return row | {"seconds": seconds, "missing": missing, "not_measured": not_measured}
@@ -271,7 +305,13 @@ def timed(step: Step, steps: int, device: torch.device) -> float:
     return seconds
 
 
-def ours(network: UNet, x_0: Tensor, method: Method) -> Step:
+def labels_of(network: nn.Module, x_0: Tensor) -> Tensor | None:
+    """Return classes of a batch for a network that knows some."""
+    classes = network.config.num_classes if isinstance(network, DiT) else 0
+    return torch.arange(len(x_0), device=x_0.device) % classes if classes else None
+
+
+def ours(network: nn.Module, x_0: Tensor, method: Method) -> Step:
     """Return the step of the training worker, for one process and without micro-batches."""
     network = copy.deepcopy(network)
     if method.channels_last:
@@ -280,7 +320,8 @@ def ours(network: UNet, x_0: Tensor, method: Method) -> Step:
     schedule, objective, ema = make_schedule("linear"), Objective(prediction="eps"), EMA(network, half_life=500_000)
     timesteps = UniformTimesteps().make(schedule, 1, seed=0)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    batch, seen = len(x_0), 0
+    batch, seen, labels = len(x_0), 0, labels_of(network, x_0)
+    cond = None if labels is None else Conditioning(label=labels)
 
     def step() -> float:
         nonlocal seen
@@ -288,7 +329,7 @@ def ours(network: UNet, x_0: Tensor, method: Method) -> Step:
         with torch.autocast(x_0.device.type, torch.bfloat16, enabled=method.bf16):
             t, _ = timesteps.sample(n)
             eps = normal(0, n, Purpose.NOISE, tuple(x_0.shape[1:]))
-            loss = objective.losses(forward, schedule, x_0, t, eps).sum() / batch
+            loss = objective.losses(forward, schedule, x_0, t, eps, cond).sum() / batch
         loss.backward()
         seen += batch
         with record_function(UPDATE):
@@ -301,12 +342,15 @@ def ours(network: UNet, x_0: Tensor, method: Method) -> Step:
     return step
 
 
-def diffusers_twin(network: UNet) -> nn.Module | None:
+def diffusers_twin(network: nn.Module) -> nn.Module | None:
     """Return diffusers' network with the same weights, or None if it is not installed."""
     try:
         from diffusers import UNet2DModel
     except ImportError:
         return None
+    if isinstance(network, DiT):
+        return dit_twin(network, SIZE).to(next(network.parameters()).device)
+    assert isinstance(network, UNet)
     config = network.config
     twin = UNet2DModel(
         sample_size=SIZE,
@@ -322,8 +366,56 @@ def diffusers_twin(network: UNet) -> nn.Module | None:
     return twin.to(next(network.parameters()).device)
 
 
-def diffusers_(twin: nn.Module, x_0: Tensor, *, bf16: bool, tuned: bool) -> Step:
-    """Return a step of diffusers' train_unconditional.py --use_ema; tuned: channels-last, compiled, fused AdamW."""
+def dit_twin(network: DiT, size: int) -> nn.Module:
+    """Return diffusers' DiT with the same weights; it embeds time and class in every block again."""
+    from diffusers import DiTTransformer2DModel
+
+    config = network.config
+    twin = DiTTransformer2DModel(
+        num_attention_heads=config.heads,
+        attention_head_dim=config.width // config.heads,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        num_layers=config.depth,
+        sample_size=size,
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=config.num_classes,
+        norm_eps=1e-6,
+    ).eval()
+    ours = network.state_dict()
+    renamed = {
+        **{f"pos_embed.proj.{k}": ours[f"patch_embedding.{k}"] for k in ("weight", "bias")},
+        **{f"proj_out_1.{k}": ours[f"modulation_out.{k}"] for k in ("weight", "bias")},
+        **{f"proj_out_2.{k}": ours[f"linear_out.{k}"] for k in ("weight", "bias")},
+    }
+    for i, block in enumerate(twin.transformer_blocks):
+        block.norm1.emb.time_proj.downscale_freq_shift = 0  # as in the code of the paper
+        to = f"transformer_blocks.{i}."
+        renamed[f"{to}norm1.emb.class_embedder.embedding_table.weight"] = ours["class_embedding.weight"]
+        for k in ("weight", "bias"):
+            for layer in (1, 2):
+                name = f"{to}norm1.emb.timestep_embedder.linear_{layer}.{k}"
+                renamed[name] = ours[f"time_embedding.linear_{layer}.{k}"]
+            renamed[f"{to}norm1.linear.{k}"] = ours[f"blocks.{i}.modulation.{k}"]
+            for name, part in zip("qkv", ours[f"blocks.{i}.attention.to_qkv.{k}"].chunk(3), strict=True):
+                renamed[f"{to}attn1.to_{name}.{k}"] = part
+            renamed[f"{to}attn1.to_out.0.{k}"] = ours[f"blocks.{i}.attention.to_out.{k}"]
+            renamed[f"{to}ff.net.0.proj.{k}"] = ours[f"blocks.{i}.mlp.0.{k}"]
+            renamed[f"{to}ff.net.2.{k}"] = ours[f"blocks.{i}.mlp.2.{k}"]
+    twin.load_state_dict(renamed)
+    return twin
+
+
+def diffusers_(twin: nn.Module, x_0: Tensor, given: Tensor | None, *, bf16: bool, tuned: bool) -> Step:
+    """Return a step of diffusers' train_unconditional.py --use_ema, of images of classes where some are given.
+
+    Args:
+        twin: their network.
+        x_0: the images.
+        given: their classes.
+        bf16: whether bf16 autocast is on.
+        tuned: channels-last, compiled, and with the fused AdamW.
+    """
     from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel
 
@@ -334,13 +426,14 @@ def diffusers_(twin: nn.Module, x_0: Tensor, *, bf16: bool, tuned: bool) -> Step
     options: dict[str, Any] = {"lr": 1e-4, "betas": (0.95, 0.999), "weight_decay": 1e-6, "eps": 1e-8}
     optimizer = torch.optim.AdamW(twin.parameters(), fused=True if tuned else None, **options)
     ema = EMAModel(twin.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    labels = () if given is None else (given,)
 
     def step() -> float:
         noise = torch.randn(x_0.shape, dtype=x_0.dtype, device=x_0.device)
         timesteps = torch.randint(0, 1000, (len(x_0),), device=x_0.device).long()
         noisy = scheduler.add_noise(x_0, noise, timesteps)
         with torch.autocast(x_0.device.type, torch.bfloat16, enabled=bf16):
-            output = forward(noisy, timesteps).sample
+            output = forward(noisy, timesteps, *labels).sample
             loss = F.mse_loss(output.float(), noise.float())
         loss.backward()
         nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
@@ -358,7 +451,7 @@ def lucidrains_network(model: Model, device: torch.device) -> nn.Module | None:
         from denoising_diffusion_pytorch import Unet
     except ImportError:
         return None
-    return Unet(**model.lucidrains).to(device)
+    return None if model.lucidrains is None else Unet(**model.lucidrains).to(device)
 
 
 def lucidrains(network: nn.Module, x_0: Tensor) -> Step:
@@ -384,13 +477,20 @@ def lucidrains(network: nn.Module, x_0: Tensor) -> Step:
 
 
 @torch.no_grad()
-def difference(network: UNet, twin: Any, x_0: Tensor, method: Method) -> float:
-    """Return the largest difference of the networks' outputs before training, relative to the largest output."""
-    network = copy.deepcopy(network)
-    t = torch.linspace(0, 999, len(x_0), device=x_0.device)
-    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=method.bf16):
-        output = network(x_0, t)
-    expected = twin(x_0, t).sample
+def difference(network: nn.Module, twin: nn.Module, x_0: Tensor, *, bf16: bool) -> float:
+    """Return the largest difference of the networks' outputs before training, relative to the largest of theirs.
+
+    Args:
+        network: ours.
+        twin: diffusers', always in float32.
+        x_0: images.
+        bf16: whether ours computes under bf16 autocast.
+    """
+    t, labels = torch.linspace(0, 999, len(x_0), device=x_0.device), labels_of(network, x_0)
+    cond = () if labels is None else (Conditioning(label=labels),)
+    with torch.autocast(x_0.device.type, torch.bfloat16, enabled=bf16):
+        output = copy.deepcopy(network).eval()(x_0, t, *cond)
+    expected = copy.deepcopy(twin).eval()(x_0, t, *(() if labels is None else (labels,))).sample
     return float((output - expected).abs().max() / expected.abs().max())
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from benchmarks.train_step import dit_twin
 from ddpm.conditioning import Conditioning
 from ddpm.models.dit import DiTConfig, position_embedding
 from tests.ddpm.on_patches import SMALL, batch, make
@@ -22,49 +23,11 @@ def test_the_networks_of_the_paper_have_its_numbers_of_parameters(size):
     assert count == depth * block + ends + (256 + width + 2) * width + 1001 * width
 
 
-def diffusers_twin(network, size):
-    """The same network in diffusers, which embeds time and class in every block again."""
-    diffusers = pytest.importorskip("diffusers", reason="comes with the dev extra")
-    config = network.config
-    twin = diffusers.DiTTransformer2DModel(
-        num_attention_heads=config.heads,
-        attention_head_dim=config.width // config.heads,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_layers=config.depth,
-        sample_size=size,
-        patch_size=config.patch_size,
-        num_embeds_ada_norm=config.num_classes,
-        norm_eps=1e-6,
-    ).eval()
-    ours = network.state_dict()
-    renamed = {
-        **{f"pos_embed.proj.{k}": ours[f"patch_embedding.{k}"] for k in ("weight", "bias")},
-        **{f"proj_out_1.{k}": ours[f"modulation_out.{k}"] for k in ("weight", "bias")},
-        **{f"proj_out_2.{k}": ours[f"linear_out.{k}"] for k in ("weight", "bias")},
-    }
-    for i, block in enumerate(twin.transformer_blocks):
-        block.norm1.emb.time_proj.downscale_freq_shift = 0  # as in the code of the paper
-        to = f"transformer_blocks.{i}."
-        renamed[f"{to}norm1.emb.class_embedder.embedding_table.weight"] = ours["class_embedding.weight"]
-        for k in ("weight", "bias"):
-            for layer in (1, 2):
-                name = f"{to}norm1.emb.timestep_embedder.linear_{layer}.{k}"
-                renamed[name] = ours[f"time_embedding.linear_{layer}.{k}"]
-            renamed[f"{to}norm1.linear.{k}"] = ours[f"blocks.{i}.modulation.{k}"]
-            for name, part in zip("qkv", ours[f"blocks.{i}.attention.to_qkv.{k}"].chunk(3), strict=True):
-                renamed[f"{to}attn1.to_{name}.{k}"] = part
-            renamed[f"{to}attn1.to_out.0.{k}"] = ours[f"blocks.{i}.attention.to_out.{k}"]
-            renamed[f"{to}ff.net.0.proj.{k}"] = ours[f"blocks.{i}.mlp.0.{k}"]
-            renamed[f"{to}ff.net.2.{k}"] = ours[f"blocks.{i}.mlp.2.{k}"]
-    twin.load_state_dict(renamed)
-    return twin
-
-
 @pytest.mark.parametrize("changes", [{}, {"patch_size": 4}, {"in_channels": 3, "out_channels": 6}])
 def test_it_computes_what_diffusers_dit_does(changes):
     network = make("dit", num_classes=10, **changes)
-    twin = diffusers_twin(network, 8)
+    pytest.importorskip("diffusers", reason="comes with the dev extra")
+    twin = dit_twin(network, 8)
     x, t = batch(3, network.config.in_channels)
     labels = torch.tensor([0, 5, 10])
     cond = Conditioning(label=labels.clamp(max=9), drop=labels == 10)
