@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.results import commit, make_parser, publish
 from benchmarks.train_step import UNETS, UPDATE, best_method, machine, models, ours, prepared, say
+from ddpm.models import UNetConfig
 
 KINDS = {
     "convolutions": ("conv",),
@@ -50,7 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # On a CPU channels-last pays for a compiled network alone.
     last = device.type == "cuda" or options.channels_last
-    method = dataclasses.replace(best_method(device, options.size), compile=False, channels_last=last)
+    # What is compiled changes no method's arithmetic, so that every network has the same.
+    method = dataclasses.replace(best_method(device, options.size, UNetConfig()), compile=False, channels_last=last)
     result: dict[str, Any] = {
         "benchmark": "step_profile",
         "commit": commit(),

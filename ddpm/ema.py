@@ -347,9 +347,24 @@ def _inner_product(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_
     return (gamma_a + 1) * (gamma_b + 1) * ratio / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
 
 
+CACHED = 1 << 15
+"""Numbers that are averaged at a time on a CPU: they stay in its cache, and are too few for threads to wait for."""
+
+
 def _move(shadow: Mapping[str, Tensor], residual: Mapping[str, Tensor], weights: list[Tensor], weight: float) -> None:
     """Update averages in place: shadow + residual becomes (1 - weight) (shadow + residual) + weight w."""
     high, low = _local(shadow.values()), _local(residual.values())
+    if not high or high[0].device.type != "cpu":
+        _move_together(high, low, weights, weight)
+        return
+    for tensors in zip(high, low, weights, strict=True):
+        flat = all(tensor.is_contiguous() for tensor in tensors)
+        parts = [tensor.view(-1).split(CACHED) if flat else (tensor,) for tensor in tensors]
+        for one, rest, new in zip(*parts, strict=True):
+            _move_together([one], [rest], [new], weight)
+
+
+def _move_together(high: list[Tensor], low: list[Tensor], weights: list[Tensor], weight: float) -> None:
     if weight == 1:
         torch._foreach_copy_(high, weights)
         torch._foreach_zero_(low)

@@ -311,7 +311,8 @@ class DiT(nn.Module):
         time = self.time_embedding(timestep_embedding(t, TIME_FREQUENCIES).to(x_t.dtype))
         given, text = self._given(x_t, cond)
         emb = F.silu(sum(given, start=time))
-        x = self.patch_embedding(with_context(self.config, x_t, cond)).flatten(2).transpose(1, 2)
+        # Patch after patch in memory, which what is added to them keeps: every norm would copy another order.
+        x = self.patch_embedding(with_context(self.config, x_t, cond)).flatten(2).transpose(1, 2).contiguous()
         x = x + position_embedding(rows, columns, self.config.width, x_t.device).to(x_t.dtype)
         x = self._transformed(x, emb, given, text, (rows, columns))
         x = self.linear_out(modulated(self.norm_out(x), *self.modulation_out(emb).chunk(2, dim=1)))

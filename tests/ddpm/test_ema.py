@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ddpm.ema import (
+    CACHED,
     EMA,
     WIDEST,
     PowerEMA,
@@ -312,6 +313,22 @@ def late_average(kind, device="cpu", images=200_000_000, updates=2_000, batch=12
         exact += (1 - keep) * (target - exact)
     shadow, residual = (ema.shadow, ema.residual) if kind == "half-life" else (ema.shadows[0], ema.residuals[0])
     return shadow["w"].double() + residual["w"].double(), shadow["w"], exact
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_large_tensor_is_averaged_as_its_parts_are(layout):
+    torch.manual_seed(0)
+    first, second = (torch.randn(65, 64, 3, 7).to(memory_format=layout) for _ in range(2))  # more than is done at once
+    whole, parts = Weights(first), [Weights(row) for row in first]
+    averages = [EMA(module, half_life=100) for module in (whole, *parts)]
+    for seen in (10, 20, 30):
+        for module, new in zip((whole, *parts), (second * seen, *(second * seen)), strict=True):
+            module.set(new)
+        for average, module in zip(averages, (whole, *parts), strict=True):
+            average.update(module, seen, 10)
+    assert first.numel() > CACHED
+    assert torch.equal(averages[0].shadow["w"], torch.stack([average.shadow["w"] for average in averages[1:]]))
+    assert torch.equal(averages[0].residual["w"], torch.stack([average.residual["w"] for average in averages[1:]]))
 
 
 @pytest.mark.parametrize("kind", ["half-life", "power"])
