@@ -50,4 +50,4 @@ def test_floats_are_rounded_to_six_significant_digits_and_nothing_else_is():
 def test_every_file_of_results_has_this_form_and_all_of_them_are_short():
     texts = {path.name: path.read_text() for path in RESULTS.glob("*.json")}
     assert {name for name, text in texts.items() if text != to_text(rounded(json.loads(text)))} == set()
-    assert sum(text.count("\n") for text in texts.values()) <= 3_000
+    assert sum(text.count("\n") for text in texts.values()) <= 3_200
