@@ -124,6 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--name", help="of the result's file; default: train_step, or train_step_methods")
     options = parser.parse_args(arguments)
     names = options.models.split(",")
+    if len({type(MODELS[name].config) for name in names if name in MODELS}) > 1:
+        parser.error("--models takes UNets or transformers: their fastest methods differ, and a result has one")
     if unknown := [name for name in names if name not in MODELS]:
         parser.error(f"unknown model {unknown[0]!r}; allowed: {', '.join(MODELS)}")
     torch.set_num_threads(options.threads)
@@ -142,11 +144,13 @@ def run(size: Size, threads: int, names: Sequence[str]) -> dict[str, Any]:
         "machine": machine(device),
         "threads": threads,
         "torch": torch.__version__,
+        "method": {},
         "models": {},
     }
     for name, model in models(size, names).items():
         method = best_method(device, size, model.config)
-        result["models"][name] = {"method": vars(method), **measure(model, method, device, size)}
+        result["models"][name] = measure(model, method, device, size)
+        result["method"] |= vars(method)
         say(
             f"{name}: " + ", ".join(f"{k} {v}" for k, v in result["models"][name]["images_per_s"].items()) + " images/s"
         )
@@ -286,7 +290,7 @@ def measure(model: Model, method: Method, device: torch.device, size: Size) -> d
     row["images_per_s"] = {name: round(batch / s, 2) for name, s in median.items()}
     peers = {name: s for name, s in median.items() if not name.startswith("ours")}
     row |= {f"speedup_{name}": round(s / median["ours"], 3) for name, s in peers.items()}
-    if "stock" in median:
+    if "stock" in median and isinstance(network, DiT):
         row["speedup_float32"] = round(median["stock"] / median.get("ours_float32", median["ours"]), 3)
     row["tflop_per_s"] = {name: round(flops / median[name] / 1e12, 3) for name in median if name != "lucidrains"}
     row["mfu"] = mfu(flops / median["ours"], device)
